@@ -1,0 +1,1 @@
+"""The firetasks: thin adapters from a FireWorks spec to the library."""

@@ -1,0 +1,1 @@
+"""Molecular dynamics through LAMMPS: potentials, engine, trajectories: pure science."""

@@ -1,0 +1,1 @@
+"""Featurization, datasets, CGCNN models, training and screening: pure science."""

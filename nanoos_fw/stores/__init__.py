@@ -1,0 +1,1 @@
+"""MongoDB stores: the only place that knows collections and indexes."""

@@ -1,0 +1,49 @@
+"""Text templates shipped with the package, and the two functions that read them."""
+
+from __future__ import annotations
+
+from importlib import resources
+from string import Template
+
+from nanoos_fw.errors import InputError
+
+
+def load_template(name: str) -> str:
+    """Return the text of a shipped template.
+
+    Parameters
+    ----------
+    name
+        Path below ``templates/``, such as ``"lammps/npt.in"``.
+
+    Raises
+    ------
+    InputError
+        If no such template is shipped.
+    """
+    path = resources.files(__name__).joinpath(*name.split("/"))
+    if not path.is_file():
+        raise InputError(
+            f"no template {name!r} is shipped with nanoos_fw",
+            advice="list the folder templates/ of the package",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def render_template(name: str, /, **values: object) -> str:
+    """Fill the ``${name}`` fields of a shipped template.
+
+    Raises
+    ------
+    InputError
+        If the template is unknown, or a field has no value: a missing value must
+        never become an empty string in a submit script or a LAMMPS input.
+    """
+    text = load_template(name)
+    try:
+        return Template(text).substitute({k: str(v) for k, v in values.items()})
+    except KeyError as error:
+        raise InputError(
+            f"template {name!r} needs a value for {error.args[0]!r}",
+            evidence={"given": sorted(values)},
+        ) from error
