@@ -17,7 +17,6 @@ argument. Files of the work directory are all that parent and ranks share:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import logging
@@ -85,7 +84,7 @@ class Resources:
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.threads < 1:
             raise InputError(
-                f"ranks and threads must be at least 1, not {self.ranks}, {self.threads}"
+                f"ranks ({self.ranks}) and threads ({self.threads}) must be at least 1"
             )
 
 
@@ -176,7 +175,6 @@ def launch_ranks(
                 cwd=work_dir,
                 env=child_environment(resources.threads),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         except OSError as error:
             raise LaunchError(
@@ -277,7 +275,7 @@ class Communicator:
 
 
 class StopRequest:
-    """Has the program been asked to stop, by the clock or by a signal?
+    """The request to stop, made by the clock or by a signal.
 
     Signals only set the same flag sooner: what counts is the clock. Ask at a step
     boundary, together with the other ranks: ``comm.any(stop.requested)``.
@@ -376,26 +374,20 @@ def report_progress(work_dir: Path, done: int, total: int, text: str) -> None:
 # ------------------------------------------------------------------------- private
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this child with its parent (Linux ``prctl``).
-
-    A firetask killed by SIGKILL must not leave ranks that write into a work
-    directory which the next launch takes over. Runs between fork and exec, so it
-    does nothing but one system call.
-    """
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def _watch_parent(comm: Communicator) -> None:
-    """End this rank when the parent is gone: the launcher may survive it."""
+    """End this rank when the firetask is gone, killed by SIGKILL for example.
+
+    Orphaned ranks would write into a work directory which the next launch takes
+    over. A thread does it, since the kernel's own means (``prctl``) would need code
+    between fork and exec, which is unsafe beside FireWorks' heartbeat thread.
+    """
     host, _, pid = os.environ.get("NANO_OS_PARENT", "").partition(":")
     if not pid or host != socket.gethostname():
         return
 
     def watch() -> None:
         while Path(f"/proc/{pid}").exists():
-            time.sleep(1.0)
+            time.sleep(0.5)
         comm.abort(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
