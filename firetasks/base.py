@@ -1,0 +1,146 @@
+"""What all firetasks share: checked parameters, the stores, a bounded answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fireworks.core.firework import FiretaskBase, FWAction
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.parallel import Resources
+from nanoos_fw.settings import Settings, load_settings
+from nanoos_fw.stores.campaigns import CampaignStore
+from nanoos_fw.stores.database import embedded_file, load_launchpad, open_database
+from nanoos_fw.stores.launches import SPEC_KEY
+from nanoos_fw.stores.models import ModelRegistry
+from nanoos_fw.stores.simulations import SimulationStore
+from nanoos_fw.stores.structures import StructureStore
+
+# FireWorks keeps stored_data several times over in a launch document (state history,
+# checkpoint, action), so it is for ids, counts and metrics only.
+_MAX_STORED_BYTES = 64 * 1024
+# Time for the checkpoint, the result and the database after the ranks have stopped.
+_STOP_MARGIN_S = 120.0
+
+
+class Parameters(BaseModel):
+    """Base of the parameters of a firetask: unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """All that a firetask may use.
+
+    Parameters
+    ----------
+    database
+        The launchpad's database; the stores are views of it.
+    work_root
+        Folder of all work directories of the campaign. A work directory is named by
+        the content key of the work, so that any later launch finds its checkpoints.
+    deadline
+        Unix time by which children are to stop, or None outside of SLURM.
+    """
+
+    database: Any
+    structures: StructureStore
+    simulations: SimulationStore
+    models: ModelRegistry
+    campaigns: CampaignStore
+    settings: Settings
+    work_root: Path
+    deadline: float | None
+
+    def work_dir(self, kind: str, key: str) -> Path:
+        """Return the work directory of a piece of work."""
+        return self.work_root / kind / key[:2] / key
+
+    @property
+    def resources(self) -> Resources:
+        """Ranks and threads of a child of this firetask."""
+        return Resources(
+            ranks=self.settings.ranks,
+            threads=self.settings.threads,
+            launcher=self.settings.mpi_launcher,
+        )
+
+
+class NanoTask(FiretaskBase):
+    """A firetask: checked parameters in, library call, small answer out.
+
+    A subclass writes its stored name out in ``_fw_name`` (a contract with databases
+    that hold it), names the model of its parameters, and implements ``run``.
+    """
+
+    parameters_model: ClassVar[type[Parameters]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = {k: v for k, v in self.items() if not k.startswith("_")}
+        try:
+            self.parameters = self.parameters_model.model_validate(given)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+            )
+            raise InputError(
+                f"{type(self).__name__}: {problems}",
+                advice=f"parameters: {', '.join(self.parameters_model.model_fields)}",
+            ) from error
+
+    def run_task(self, fw_spec: Mapping[str, Any]) -> FWAction:
+        """Run the task and store its small answer with the launch."""
+        stored = self.run(self._workplace(fw_spec))
+        size = len(json.dumps(stored))
+        if size > _MAX_STORED_BYTES:
+            raise InputError(
+                f"{type(self).__name__} returned {size} bytes of stored_data",
+                evidence={"limit": _MAX_STORED_BYTES, "keys": sorted(stored)},
+                advice="put arrays into a store and return their key",
+            )
+        return FWAction(stored_data=stored)
+
+    @abstractmethod
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Do the work and return ids, counts and metrics."""
+
+    def _workplace(self, fw_spec: Mapping[str, Any]) -> Workplace:
+        launchpad = getattr(self, "launchpad", None)
+        settings = load_settings()
+        if launchpad is None:
+            if embedded_file():
+                raise InputError(
+                    "the embedded database belongs to the launchpad of this process",
+                    advice="set _add_launchpad_and_fw_id: true in the spec",
+                )
+            launchpad = load_launchpad(settings.launchpad)
+        database = open_database(launchpad)
+        root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
+        return Workplace(
+            database=database,
+            structures=StructureStore(database),
+            simulations=SimulationStore(database),
+            models=ModelRegistry(database),
+            campaigns=CampaignStore(database),
+            settings=settings,
+            work_root=Path(root).resolve(),
+            deadline=allocation_deadline(),
+        )
+
+
+def allocation_deadline() -> float | None:
+    """Return the Unix time at which children must stop, from SLURM, or None."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not end.isdigit():
+        return None
+    return max(float(end) - _STOP_MARGIN_S, time.time())

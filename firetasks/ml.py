@@ -1,0 +1,366 @@
+"""Firetasks of the learning side: featurize, dataset, train, screen, rank."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
+from pydantic import Field
+
+from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.md import RelaxationMethod
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    open_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.features import (
+    FEATURE_VERSION,
+    extract_structure_features,
+    graph_from_repr,
+)
+from nanoos_fw.ml.graphs import pack_graph
+from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
+from nanoos_fw.provenance import content_key, run_environment
+from nanoos_fw.stores.database import put_artifact
+from nanoos_fw.stores.labels import formation_energies
+from nanoos_fw.stores.models import ModelRecord, Prediction
+from nanoos_fw.stores.structures import Features
+
+FORMATION_ENERGY = "formation_energy_per_atom"
+# Features are written in batches of this size: what a kill can lose.
+_FEATURE_BATCH = 100
+_MAX_LISTED = 50
+
+
+class FeatureParameters(Parameters):
+    """What decides the features of a structure, besides the code version."""
+
+    cutoff_radius: float = Field(default=8.0, gt=0, description="Å")
+    max_neighbors: int | None = Field(default=12, ge=1)
+
+
+class FeaturizeParameters(Parameters):
+    """Parameters of FeaturizeStructuresTask."""
+
+    structures: tuple[str, ...] = Field(min_length=1)
+    features: FeatureParameters = FeatureParameters()
+    force_recompute: bool = False
+
+
+class FeaturizeStructuresTask(NanoTask):
+    """Compute the features that the store does not have.
+
+    A structure that cannot be featurized is quarantined with the reason and does not
+    stop the others.
+    """
+
+    _fw_name = "{{nanoos_fw.firetasks.FeaturizeStructuresTask}}"
+    parameters_model = FeaturizeParameters
+    parameters: FeaturizeParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Featurize what is missing, in batches."""
+        keys = self.parameters.structures
+        features = self.parameters.features
+        described = features.model_dump(mode="json")
+        known: dict[str, str] = {}
+        if not self.parameters.force_recompute:
+            known = place.structures.feature_state(keys, described, FEATURE_VERSION)
+        missing = [key for key in keys if key not in known]
+        for start in range(0, len(missing), _FEATURE_BATCH):
+            batch = missing[start : start + _FEATURE_BATCH]
+            computed, failures = featurize(place, batch, features)
+            place.structures.put_features(
+                computed, failures, described, FEATURE_VERSION
+            )
+        state = place.structures.feature_state(keys, described, FEATURE_VERSION)
+        return {
+            "structures": len(keys),
+            "hit": len(known),
+            "computed": len(missing),
+            "quarantined": sum(status == "quarantined" for status in state.values()),
+        }
+
+
+def featurize(
+    place: Workplace, keys: Iterable[str], parameters: FeatureParameters
+) -> tuple[list[Features], dict[str, NanoOSError]]:
+    """Return features, and the errors of the structures that have none."""
+    computed: list[Features] = []
+    failures: dict[str, NanoOSError] = {}
+    for key, stored in place.structures.get_many(list(keys)).items():
+        try:
+            graph_repr, scalars = extract_structure_features(
+                stored.structure, **parameters.model_dump()
+            )
+        except NanoOSError as error:
+            failures[key] = error
+            continue
+        packed = pack_graph(graph_from_repr(graph_repr))
+        computed.append(Features(structure=key, graph=packed, scalars=scalars))
+    return computed, failures
+
+
+class BuildDatasetParameters(Parameters):
+    """Parameters of BuildDatasetTask."""
+
+    campaign: str
+    structures: tuple[str, ...] = Field(min_length=1)
+    references: tuple[str, ...] = Field(min_length=1)
+    method: RelaxationMethod
+    features: FeatureParameters = FeatureParameters()
+    dataset: DatasetConfig
+
+
+class BuildDatasetTask(NanoTask):
+    """Join labels and features into a frozen dataset with its own hash."""
+
+    _fw_name = "{{nanoos_fw.firetasks.BuildDatasetTask}}"
+    parameters_model = BuildDatasetParameters
+    parameters: BuildDatasetParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Build the dataset from formation energies and cached features."""
+        parameters = self.parameters
+        if parameters.dataset.target_property != FORMATION_ENERGY:
+            raise InputError(
+                f"no labels for target {parameters.dataset.target_property!r}",
+                advice=f"the relaxations give {FORMATION_ENERGY!r}",
+            )
+        potential = parameters.method.potential.resolve(place)
+        method = parameters.method.key(potential)
+        labels = formation_energies(
+            place.structures,
+            place.simulations,
+            keys=parameters.structures,
+            references=parameters.references,
+            method=method,
+        )
+        if labels.pending:
+            raise InputError(
+                f"{len(labels.pending)} structures have no label yet",
+                evidence={"first": labels.pending[:5]},
+                advice="rerun the fireworks that label them",
+            )
+        features = place.structures.features(
+            list(labels.energies),
+            parameters.features.model_dump(mode="json"),
+            FEATURE_VERSION,
+        )
+        # Sorted keys: the dataset must not depend on the order of the database.
+        usable = sorted(features)
+        dataset = build_regression_dataset(
+            {key: features[key].graph for key in usable},
+            {key: labels.energies[key] for key in usable},
+            parameters.dataset,
+        )
+        directory = place.work_dir("datasets", dataset.dataset_hash)
+        manifest = write_dataset(dataset, directory)
+        place.campaigns.record(
+            parameters.campaign,
+            dataset=dataset.dataset_hash,
+            method=method,
+            potential={
+                "name": potential.name,
+                "citation": potential.citation,
+                "sha256": potential.files[0].sha256 if potential.files else "",
+            },
+        )
+        return {
+            "dataset": dataset.dataset_hash,
+            "counts": manifest["counts"],
+            "failed_labels": len(labels.failures),
+            "without_features": len(labels.energies) - len(usable),
+        }
+
+
+class TrainModelParameters(Parameters):
+    """Parameters of TrainModelTask."""
+
+    campaign: str
+    model_name: str
+    training: TrainingConfig
+
+
+class TrainModelTask(NanoTask):
+    """Train a CGCNN ensemble on MPI ranks and register it as a new version."""
+
+    _fw_name = "{{nanoos_fw.firetasks.TrainModelTask}}"
+    parameters_model = TrainModelParameters
+    parameters: TrainModelParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Train, unless the registry has the result, and register."""
+        parameters = self.parameters
+        dataset_hash = place.campaigns.output(parameters.campaign, "dataset")
+        dataset_dir = place.work_dir("datasets", dataset_hash)
+        config = parameters.training.model_dump(mode="json")
+        training_key = content_key(
+            "training", {"dataset": dataset_hash, "config": config}
+        )
+        record = place.models.find(training_key)
+        if record is None:
+            record = self._train(place, dataset_dir, dataset_hash, training_key)
+        place.models.activate(
+            record.reference, reason=f"trained by campaign {parameters.campaign}"
+        )
+        place.campaigns.record(parameters.campaign, model=record.reference)
+        return {"model": record.reference, "sha256": record.sha256}
+
+    def _train(
+        self, place: Workplace, dataset_dir: Path, dataset_hash: str, training_key: str
+    ) -> ModelRecord:
+        parameters = self.parameters
+        dataset = open_dataset(dataset_dir)
+        started = time.time()
+        result = train_cgcnn_model(
+            parameters.training.target,
+            parameters.training,
+            dataset_dir=dataset_dir,
+            work_dir=place.work_dir("training", training_key),
+            resources=place.resources,
+            deadline=place.deadline,
+        )
+        details = {
+            "learning_curves": result.learning_curves,
+            "predictions": result.predictions,
+        }
+        return place.models.register(
+            name=parameters.model_name,
+            target=parameters.training.target,
+            unit=dataset.unit,
+            model_type="CGCNN",
+            weights=Path(result.checkpoint_path),
+            training_key=training_key,
+            training_config=parameters.training.model_dump(mode="json"),
+            metrics=result.metrics,
+            dataset_info={
+                "dataset_hash": dataset_hash,
+                "counts": {
+                    part: dataset.parts.count(part)
+                    for part in sorted(set(dataset.parts))
+                },
+                "config": dataset.config.model_dump(mode="json"),
+            },
+            environment={
+                **run_environment(),
+                "ranks": place.resources.ranks,
+                "threads": place.resources.threads,
+                "wall_s": round(time.time() - started, 3),
+            },
+            details=put_artifact(place.database, json.dumps(details).encode()),
+        )
+
+
+class ScreenCandidatesParameters(Parameters):
+    """Parameters of ScreenCandidatesTask."""
+
+    campaign: str
+    structures: tuple[str, ...] = Field(min_length=1)
+    features: FeatureParameters = FeatureParameters()
+
+
+class ScreenCandidatesTask(NanoTask):
+    """Predict candidates with the campaign's model: mean, uncertainty, domain."""
+
+    _fw_name = "{{nanoos_fw.firetasks.ScreenCandidatesTask}}"
+    parameters_model = ScreenCandidatesParameters
+    parameters: ScreenCandidatesParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Predict what has no row yet, in chunks."""
+        parameters = self.parameters
+        reference = place.campaigns.output(parameters.campaign, "model")
+        record = place.models.get(reference)
+        keys = parameters.structures
+        known = {row.structure for row in place.models.predictions(reference, keys)}
+        missing = [key for key in keys if key not in known]
+        features = place.structures.features(
+            missing, parameters.features.model_dump(mode="json"), FEATURE_VERSION
+        )
+        written = 0
+        if features:
+            model = load_model(place, record)
+            graphs = ((key, entry.graph) for key, entry in features.items())
+            for rows in predict_in_chunks(model, graphs):
+                written += place.models.put_predictions(
+                    reference,
+                    (
+                        Prediction(
+                            structure=row["structure_id"],
+                            prediction=row["mean"],
+                            uncertainty=row["std"],
+                            out_of_domain=row["out_of_domain"],
+                        )
+                        for row in rows
+                    ),
+                )
+        return {
+            "model": reference,
+            "structures": len(keys),
+            "hit": len(known),
+            "predicted": written,
+            "without_features": len(missing) - len(features),
+        }
+
+
+def load_model(place: Workplace, record: ModelRecord) -> Any:
+    """Return a registered model, ready to predict, from verified weights."""
+    from nanoos_fw.ml.cgcnn import CGCNNModel
+
+    path = place.work_dir("models", record.sha256) / "weights.safetensors"
+    place.models.write_weights(record, path)
+    model = CGCNNModel(record.name, record.target)
+    model.load_from_checkpoint(path)
+    return model
+
+
+class RankCandidatesParameters(Parameters):
+    """Parameters of RankCandidatesTask."""
+
+    campaign: str
+    structures: tuple[str, ...] = Field(min_length=1)
+    top_k: int = Field(ge=1)
+
+
+class RankCandidatesTask(NanoTask):
+    """Rank all screened candidates, lowest prediction first."""
+
+    _fw_name = "{{nanoos_fw.firetasks.RankCandidatesTask}}"
+    parameters_model = RankCandidatesParameters
+    parameters: RankCandidatesParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Rank and record the best; equal predictions are ordered by key."""
+        parameters = self.parameters
+        reference = place.campaigns.output(parameters.campaign, "model")
+        predictions = place.models.predictions(reference, parameters.structures)
+        ranked = rank_candidates(
+            {
+                "structure_id": row.structure,
+                "mean": row.prediction,
+                "std": row.uncertainty,
+                "out_of_domain": row.out_of_domain,
+            }
+            for row in predictions
+        )
+        if len(ranked) < parameters.top_k:
+            raise InputError(
+                f"{len(ranked)} candidates are ranked, fewer than top_k = "
+                f"{parameters.top_k}",
+                evidence={
+                    "structures": len(parameters.structures),
+                    "predicted": len(predictions),
+                },
+                advice="look for quarantined structures in the featurize fireworks",
+            )
+        best = [row["structure_id"] for row in ranked[: parameters.top_k]]
+        place.campaigns.record(parameters.campaign, ranking=best, n_ranked=len(ranked))
+        return {"ranked": len(ranked), "best": best[:_MAX_LISTED]}

@@ -1,0 +1,341 @@
+"""The command line: parsing and printing only.
+
+Nothing heavy is imported before a command needs it: ``nanoos --help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoos_fw import __version__
+from nanoos_fw.errors import InputError, NanoOSError
+
+if TYPE_CHECKING:
+    from nanoos_fw.operations import ImportReport
+    from nanoos_fw.settings import Settings
+
+_SHOWN_ENTRIES = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done. 1: a stated error, or failed work. 2: bad usage. 130: interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except NanoOSError as error:
+        if arguments.debug:
+            raise
+        from nanoos_fw.console import error_lines
+
+        print("\n".join(error_lines(error)), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # nanoos … | head
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(
+            f"error: unexpected {type(error).__name__}: {error}\n"
+            "  next: run again with 'nanoos --debug …' and report what it prints",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanoos",
+        description="ML-accelerated materials screening on SLURM with FireWorks.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="screen binary alloys of 16 metals: a real campaign in minutes",
+        description=(
+            "Screen the ordered binary alloys of 16 metals for their formation "
+            "energy: LAMMPS labels, a CGCNN ensemble ranks, LAMMPS checks the best, "
+            "a report shows it. Killed at any time, the same command continues."
+        ),
+    )
+    demo.add_argument(
+        "--dir",
+        type=Path,
+        default=Path("nanoos-demo"),
+        help="folder of the demonstration (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--verify",
+        action="store_true",
+        help="also relax all candidates, to see how many of the best were found",
+    )
+    demo.add_argument(
+        "--submit",
+        action="store_true",
+        help="only submit to the MongoDB server of -l, to run with rlaunch or qlaunch",
+    )
+    demo.add_argument("--name", default="demo", help="campaign (default: %(default)s)")
+    _add_launchpad(demo)
+    demo.set_defaults(command=_demo)
+
+    structures = commands.add_parser(
+        "import",
+        help="import CIF, POSCAR, extxyz, pymatgen JSON, or a CGCNN folder",
+        description=(
+            "Read structures and the numbers that come with them into the store. "
+            "Entries that cannot be used are reported one by one."
+        ),
+    )
+    structures.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    structures.add_argument(
+        "--set",
+        default="imported",
+        dest="in_set",
+        help="named set of the structures (default: %(default)s)",
+    )
+    structures.add_argument("--json", action="store_true", help="print JSON")
+    _add_launchpad(structures)
+    structures.set_defaults(command=_import)
+
+    status = commands.add_parser("status", help="count the fireworks of a campaign")
+    status.add_argument("campaign", nargs="?", help="without it: list the campaigns")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    _add_launchpad(status)
+    status.set_defaults(command=_status)
+
+    report = commands.add_parser(
+        "report", help="write the HTML report of a campaign from the stores"
+    )
+    report.add_argument("campaign")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), help="file to write"
+    )
+    _add_launchpad(report)
+    report.set_defaults(command=_report)
+
+    models = commands.add_parser("models", help="list the registered models")
+    models.add_argument("--json", action="store_true", help="print JSON")
+    _add_launchpad(models)
+    models.set_defaults(command=_models)
+    return parser
+
+
+def _add_launchpad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-l",
+        "--launchpad",
+        type=Path,
+        help=(
+            "my_launchpad.yaml, or the folder of a demonstration; default: "
+            "NANO_OS_LAUNCHPAD, then the file FireWorks finds"
+        ),
+    )
+
+
+def _open(arguments: argparse.Namespace, settings: Settings) -> Any:
+    """Return the launchpad that -l, the settings or FireWorks name."""
+    from nanoos_fw.stores.database import load_launchpad, open_embedded
+
+    path: Path | None = arguments.launchpad or settings.launchpad
+    if path is not None and path.is_dir():
+        return open_embedded(path)
+    return load_launchpad(path)
+
+
+# ------------------------------------------------------------------------- commands
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    settings = load_settings()
+    if arguments.submit:
+        return _demo_submit(arguments, settings)
+    if arguments.launchpad is not None:
+        raise InputError(
+            "-l needs --submit: without it the demonstration brings its own database",
+            advice="nanoos demo --submit -l my_launchpad.yaml",
+        )
+    return _demo_embedded(arguments, settings)
+
+
+def _demo_submit(arguments: argparse.Namespace, settings: Settings) -> int:
+    launchpad = _open(arguments, settings)
+    from nanoos_fw import demo
+
+    plan = demo.demo_plan(arguments.name, settings.work_dir.resolve())
+    demo.submit(launchpad, plan, verify=arguments.verify)
+    path = arguments.launchpad or settings.launchpad
+    option = f" -l {path}" if path else ""
+    print(
+        f"campaign {plan.name!r} is submitted; run it, from as many terminals or jobs "
+        f"as you like, with\n"
+        f"  rlaunch{option} rapidfire\n"
+        f"and look at it with\n"
+        f"  nanoos status{option} {plan.name}\n"
+        f"Work directories: {plan.work_root}"
+    )
+    return 0
+
+
+def _demo_embedded(arguments: argparse.Namespace, settings: Settings) -> int:
+    from rich.console import Console
+
+    from nanoos_fw.parallel import Resources, launch_command, locked
+    from nanoos_fw.stores.database import open_embedded
+
+    # Asked before anything is computed: without it every firework would fail.
+    launch_command(Resources(ranks=settings.ranks, launcher=settings.mpi_launcher))
+    folder = arguments.dir.resolve()
+    with locked(folder):
+        launchpad = open_embedded(folder, create=True)
+        from nanoos_fw import demo
+        from nanoos_fw.console import CampaignProgress
+
+        console = Console()
+        plan = demo.demo_plan(arguments.name, folder / "work")
+        demo.submit(launchpad, plan, verify=arguments.verify)
+        total, done = demo.progress(launchpad, plan.name)
+        console.print(
+            f"campaign {plan.name!r} in {folder}: {done} of {total} fireworks done",
+            highlight=False,
+        )
+        bars = CampaignProgress(console, total, done)
+        with bars.shown():
+            outcome = demo.run(launchpad, plan, folder, on_launch=bars.launched)
+        print("\n".join(demo.summary(launchpad, plan, outcome)))
+        return 1 if outcome.failed or outcome.report is None else 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    launchpad = _open(arguments, load_settings())
+    from rich.console import Console
+
+    from nanoos_fw.operations import import_structures
+    from nanoos_fw.stores.database import embedded_file, open_database, save_embedded
+    from nanoos_fw.stores.structures import StructureStore
+
+    store = StructureStore(open_database(launchpad))
+    console = Console(stderr=True)
+    with console.status("reading structures") as status:
+        report = import_structures(
+            store,
+            arguments.paths,
+            in_set=arguments.in_set,
+            on_entry=lambda r: status.update(f"{r.total} entries read"),
+        )
+    if embedded_file():
+        save_embedded(launchpad)
+    if arguments.json:
+        print(json.dumps(_import_json(report), indent=1))
+    else:
+        _print_import(report, arguments.in_set)
+    return 1 if report.failures or report.total == 0 else 0
+
+
+def _import_json(report: ImportReport) -> dict[str, Any]:
+    return {
+        "added": report.added,
+        "duplicates": [
+            {"label": label, "structure": key} for label, key in report.duplicates
+        ],
+        "failures": [
+            {"label": f.label, "source": str(f.source), **f.error.to_dict()}
+            for f in report.failures
+        ],
+    }
+
+
+def _print_import(report: ImportReport, in_set: str) -> None:
+    for failure in report.failures:
+        print(f"refused    {failure.label}: {failure.error}")
+    for label, key in report.duplicates[:_SHOWN_ENTRIES]:
+        print(f"duplicate  {label} (structure {key[:12]})")
+    more = len(report.duplicates) - _SHOWN_ENTRIES
+    if more > 0:
+        print(f"duplicate  … and {more} more (--json lists all)")
+    print(
+        f"{report.total} entries: {report.added} added to set {in_set!r}, "
+        f"{len(report.duplicates)} duplicates, {len(report.failures)} refused"
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    launchpad = _open(arguments, load_settings())
+    from nanoos_fw.stores.campaigns import CampaignStore
+    from nanoos_fw.stores.launches import failed_fireworks, stage_counts
+
+    if arguments.campaign is None:
+        names = CampaignStore(launchpad.db).names()
+        print(json.dumps(names) if arguments.json else "\n".join(names) or "none")
+        return 0
+    CampaignStore(launchpad.db).get(arguments.campaign)
+    counts = stage_counts(launchpad.db, arguments.campaign)
+    failed = failed_fireworks(launchpad.db, arguments.campaign)
+    if arguments.json:
+        failures = [
+            {"fw_id": f.fw_id, "stage": f.stage, **f.error.to_dict()} for f in failed
+        ]
+        print(json.dumps({"stages": counts, "failed": failures}, indent=1))
+    else:
+        for stage, states in counts.items():
+            line = ", ".join(f"{n} {state.lower()}" for state, n in states.items())
+            print(f"{stage:12} {line}")
+        for entry in failed:
+            print(f"failed: firework {entry.fw_id} ({entry.stage}): {entry.error}")
+    return 1 if failed else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    launchpad = _open(arguments, load_settings())
+    from nanoos_fw.reports import write_report
+    from nanoos_fw.stores.database import open_database
+
+    path = write_report(open_database(launchpad), arguments.campaign, arguments.output)
+    print(path)
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    launchpad = _open(arguments, load_settings())
+    from nanoos_fw.stores.models import ModelRegistry
+
+    records = ModelRegistry(launchpad.db).list_models()
+    if arguments.json:
+        print(json.dumps([record.to_dict() for record in records], indent=1))
+        return 0
+    for record in records:
+        test = record.metrics.get("test", {})
+        error = f"test MAE {test['mae']:.4f} {record.unit}" if test else "not tested"
+        print(f"{record.reference:40} {record.model_type:8} {record.target} {error}")
+    if not records:
+        print("no model is registered")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

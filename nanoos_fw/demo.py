@@ -1,0 +1,148 @@
+"""The demonstration: binary alloys of sixteen metals, screened for formation energy.
+
+A real campaign on one machine. Candidates are ordered binary alloys on simple
+prototypes; LAMMPS with the embedded-atom potential of Zhou, Johnson and Wadley
+(Phys. Rev. B 69, 144113, 2004) labels a quarter of them; a CGCNN ensemble learns the
+formation energy and ranks the rest; LAMMPS checks the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoos_fw import operations
+from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+from nanoos_fw.ml.datasets import DatasetConfig
+from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.stores.campaigns import CampaignStore
+from nanoos_fw.stores.database import open_database, save_embedded
+from nanoos_fw.stores.launches import FailedFirework, failed_fireworks, stage_counts
+from nanoos_fw.stores.structures import NewStructure, StructureStore
+from nanoos_fw.workflows import (
+    CampaignPlan,
+    choose_labelled,
+    screening_workflow,
+    verification_workflow,
+)
+
+TARGET = "formation_energy_per_atom"
+DESCRIPTION = (
+    "Ordered binary alloys of sixteen metals on the prototypes L1_2, L1_0, B2, B32 and "
+    "D0_3, screened for their formation energy in the embedded-atom potential of Zhou, "
+    "Johnson and Wadley (2004)."
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of the demonstration ended."""
+
+    failed: list[FailedFirework]
+    report: Path | None
+
+
+def demo_plan(name: str, work_root: Path) -> CampaignPlan:
+    """Return the plan of the demonstration."""
+    from nanoos_fw.md.potentials import ZHOU2004_ELEMENTS
+
+    return CampaignPlan(
+        name=name,
+        description=DESCRIPTION,
+        work_root=str(work_root),
+        relaxation=RelaxationMethod(
+            potential=PotentialChoice(name="zhou2004", elements=ZHOU2004_ELEMENTS)
+        ),
+        dataset=DatasetConfig(target_property=TARGET),
+        training=TrainingConfig(target=TARGET),
+        md=MDMethod(),
+    )
+
+
+def candidates(elements: tuple[str, ...]) -> Iterator[NewStructure]:
+    """Yield all candidates, at volumes interpolated from the elements."""
+    from nanoos_fw.prototypes import binary_alloys
+
+    volumes = {
+        entry.structure.composition.elements[0].symbol: entry.structure.volume
+        / len(entry.structure)
+        for entry in references(elements)
+    }
+    for candidate in binary_alloys(elements, volumes):
+        yield NewStructure(
+            structure=candidate.structure,
+            label=candidate.label,
+            source="nanoos_fw.prototypes.binary_alloys",
+            prototype=candidate.prototype,
+        )
+
+
+def references(elements: tuple[str, ...]) -> Iterator[NewStructure]:
+    """Yield the elements in their ground-state structures."""
+    from nanoos_fw.prototypes import ground_state
+
+    for element in elements:
+        yield NewStructure(
+            structure=ground_state(element),
+            label=element,
+            source="nanoos_fw.prototypes.ground_state",
+        )
+
+
+def submit(launchpad: Any, plan: CampaignPlan, *, verify: bool) -> None:
+    """Put structures, campaign and workflows into the database; again is harmless."""
+    elements = plan.relaxation.potential.elements
+    database = open_database(launchpad)
+    operations.prepare_launchpad(launchpad)
+    CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
+    store = StructureStore(database)
+    keys = store.add(candidates(elements), in_set=plan.candidates).keys
+    elemental = store.add(references(elements), in_set=plan.references).keys
+    labelled = choose_labelled(keys, plan.label_fraction, plan.seed)
+    store.add_to_set(labelled, plan.labelled)
+    operations.submit(launchpad, screening_workflow(plan, keys, elemental))
+    if verify:
+        operations.submit(launchpad, verification_workflow(plan, keys))
+
+
+def run(
+    launchpad: Any,
+    plan: CampaignPlan,
+    launch_dir: Path,
+    *,
+    on_launch: Callable[[str, int], None],
+) -> Outcome:
+    """Run a submitted demonstration in this process, failed fireworks again too.
+
+    Parameters
+    ----------
+    on_launch
+        Called after each firework with its stage and the number completed in all.
+    """
+    operations.rerun_failed(launchpad, plan.name)
+    save_embedded(launchpad)
+    operations.run_embedded(
+        launchpad,
+        launch_dir,
+        on_launch=lambda stage: on_launch(stage, progress(launchpad, plan.name)[1]),
+    )
+    return Outcome(
+        failed=failed_fireworks(launchpad.db, plan.name),
+        report=report_path(launchpad, plan.name),
+    )
+
+
+def progress(launchpad: Any, name: str) -> tuple[int, int]:
+    """Return the number of fireworks of a campaign, and of those completed."""
+    counts = stage_counts(launchpad.db, name).values()
+    total = sum(sum(states.values()) for states in counts)
+    return total, sum(states.get("COMPLETED", 0) for states in counts)
+
+
+def report_path(launchpad: Any, name: str) -> Path | None:
+    """Return where the report of a campaign was written last, if it is there."""
+    outputs = CampaignStore(launchpad.db).get(name)["outputs"]
+    path = Path(outputs["report"]) if "report" in outputs else None
+    return path if path is not None and path.exists() else None

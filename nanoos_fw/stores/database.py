@@ -1,0 +1,385 @@
+"""The connection, the indexes and the binary artifacts: one place for each.
+
+The stores live in the database of the user's own LaunchPad, beside ``fireworks``,
+``launches`` and ``workflows``: one ``my_launchpad.yaml`` is all a campaign needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    InputError,
+    MissingDependencyError,
+    StoreError,
+)
+from nanoos_fw.provenance import sha256_bytes, write_atomic
+
+SCHEMA_VERSION = 1
+EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
+EMBEDDED_FILE = "database.json"
+_SELECTION_TIMEOUT_MS = 10_000
+_ARTIFACTS = "artifacts"
+
+# Collection -> indexes: (fields, unique). All unique keys are content keys or names,
+# so the database decides every race.
+INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
+    "structures": ((("sets",), False), (("chemical_system",), False)),
+    "structure_features": ((("structure", "parameters", "version"), True),),
+    "simulations": ((("structure", "method"), False),),
+    "models": (
+        (("name", "version"), True),
+        (("training_key",), True),
+        (("target",), False),
+    ),
+    "model_aliases": ((("name", "alias", "sequence"), True),),
+    "predictions": ((("model", "structure"), True), (("model", "prediction"), False)),
+    "campaigns": (),
+    "artifacts.files": ((("filename",), True),),
+}
+
+
+def load_launchpad(path: Path | None) -> Any:
+    """Return the user's LaunchPad.
+
+    Parameters
+    ----------
+    path
+        ``my_launchpad.yaml``, or None for the one FireWorks finds by its own rules
+        (``FW_config.yaml``, ``~/.fireworks``, ``$FW_CONFIG_FILE``).
+
+    Raises
+    ------
+    InputError
+        If the file is missing or its content makes no connection (a port that is no
+        number, an unknown option).
+    StoreError
+        If the server cannot be reached.
+    """
+    from fireworks import fw_config
+    from fireworks.core.launchpad import LaunchPad
+    from pymongo.errors import ConfigurationError, InvalidURI
+
+    location = path or fw_config.LAUNCHPAD_LOC
+    if location is None and not embedded_file():
+        raise InputError(
+            "no my_launchpad.yaml was found",
+            advice=(
+                "run 'lpad init', or pass -l my_launchpad.yaml, or set "
+                "NANO_OS_LAUNCHPAD"
+            ),
+        )
+    data = _read_launchpad_file(Path(location)) if location else {}
+    options = dict(data.get("mongoclient_kwargs") or {})
+    data.setdefault("host", "localhost")
+    if not embedded_file():
+        options.setdefault("serverSelectionTimeoutMS", _SELECTION_TIMEOUT_MS)
+    data["mongoclient_kwargs"] = options
+    data.setdefault("strm_lvl", "WARNING")
+    try:
+        launchpad = LaunchPad.from_dict(data)
+    except (ConfigurationError, InvalidURI, TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{location} describes no database connection: {error}",
+            evidence={
+                "host": redacted(str(data.get("host"))),
+                "port": data.get("port"),
+            },
+            advice="check host, port and name; 'lpad init' writes a valid file",
+        ) from error
+    check_connection(launchpad)
+    return launchpad
+
+
+def check_connection(launchpad: Any) -> None:
+    """Ask the server for an answer.
+
+    Raises
+    ------
+    StoreError
+        If none comes; names the server, without its password.
+    """
+    from pymongo.errors import PyMongoError
+
+    if embedded_file():
+        return
+    try:
+        launchpad.connection.admin.command("ping")
+    except PyMongoError as error:
+        where = redacted(str(launchpad.host))
+        if not launchpad.uri_mode:
+            where += f":{launchpad.port}"
+        raise StoreError(
+            f"no answer from the MongoDB server at {where}",
+            evidence={"error": str(error)[:300]},
+            advice="check that it runs and that this machine may reach it",
+        ) from error
+
+
+def redacted(uri: str) -> str:
+    """Return a MongoDB URI without user name and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return uri.replace(parts.netloc, "***@" + parts.netloc.rsplit("@", 1)[1])
+
+
+def open_database(launchpad: Any) -> Any:
+    """Return the launchpad's database with all indexes of the stores in place.
+
+    Raises
+    ------
+    StoreError
+        If the database was written by a newer release.
+    """
+    database = launchpad.db
+    with store_errors("prepare the database"):
+        schema = database["nanoos_schema"].find_one({"_id": "schema"})
+        found = SCHEMA_VERSION if schema is None else int(schema["version"])
+        if found > SCHEMA_VERSION:
+            raise StoreError(
+                f"the database has schema {found}, this release knows {SCHEMA_VERSION}",
+                advice="upgrade nanoos_fw on this machine",
+            )
+        ensure_indexes(database)
+        if schema is None:
+            database["nanoos_schema"].update_one(
+                {"_id": "schema"},
+                {"$setOnInsert": {"version": SCHEMA_VERSION}},
+                upsert=True,
+            )
+    return database
+
+
+def ensure_indexes(database: Any) -> None:
+    """Create the indexes of all stores; those that exist are left alone."""
+    for collection, indexes in INDEXES.items():
+        for fields, unique in indexes:
+            database[collection].create_index([(f, 1) for f in fields], unique=unique)
+
+
+@contextmanager
+def store_errors(doing: str) -> Iterator[None]:
+    """Turn driver errors into StoreError with what was being done."""
+    from pymongo.errors import PyMongoError
+
+    try:
+        yield
+    except PyMongoError as error:
+        raise StoreError(
+            f"cannot {doing}: {type(error).__name__}",
+            evidence={"error": str(error)[:500]},
+            advice="check the database server; rerunning is safe",
+        ) from error
+
+
+def write_racing(collection: Any, operations: list[Any]) -> int:
+    """Write upserts and return how many made new documents.
+
+    A duplicate key means that another worker wrote the same content first.
+    """
+    from pymongo.errors import BulkWriteError
+
+    duplicate = 11000
+    try:
+        return int(collection.bulk_write(operations, ordered=False).upserted_count)
+    except BulkWriteError as error:
+        details = error.details or {}
+        errors = details.get("writeErrors", [])
+        if any(entry.get("code") != duplicate for entry in errors):
+            raise
+        return int(details.get("nUpserted", 0))
+
+
+# --------------------------------------------------------------------- artifacts
+
+
+def put_artifact(database: Any, data: bytes) -> str:
+    """Store bytes in GridFS under their SHA-256, once, and return it."""
+    import gridfs
+    from pymongo.errors import DuplicateKeyError
+
+    digest = sha256_bytes(data)
+    files = gridfs.GridFS(database, _ARTIFACTS)
+    with store_errors(f"store artifact {digest[:12]}"):
+        if not files.exists(filename=digest):
+            try:
+                files.put(data, filename=digest)
+            except (DuplicateKeyError, gridfs.errors.FileExists):
+                return digest  # another worker was first: the bytes are the same
+    return digest
+
+
+def get_artifact(database: Any, digest: str) -> bytes:
+    """Return the bytes of an artifact, verified.
+
+    Raises
+    ------
+    StoreError
+        If it is not there.
+    CorruptArtifactError
+        If the bytes do not have the digest they are stored under.
+    """
+    import gridfs
+
+    files = gridfs.GridFS(database, _ARTIFACTS)
+    with store_errors(f"read artifact {digest[:12]}"):
+        try:
+            data = bytes(files.get_last_version(filename=digest).read())
+        except gridfs.errors.NoFile as error:
+            raise StoreError(
+                f"artifact {digest} is not in the database",
+                advice="rerun the firework that made it",
+            ) from error
+        except gridfs.errors.CorruptGridFile as error:
+            raise CorruptArtifactError(f"artifact {digest}: {error}") from error
+    if sha256_bytes(data) != digest:
+        raise CorruptArtifactError(
+            f"artifact {digest} fails its checksum", advice="rerun what made it"
+        )
+    return data
+
+
+# ---------------------------------------------------------------------- embedded
+
+
+def embedded_file() -> Path | None:
+    """Return the file of FireWorks' single-process database, if that mode is on."""
+    name = os.environ.get(EMBEDDED_VARIABLE)
+    return Path(name) if name else None
+
+
+def open_embedded(folder: Path, *, create: bool = False) -> Any:
+    """Return a LaunchPad on FireWorks' embedded single-process database.
+
+    The mode belongs to the whole process: FireWorks decides on it when it is first
+    imported, so this must be called before anything imports FireWorks.
+
+    Parameters
+    ----------
+    folder
+        Holds the database, and the two files with which ``lpad`` finds it when it
+        is started there.
+    create
+        Make the folder and an empty database if there is none.
+
+    Raises
+    ------
+    MissingDependencyError
+        If mongomock is not installed.
+    InputError
+        If the folder holds no database, or cannot be written.
+    CorruptArtifactError
+        If the file is not a database.
+    """
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec("mongomock_persistence") is None:
+        raise MissingDependencyError(
+            "the embedded database needs mongomock",
+            advice="pip install 'nanoos_fw[embedded]'",
+        )
+    path = _embedded_folder(folder.resolve(), create)
+    if os.environ.get(EMBEDDED_VARIABLE) != str(path):
+        if "fireworks.fw_config" in sys.modules:
+            raise StoreError(
+                "FireWorks was imported before the embedded database was chosen",
+                advice=f"set {EMBEDDED_VARIABLE}={path} before starting Python",
+            )
+        os.environ[EMBEDDED_VARIABLE] = str(path)
+    from bson.errors import BSONError
+    from fireworks.core.launchpad import LaunchPad
+
+    try:
+        launchpad = LaunchPad(strm_lvl="WARNING")
+    except (ValueError, KeyError, TypeError, AttributeError, BSONError) as error:
+        raise CorruptArtifactError(
+            f"{path} is not an embedded database: {error}",
+            advice="move it away to start anew",
+        ) from error
+    # mongomock writes the file once, in place, when Python ends. A process that is
+    # killed would lose everything, or leave half a file: save_embedded replaces it.
+    launchpad.connection._store._finalizer.detach()
+    return launchpad
+
+
+def _embedded_folder(folder: Path, create: bool) -> Path:
+    path = folder / EMBEDDED_FILE
+    if path.exists():
+        return path
+    if not create:
+        raise InputError(
+            f"{folder} holds no embedded database",
+            advice="give a my_launchpad.yaml, or a folder that 'nanoos demo' made",
+        )
+    ours = {"my_launchpad.yaml", "FW_config.yaml"}  # of a creation that was killed
+    others = [
+        entry
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if entry.name not in ours and not entry.name.startswith(".")
+    ]
+    if others or (folder.exists() and not folder.is_dir()):
+        raise InputError(
+            f"{folder} holds something else than an embedded database",
+            advice="choose a new or an empty folder",
+        )
+    launchpad_file = folder / "my_launchpad.yaml"
+    try:
+        write_atomic(
+            launchpad_file,
+            "# The embedded database of FW_config.yaml: one process at a time.\n"
+            "host: localhost\nport: 27017\nname: fireworks\n",
+        )
+        # JSON strings are YAML strings: any path is quoted right.
+        write_atomic(
+            folder / "FW_config.yaml",
+            f"MONGOMOCK_SERVERSTORE_FILE: {json.dumps(str(path))}\n"
+            f"LAUNCHPAD_LOC: {json.dumps(str(launchpad_file))}\n",
+        )
+        write_atomic(path, "{}")
+    except OSError as error:
+        raise InputError(
+            f"cannot write in {folder}: {error.strerror}",
+            advice="choose a folder you may write",
+        ) from error
+    return path
+
+
+def save_embedded(launchpad: Any) -> None:
+    """Write the embedded database to its file, atomically."""
+    from bson import json_util
+
+    path = embedded_file()
+    if path is None:
+        raise StoreError("the database is not an embedded one")
+    store = launchpad.connection._store
+    write_atomic(path, json_util.dumps(store.to_dict()))
+
+
+def _read_launchpad_file(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"launchpad file {path} does not exist",
+            advice="'lpad init' writes one",
+        ) from error
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read launchpad file {path}: {error}") from error
+    if not isinstance(data, dict) or "host" not in data:
+        raise InputError(
+            f"{path} has no 'host': it is not a my_launchpad.yaml",
+            advice="'lpad init' writes a valid file",
+        )
+    return dict(data)

@@ -1,0 +1,132 @@
+"""Simulation results: one document per (structure, method), written once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nanoos_fw.provenance import content_key, utc_now
+from nanoos_fw.stores.database import store_errors, write_racing
+
+Status = Literal["done", "failed"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A finished simulation.
+
+    Parameters
+    ----------
+    structure
+        Key of the structure it started from.
+    method
+        Key of the method: potential, settings, code version (``method_key``).
+    kind
+        ``relaxation`` or ``md``.
+    status
+        ``failed`` is a result too: it is not tried again without a reason.
+    result
+        Named values in the units of ``nanoos_fw.units``; small arrays as lists.
+    error
+        ``NanoOSError.to_dict()`` of a failed one.
+    files
+        Name -> absolute path of the files it left.
+    """
+
+    structure: str
+    method: str
+    kind: str
+    status: Status
+    result: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Content key: the same structure by the same method is the same result."""
+        return simulation_key(self.structure, self.method)
+
+
+def simulation_key(structure: str, method: str) -> str:
+    """Return the key of the simulation of a structure by a method."""
+    return content_key("simulation", {"structure": structure, "method": method})
+
+
+def method_key(kind: str, description: Mapping[str, Any]) -> str:
+    """Return the key of a method from all that decides its numbers."""
+    return content_key(f"method/{kind}", dict(description))
+
+
+class SimulationStore:
+    """The collection ``simulations``."""
+
+    def __init__(self, database: Any) -> None:
+        self._simulations = database["simulations"]
+
+    def put_many(self, simulations: Iterable[Simulation]) -> None:
+        """Store results; one that is there already stays as it is."""
+        from pymongo import UpdateOne
+
+        operations = [
+            UpdateOne(
+                {"_id": simulation.key},
+                {
+                    "$setOnInsert": {
+                        "structure": simulation.structure,
+                        "method": simulation.method,
+                        "kind": simulation.kind,
+                        "status": simulation.status,
+                        "result": simulation.result,
+                        "error": simulation.error,
+                        "files": simulation.files,
+                        "environment": simulation.environment,
+                        "created": utc_now(),
+                    }
+                },
+                upsert=True,
+            )
+            for simulation in simulations
+        ]
+        if operations:
+            with store_errors("store simulations"):
+                write_racing(self._simulations, operations)
+
+    def find(self, structures: Sequence[str], method: str) -> dict[str, Simulation]:
+        """Return the results of one method by structure key."""
+        query = {"structure": {"$in": list(structures)}, "method": method}
+        with store_errors("read simulations"):
+            documents = list(self._simulations.find(query))
+        found = {d["structure"]: _simulation(d) for d in documents}
+        return {key: found[key] for key in structures if key in found}
+
+    def analysed(self, simulation: Simulation, name: str, result: Any) -> None:
+        """Add a named analysis to a stored simulation."""
+        with store_errors("store an analysis"):
+            self._simulations.update_one(
+                {"_id": simulation.key}, {"$set": {f"result.analyses.{name}": result}}
+            )
+
+    def forget_failed(self, structures: Sequence[str], method: str) -> int:
+        """Delete failed results so that a rerun tries again; return how many."""
+        query = {
+            "structure": {"$in": list(structures)},
+            "method": method,
+            "status": "failed",
+        }
+        with store_errors("delete failed simulations"):
+            return int(self._simulations.delete_many(query).deleted_count)
+
+
+def _simulation(document: Mapping[str, Any]) -> Simulation:
+    return Simulation(
+        structure=document["structure"],
+        method=document["method"],
+        kind=document["kind"],
+        status=document["status"],
+        result=dict(document["result"]),
+        error=document["error"],
+        files=dict(document["files"]),
+        environment=dict(document["environment"]),
+    )

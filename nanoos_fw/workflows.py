@@ -1,0 +1,324 @@
+"""Builders: a campaign plan becomes a few small FireWorks workflows.
+
+Every workflow is a plain function of the plan and of the keys in the store: building
+it twice gives the same workflow with the same content key, so that submitting twice
+is harmless. No firework has more than about fifty parents or children, since
+FireWorks' work for one completion grows with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fireworks import Firework, Workflow
+from pydantic import Field
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.firetasks import (
+    AnalyzeTrajectoryTask,
+    BuildDatasetTask,
+    FeaturizeStructuresTask,
+    RankCandidatesTask,
+    RelaxStructuresTask,
+    RunMDTask,
+    ScreenCandidatesTask,
+    TrainModelTask,
+    WriteReportTask,
+)
+from nanoos_fw.firetasks.base import NanoTask, Parameters
+from nanoos_fw.firetasks.md import MDMethod, RelaxationMethod
+from nanoos_fw.firetasks.ml import FeatureParameters
+from nanoos_fw.ml.datasets import DatasetConfig
+from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.provenance import content_key
+from nanoos_fw.stores.launches import SPEC_KEY
+
+MAX_FAN = 50
+# In the order of the work; ``order`` in the spec sorts status tables.
+STAGES = (
+    "references", "label", "featurize", "dataset", "train", "screen", "rank", "relax",
+    "md", "verify", "report",
+)  # fmt: skip
+
+
+class CampaignPlan(Parameters):
+    """All that decides the numbers of a screening campaign.
+
+    Parameters
+    ----------
+    name
+        Key of the campaign, and of its sets in the structure store.
+    work_root
+        Folder of all work directories, on a file system that all nodes share.
+    relaxation
+        How labels are computed: potential and minimisation.
+    label_fraction
+        Part of the candidates that is labelled for training, chosen at random.
+    seed
+        Of that choice; the other seeds are in ``dataset`` and ``training``.
+    chunk
+        Structures per firework, (relaxation, featurization and screening).
+    top_k
+        Best-ranked candidates that are relaxed.
+    md_runs
+        Best-ranked candidates that go through molecular dynamics.
+    """
+
+    name: str = Field(
+        min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    description: str = ""
+    work_root: str
+    relaxation: RelaxationMethod
+    features: FeatureParameters = FeatureParameters()
+    dataset: DatasetConfig
+    training: TrainingConfig
+    md: MDMethod
+    label_fraction: float = Field(default=0.25, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    relaxations_per_firework: int = Field(default=50, ge=1)
+    structures_per_firework: int = Field(default=500, ge=1)
+    top_k: int = Field(default=10, ge=1)
+    md_runs: int = Field(default=3, ge=0)
+
+    @property
+    def candidates(self) -> str:
+        """Set of the candidates in the structure store."""
+        return f"{self.name}/candidates"
+
+    @property
+    def references(self) -> str:
+        """Set of the elemental reference structures."""
+        return f"{self.name}/references"
+
+    @property
+    def labelled(self) -> str:
+        """Set of the candidates that are labelled for training."""
+        return f"{self.name}/labelled"
+
+    @property
+    def model_name(self) -> str:
+        """Name in the model registry."""
+        return f"{self.name}-{self.training.target}"
+
+
+def choose_labelled(candidates: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """Return the candidates to label: a random part, the same for the same keys."""
+    keys = sorted(candidates)
+    count = max(1, round(fraction * len(keys)))
+    chosen = np.random.default_rng(seed).choice(len(keys), size=count, replace=False)
+    return sorted(keys[index] for index in chosen)
+
+
+def chunks(keys: Sequence[str], size: int) -> list[list[str]]:
+    """Split keys into at most ``MAX_FAN`` parts of about ``size``, or more."""
+    number = min(max(1, math.ceil(len(keys) / size)), MAX_FAN)
+    bounds = np.linspace(0, len(keys), number + 1).round().astype(int)
+    return [list(keys[a:b]) for a, b in pairwise(bounds)]
+
+
+def screening_workflow(
+    plan: CampaignPlan, candidates: Sequence[str], references: Sequence[str]
+) -> Workflow:
+    """Return the campaign: label, train, screen, verify the best, simulate, report.
+
+    Parameters
+    ----------
+    plan
+        The campaign.
+    candidates, references
+        Structure keys of the candidates and of the elements in their ground states.
+
+    Raises
+    ------
+    InputError
+        If there is nothing left to screen.
+    """
+    labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
+    screened = sorted(set(candidates) - set(labelled))
+    if len(screened) < plan.top_k:
+        raise InputError(
+            f"campaign {plan.name!r} leaves {len(screened)} candidates to screen, "
+            f"fewer than top_k = {plan.top_k}",
+            evidence={"candidates": len(candidates), "labelled": len(labelled)},
+            advice="lower label_fraction or top_k, or give more candidates",
+        )
+    relax = plan.relaxation.model_dump(mode="json")
+    features = plan.features.model_dump(mode="json")
+    campaign = {"campaign": plan.name}
+
+    elements = _firework(
+        plan,
+        "references",
+        "md",
+        RelaxStructuresTask(structures=sorted(references), method=relax),
+    )
+    labels = [
+        _firework(
+            plan, "label", "md", RelaxStructuresTask(structures=part, method=relax)
+        )
+        for part in chunks(labelled, plan.relaxations_per_firework)
+    ]
+    graphs = [
+        _firework(
+            plan,
+            "featurize",
+            "prep",
+            FeaturizeStructuresTask(structures=part, features=features),
+        )
+        for part in chunks(sorted(candidates), plan.structures_per_firework)
+    ]
+    dataset = _firework(
+        plan,
+        "dataset",
+        "prep",
+        BuildDatasetTask(
+            **campaign,
+            structures=labelled,
+            references=sorted(references),
+            method=relax,
+            features=features,
+            dataset=plan.dataset.model_dump(mode="json"),
+        ),
+        parents=[elements, *labels, *graphs],
+    )
+    train = _firework(
+        plan,
+        "train",
+        "train",
+        TrainModelTask(
+            **campaign,
+            model_name=plan.model_name,
+            training=plan.training.model_dump(mode="json"),
+        ),
+        parents=[dataset],
+    )
+    screens = [
+        _firework(
+            plan,
+            "screen",
+            "infer",
+            ScreenCandidatesTask(**campaign, structures=part, features=features),
+            parents=[train],
+        )
+        for part in chunks(screened, plan.structures_per_firework)
+    ]
+    rank = _firework(
+        plan,
+        "rank",
+        "infer",
+        RankCandidatesTask(**campaign, structures=screened, top_k=plan.top_k),
+        parents=screens,
+    )
+    top = _firework(
+        plan,
+        "relax",
+        "md",
+        RelaxStructuresTask(
+            **campaign, first_rank=1, last_rank=plan.top_k, method=relax
+        ),
+        parents=[rank],
+    )
+    simulations = [
+        _firework(
+            plan,
+            "md",
+            "md",
+            RunMDTask(
+                **campaign,
+                rank=number,
+                relaxation=relax,
+                md=plan.md.model_dump(mode="json"),
+            ),
+            AnalyzeTrajectoryTask(
+                **campaign,
+                rank=number,
+                relaxation=relax,
+                md=plan.md.model_dump(mode="json"),
+            ),
+            parents=[top],
+        )
+        for number in range(1, plan.md_runs + 1)
+    ]
+    report = _firework(
+        plan,
+        "report",
+        "prep",
+        WriteReportTask(**campaign),
+        parents=[top, *simulations],
+        allow_fizzled_parents=True,
+    )
+    fireworks = [
+        elements, *labels, *graphs, dataset, train, *screens, rank, top, *simulations,
+        report,
+    ]  # fmt: skip
+    return _workflow(plan, "screening", fireworks)
+
+
+def verification_workflow(plan: CampaignPlan, candidates: Iterable[str]) -> Workflow:
+    """Return the relaxation of all candidates, so that the ranking can be judged.
+
+    Results that are there are not computed again.
+    """
+    relax = plan.relaxation.model_dump(mode="json")
+    parts = chunks(sorted(candidates), plan.relaxations_per_firework)
+    labels = [
+        _firework(
+            plan, "verify", "md", RelaxStructuresTask(structures=part, method=relax)
+        )
+        for part in parts
+    ]
+    report = _firework(
+        plan,
+        "report",
+        "prep",
+        WriteReportTask(campaign=plan.name),
+        parents=labels,
+        allow_fizzled_parents=True,
+    )
+    return _workflow(plan, "verification", [*labels, report])
+
+
+def _firework(
+    plan: CampaignPlan,
+    stage: str,
+    category: str,
+    *tasks: NanoTask,
+    parents: Sequence[Firework] = (),
+    allow_fizzled_parents: bool = False,
+) -> Firework:
+    work_root = str(Path(plan.work_root))
+    key = content_key("firework", {"stage": stage, "tasks": [dict(t) for t in tasks]})
+    spec: dict[str, Any] = {
+        "_category": category,
+        "_add_launchpad_and_fw_id": True,
+        SPEC_KEY: {
+            "campaign": plan.name,
+            "stage": stage,
+            "order": STAGES.index(stage),
+            "key": key,
+            "work_root": work_root,
+        },
+    }
+    if allow_fizzled_parents:
+        spec["_allow_fizzled_parents"] = True
+    return Firework(
+        list(tasks), spec=spec, name=f"{plan.name} {stage}", parents=list(parents)
+    )
+
+
+def _workflow(plan: CampaignPlan, kind: str, fireworks: list[Firework]) -> Workflow:
+    key = content_key(
+        "workflow",
+        {"kind": kind, "fireworks": [fw.spec[SPEC_KEY]["key"] for fw in fireworks]},
+    )
+    return Workflow(
+        fireworks,
+        name=f"{plan.name} {kind}",
+        metadata={"campaign": plan.name, "kind": kind, "key": key},
+    )

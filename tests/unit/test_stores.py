@@ -1,0 +1,296 @@
+"""The stores, on the in-memory database and, where there is one, on a server."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from nanoos_fw.errors import CorruptArtifactError, InputError, StoreError
+from nanoos_fw.stores.campaigns import CampaignStore
+from nanoos_fw.stores.database import (
+    SCHEMA_VERSION,
+    ensure_indexes,
+    get_artifact,
+    open_database,
+    put_artifact,
+)
+from nanoos_fw.stores.labels import formation_energies
+from nanoos_fw.stores.models import ModelRegistry, Prediction
+from nanoos_fw.stores.simulations import Simulation, SimulationStore
+from nanoos_fw.stores.structures import Features, NewStructure, StructureStore
+
+
+@pytest.fixture(
+    params=[
+        "embedded_database",
+        pytest.param("mongodb_database", marks=pytest.mark.mongodb),
+    ]
+)
+def database(request: pytest.FixtureRequest) -> Any:
+    found = request.getfixturevalue(request.param)
+    ensure_indexes(found)
+    return found
+
+
+def crystal(a: float = 3.6, species: tuple[str, str] = ("Cu", "Au")) -> Structure:
+    return Structure(Lattice.cubic(a), species, [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def register(registry: ModelRegistry, weights: Path, key: str, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "name": "energies",
+        "target": "formation_energy_per_atom",
+        "unit": "eV/atom",
+        "model_type": "CGCNN",
+        "weights": weights,
+        "training_key": key,
+        "training_config": {"epochs": 3},
+        "metrics": {"test": {"mae": 0.1}},
+        "dataset_info": {},
+        "environment": {},
+    }
+    return registry.register(**{**arguments, **changes})
+
+
+class Launchpad:
+    def __init__(self, db: Any) -> None:
+        self.db = db
+
+
+def test_opening_twice_keeps_the_schema_version(database: Any) -> None:
+    open_database(Launchpad(database))
+    open_database(Launchpad(database))
+    assert list(database["nanoos_schema"].find()) == [
+        {"_id": "schema", "version": SCHEMA_VERSION}
+    ]
+
+
+def test_a_database_of_a_newer_release_is_refused(database: Any) -> None:
+    database["nanoos_schema"].insert_one({"_id": "schema", "version": 99})
+    with pytest.raises(StoreError, match="schema 99"):
+        open_database(Launchpad(database))
+
+
+def test_artifacts_are_stored_once_and_verified(database: Any) -> None:
+    data = bytes(range(256)) * 2000
+    digest = put_artifact(database, data)
+    assert put_artifact(database, data) == digest
+    assert database["artifacts.files"].count_documents({}) == 1
+    assert get_artifact(database, digest) == data
+    chunk = database["artifacts.chunks"].find_one({"n": 0})
+    broken = b"x" + bytes(chunk["data"])[1:]
+    database["artifacts.chunks"].update_one(
+        {"_id": chunk["_id"]}, {"$set": {"data": broken}}
+    )
+    with pytest.raises(CorruptArtifactError):
+        get_artifact(database, digest)
+    with pytest.raises(StoreError, match="not in the database"):
+        get_artifact(database, "0" * 64)
+
+
+def test_a_structure_is_stored_once(database: Any) -> None:
+    store = StructureStore(database)
+    moved = Structure(Lattice.cubic(3.6), ["Au", "Cu"], [[0.5, -0.5, 0.5], [1, 0, 0]])
+    entries = [
+        NewStructure(crystal(), "a", {"energy": -1.0}, prototype="B2"),
+        NewStructure(crystal(4.0), "b"),
+        NewStructure(crystal(), "a again"),
+    ]
+    first = store.add(entries, in_set="one")
+    assert first.added == [True, True, False]
+    assert first.keys[0] == first.keys[2] != first.keys[1]
+    second = store.add([NewStructure(moved, "c")], in_set="two")
+    assert second.added == [False]
+    assert store.count() == 2
+    assert store.keys("one") == sorted(first.keys[:2])
+    assert store.keys("two") == [first.keys[0]]
+    stored = store.get_many(first.keys[:1])[first.keys[0]]
+    assert (stored.label, stored.prototype) == ("a", "B2")
+    assert stored.properties == {"energy": -1.0}
+    np.testing.assert_array_equal(stored.structure.frac_coords, crystal().frac_coords)
+    assert stored.chemical_system == "Au-Cu"
+
+
+def test_an_unknown_structure_is_named(database: Any) -> None:
+    with pytest.raises(InputError, match="1 of 1 structures"):
+        StructureStore(database).get_many(["nowhere"])
+
+
+def test_features_are_kept_by_parameters_and_version(database: Any) -> None:
+    store = StructureStore(database)
+    narrow, wide = {"cutoff_radius": 5.0}, {"cutoff_radius": 8.0}
+    entry = Features("key", b"graph", {"density": 8.9})
+    store.put_features([entry], {"bad": InputError("atoms overlap")}, narrow, 1)
+    store.put_features([entry], {}, narrow, 1)
+    assert database["structure_features"].count_documents({}) == 2
+    assert store.feature_state(["key", "bad", "new"], narrow, 1) == {
+        "key": "ok",
+        "bad": "quarantined",
+    }
+    assert store.feature_state(["key"], wide, 1) == {}
+    assert store.feature_state(["key"], narrow, 2) == {}
+    assert store.features(["bad", "key"], narrow, 1) == {"key": entry}
+    assert store.quarantined(["bad"], narrow, 1)["bad"]["kind"] == "input"
+    database["structure_features"].update_one(
+        {"structure": "key"}, {"$set": {"graph": b"grapf"}}
+    )
+    with pytest.raises(CorruptArtifactError):
+        store.features(["key"], narrow, 1)
+
+
+def test_a_simulation_is_written_once(database: Any) -> None:
+    store = SimulationStore(database)
+    first = Simulation("s", "m", "relaxation", "done", {"energy_ev": -1.0})
+    store.put_many(
+        [first, Simulation("t", "m", "relaxation", "failed", error={"a": 1})]
+    )
+    store.put_many([Simulation("s", "m", "relaxation", "done", {"energy_ev": -2.0})])
+    found = store.find(["t", "s", "u"], "m")
+    assert list(found) == ["t", "s"]
+    assert found["s"].result == {"energy_ev": -1.0}
+    assert store.find(["s"], "other") == {}
+    assert store.forget_failed(["s", "t"], "m") == 1
+    assert list(store.find(["s", "t"], "m")) == ["s"]
+
+
+def test_formation_energies_are_relative_to_the_elements(database: Any) -> None:
+    structures, simulations = StructureStore(database), SimulationStore(database)
+    alloy = structures.add(
+        [NewStructure(crystal(), "CuAu"), NewStructure(crystal(5.0), "far")],
+        in_set="c",
+    ).keys
+    elements = structures.add(
+        [
+            NewStructure(crystal(3.0, ("Cu", "Cu")), "Cu"),
+            NewStructure(crystal(4.0, ("Au", "Au")), "Au"),
+        ],
+        in_set="r",
+    ).keys
+
+    def energies() -> Any:
+        return formation_energies(
+            structures, simulations, keys=alloy, references=elements, method="m"
+        )
+
+    with pytest.raises(InputError, match="reference energy of Cu is missing"):
+        energies()
+    simulations.put_many(
+        Simulation(key, "m", "relaxation", "done", {"energy_ev": energy})
+        for key, energy in zip(elements, (-7.0, -8.0), strict=True)
+    )
+    assert energies().pending == alloy
+    simulations.put_many(
+        [
+            Simulation(alloy[0], "m", "relaxation", "done", {"energy_ev": -7.9}),
+            Simulation(alloy[1], "m", "relaxation", "failed", error={"kind": "x"}),
+        ]
+    )
+    result = energies()
+    assert result.energies == {alloy[0]: pytest.approx((-7.9 + 3.5 + 4.0) / 2)}
+    assert result.failures == {alloy[1]: {"kind": "x"}}
+    assert result.pending == []
+
+
+def test_a_campaign_keeps_its_plan(database: Any) -> None:
+    store = CampaignStore(database)
+    store.create("one", {"top_k": 3})
+    store.create("one", {"top_k": 3})
+    with pytest.raises(InputError, match="another plan"):
+        store.create("one", {"top_k": 4})
+    with pytest.raises(InputError, match="no dataset yet"):
+        store.output("one", "dataset")
+    store.record("one", dataset="abc")
+    assert store.output("one", "dataset") == "abc"
+    with pytest.raises(InputError, match="no campaign 'two'"):
+        store.get("two")
+    assert store.names() == ["one"]
+
+
+def test_versions_are_immutable_and_one_per_training(
+    database: Any, tmp_path: Path
+) -> None:
+    registry = ModelRegistry(database)
+    weights = tmp_path / "w"
+    weights.write_bytes(b"weights one")
+    first = register(registry, weights, "k1")
+    assert (
+        register(registry, weights, "k1").reference == first.reference == "energies@1"
+    )
+    weights.write_bytes(b"weights two")
+    second = register(registry, weights, "k2")
+    assert second.version == 2
+    assert registry.find("k2") == second
+    assert registry.find("k3") is None
+    assert registry.get("energies@latest") == second
+    assert registry.get("energies@1") == first
+    assert [r.version for r in registry.list_models(name="energies")] == [1, 2]
+    out = registry.write_weights(first, tmp_path / "out" / "w")
+    assert out.read_bytes() == b"weights one"
+
+
+def test_aliases_move_and_keep_their_history(database: Any, tmp_path: Path) -> None:
+    registry = ModelRegistry(database)
+    (tmp_path / "w").write_bytes(b"w")
+    register(registry, tmp_path / "w", "k1")
+    register(registry, tmp_path / "w", "k2")
+    with pytest.raises(InputError, match="energies@active"):
+        registry.get("energies")
+    registry.activate("energies@1", reason="first")
+    registry.activate("energies@1", reason="again: no entry")
+    registry.activate("energies@2", reason="better")
+    assert registry.get("energies").version == 2
+    history = database["model_aliases"].find().sort("sequence", 1)
+    assert [(h["sequence"], h["version"]) for h in history] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("name", ["", "a@b", "a:b"])
+def test_a_model_name_that_breaks_references_is_refused(
+    database: Any, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "w").write_bytes(b"w")
+    with pytest.raises(InputError, match="model name"):
+        register(ModelRegistry(database), tmp_path / "w", "k", name=name)
+
+
+@pytest.mark.mongodb
+def test_the_index_decides_races_between_workers(
+    mongodb_database: Any, tmp_path: Path
+) -> None:
+    ensure_indexes(mongodb_database)
+    registry = ModelRegistry(mongodb_database)
+    (tmp_path / "w").write_bytes(b"w")
+    # Two trainings, each registered by four workers at once.
+    keys = ["k1", "k2"] * 4
+    references: list[str] = []
+    threads = [
+        threading.Thread(
+            target=lambda key=key: references.append(
+                register(registry, tmp_path / "w", key).reference
+            )
+        )
+        for key in keys
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(references) == ["energies@1"] * 4 + ["energies@2"] * 4
+    assert mongodb_database["models"].count_documents({}) == 2
+    assert mongodb_database["artifacts.files"].count_documents({}) == 1
+
+
+def test_a_prediction_is_written_once(database: Any) -> None:
+    registry = ModelRegistry(database)
+    rows = [Prediction("s", -0.1, 0.02, False), Prediction("t", 0.3, None, True)]
+    assert registry.put_predictions("m@1", rows) == 2
+    assert (
+        registry.put_predictions("m@1", [*rows, Prediction("u", 0.0, 0.1, False)]) == 1
+    )
+    assert registry.put_predictions("m@2", rows) == 2
+    assert registry.predictions("m@1", ["t", "s", "x"]) == [rows[1], rows[0]]
+    assert registry.put_predictions("m@1", []) == 0
