@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,22 +180,37 @@ def store_errors(doing: str) -> Iterator[None]:
         ) from error
 
 
-def write_racing(collection: Any, operations: list[Any]) -> int:
-    """Write upserts and return how many made new documents.
+def upsert_many(
+    collection: Any, upserts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> set[int]:
+    """Write (filter, update) pairs and return the indices that made new documents.
 
-    A duplicate key means that another worker wrote the same content first.
+    The filters name unique keys. A duplicate key means that another worker wrote the
+    same content between look-up and insert, which is as good.
     """
+    from pymongo import UpdateOne
     from pymongo.errors import BulkWriteError
 
+    if not upserts:
+        return set()
+    if type(collection).__module__.startswith("mongomock"):
+        # mongomock 4.3 does not know the bulk operations of pymongo >= 4.9.
+        answers = [
+            collection.update_one(query, update, upsert=True)
+            for query, update in upserts
+        ]
+        return {i for i, a in enumerate(answers) if a.upserted_id is not None}
+    operations = [UpdateOne(query, update, upsert=True) for query, update in upserts]
     duplicate = 11000
     try:
-        return int(collection.bulk_write(operations, ordered=False).upserted_count)
+        result = collection.bulk_write(operations, ordered=False)
     except BulkWriteError as error:
         details = error.details or {}
         errors = details.get("writeErrors", [])
         if any(entry.get("code") != duplicate for entry in errors):
             raise
-        return int(details.get("nUpserted", 0))
+        return {entry["index"] for entry in details.get("upserted", [])}
+    return set(result.upserted_ids or {})
 
 
 # --------------------------------------------------------------------- artifacts

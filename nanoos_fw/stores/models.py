@@ -16,7 +16,7 @@ from nanoos_fw.stores.database import (
     get_artifact,
     put_artifact,
     store_errors,
-    write_racing,
+    upsert_many,
 )
 
 ACTIVE = "active"
@@ -223,10 +223,8 @@ class ModelRegistry:
 
     def put_predictions(self, model: str, rows: Iterable[Prediction]) -> int:
         """Store predictions once per (model, structure); return how many are new."""
-        from pymongo import UpdateOne
-
-        operations = [
-            UpdateOne(
+        upserts = [
+            (
                 {"model": model, "structure": row.structure},
                 {
                     "$setOnInsert": {
@@ -235,14 +233,11 @@ class ModelRegistry:
                         "out_of_domain": row.out_of_domain,
                     }
                 },
-                upsert=True,
             )
             for row in rows
         ]
-        if not operations:
-            return 0
         with store_errors("store predictions"):
-            return write_racing(self._predictions, operations)
+            return len(upsert_many(self._predictions, upserts))
 
     def predictions(self, model: str, structures: Sequence[str]) -> list[Prediction]:
         """Return the predictions there are for the structures, in their order."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoos_fw.provenance import content_key, utc_now
-from nanoos_fw.stores.database import store_errors, write_racing
+from nanoos_fw.stores.database import store_errors, upsert_many
 
 Status = Literal["done", "failed"]
 
@@ -67,10 +67,8 @@ class SimulationStore:
 
     def put_many(self, simulations: Iterable[Simulation]) -> None:
         """Store results; one that is there already stays as it is."""
-        from pymongo import UpdateOne
-
-        operations = [
-            UpdateOne(
+        upserts = [
+            (
                 {"_id": simulation.key},
                 {
                     "$setOnInsert": {
@@ -85,13 +83,11 @@ class SimulationStore:
                         "created": utc_now(),
                     }
                 },
-                upsert=True,
             )
             for simulation in simulations
         ]
-        if operations:
-            with store_errors("store simulations"):
-                write_racing(self._simulations, operations)
+        with store_errors("store simulations"):
+            upsert_many(self._simulations, upserts)
 
     def find(self, structures: Sequence[str], method: str) -> dict[str, Simulation]:
         """Return the results of one method by structure key."""

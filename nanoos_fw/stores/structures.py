@@ -14,7 +14,7 @@ from nanoos_fw.crystals import (
 )
 from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
 from nanoos_fw.provenance import content_key, sha256_bytes, utc_now
-from nanoos_fw.stores.database import store_errors, write_racing
+from nanoos_fw.stores.database import store_errors, upsert_many
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -95,8 +95,6 @@ class StructureStore:
             ``added[i]`` is False for a structure that the store, or an earlier entry
             of this call, already had.
         """
-        from pymongo import UpdateOne
-
         documents: dict[str, dict[str, Any]] = {}
         keys: list[str] = []
         first: list[bool] = []
@@ -109,17 +107,16 @@ class StructureStore:
         items = list(documents.items())
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            operations = [
-                UpdateOne(
+            upserts = [
+                (
                     {"_id": key},
                     {"$setOnInsert": document, "$addToSet": {"sets": in_set}},
-                    upsert=True,
                 )
                 for key, document in batch
             ]
             with store_errors("store structures"):
-                result = self._structures.bulk_write(operations, ordered=False)
-            new.update(batch[index][0] for index in result.upserted_ids or {})
+                created = upsert_many(self._structures, upserts)
+            new.update(batch[index][0] for index in created)
         added = [
             key in new and is_first for key, is_first in zip(keys, first, strict=True)
         ]
@@ -187,33 +184,34 @@ class StructureStore:
         version: int,
     ) -> None:
         """Store features, and quarantine structures that have none, once per key."""
-        from pymongo import ReplaceOne
-
-        common = {"parameters": parameters_key(parameters), "version": version}
-        documents: list[dict[str, Any]] = [
-            {
-                **common,
-                "structure": entry.structure,
+        identity = {"parameters": parameters_key(parameters), "version": version}
+        # All fields are set each time: an entry that was quarantined becomes whole.
+        entries: dict[str, dict[str, Any]] = {
+            entry.structure: {
                 "status": "ok",
                 "graph": entry.graph,
                 "sha256": sha256_bytes(entry.graph),
                 "scalars": entry.scalars,
+                "error": None,
             }
             for entry in features
-        ]
-        documents += [
-            {**common, "structure": key, "status": "quarantined", "error": e.to_dict()}
-            for key, e in failures.items()
-        ]
-        if not documents:
-            return
-        identity = ("structure", "parameters", "version")
-        operations = [
-            ReplaceOne({k: document[k] for k in identity}, document, upsert=True)
-            for document in documents
-        ]
+        }
+        for key, error in failures.items():
+            entries[key] = {
+                "status": "quarantined",
+                "graph": None,
+                "sha256": None,
+                "scalars": None,
+                "error": error.to_dict(),
+            }
         with store_errors("store features"):
-            write_racing(self._features, operations)
+            upsert_many(
+                self._features,
+                [
+                    ({"structure": key, **identity}, {"$set": entry})
+                    for key, entry in entries.items()
+                ],
+            )
 
     def features(
         self, keys: Sequence[str], parameters: Mapping[str, Any], version: int
