@@ -1,0 +1,166 @@
+"""Many crystal graphs in flat arrays, and batches of them as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.ml.graphs import CrystalGraph
+
+
+@dataclass(frozen=True, eq=False)
+class GraphBatch:
+    """Several graphs as one flat graph with atoms numbered through.
+
+    Parameters
+    ----------
+    numbers
+        ``(n_atoms,) int64``.
+    edge_index
+        ``(2, n_edges) int64``, centre and neighbour among all atoms of the batch.
+    distances
+        ``(n_edges,) float32``, Å.
+    graph_index
+        ``(n_atoms,) int64``, the graph of each atom.
+    degrees
+        ``(n_atoms,) int64``, edges of each atom.
+    graph_sizes
+        ``(n_graphs,) int64``, atoms of each graph.
+    """
+
+    numbers: NDArray[np.int64]
+    edge_index: NDArray[np.int64]
+    distances: NDArray[np.float32]
+    graph_index: NDArray[np.int64]
+    degrees: NDArray[np.int64]
+    graph_sizes: NDArray[np.int64]
+
+    @property
+    def n_graphs(self) -> int:
+        """Number of graphs."""
+        return int(self.graph_sizes.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class GraphTable:
+    """Many graphs in flat arrays, which may be memory-mapped files.
+
+    Parameters
+    ----------
+    numbers, degrees
+        ``(n_atoms,) uint8`` and ``(n_atoms,) uint16`` over all graphs.
+    neighbors, distances
+        ``(n_edges,) int32``, index within its own graph, and ``float32`` in Å.
+    atom_start, edge_start
+        ``(n_graphs + 1,) int64``: graph g owns ``atom_start[g]:atom_start[g + 1]``.
+    cutoff_radius, max_neighbors
+        How all of the graphs were built.
+    """
+
+    numbers: NDArray[np.uint8]
+    degrees: NDArray[np.uint16]
+    neighbors: NDArray[np.int32]
+    distances: NDArray[np.float32]
+    atom_start: NDArray[np.int64]
+    edge_start: NDArray[np.int64]
+    cutoff_radius: float
+    max_neighbors: int | None
+
+    @classmethod
+    def from_graphs(cls, graphs: Sequence[CrystalGraph]) -> GraphTable:
+        """Flatten graphs, in their order.
+
+        Raises
+        ------
+        InputError
+            If there are none, or they were built in different ways.
+        """
+        if not graphs:
+            raise InputError("a graph table needs at least one graph")
+        kinds = {(graph.cutoff_radius, graph.max_neighbors) for graph in graphs}
+        if len(kinds) > 1:
+            raise InputError(
+                "graphs built in different ways cannot be mixed",
+                evidence={"cutoff_radius, max_neighbors": sorted(map(str, kinds))},
+                advice="featurize all structures with the same parameters",
+            )
+        cutoff_radius, max_neighbors = kinds.pop()
+        return cls(
+            numbers=np.concatenate([graph.numbers for graph in graphs]),
+            degrees=np.concatenate([g.degrees for g in graphs]).astype(np.uint16),
+            neighbors=np.concatenate([graph.edge_index[1] for graph in graphs]),
+            distances=np.concatenate([g.distances for g in graphs]).astype(np.float32),
+            atom_start=_starts([graph.n_atoms for graph in graphs]),
+            edge_start=_starts([graph.n_edges for graph in graphs]),
+            cutoff_radius=cutoff_radius,
+            max_neighbors=max_neighbors,
+        )
+
+    def __len__(self) -> int:
+        return int(self.atom_start.shape[0]) - 1
+
+    @property
+    def graph_sizes(self) -> NDArray[np.int64]:
+        """Atoms of each graph, ``(n_graphs,) int64``."""
+        return np.diff(self.atom_start)
+
+    def batch(self, rows: NDArray[np.int64] | Sequence[int]) -> GraphBatch:
+        """Return some graphs as one batch, in the order of ``rows``."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        sizes = self.atom_start[wanted + 1] - self.atom_start[wanted]
+        edges_of = self.edge_start[wanted + 1] - self.edge_start[wanted]
+        atoms = _ranges(self.atom_start[wanted], sizes)
+        edges = _ranges(self.edge_start[wanted], edges_of)
+        degrees = self.degrees[atoms].astype(np.int64)
+        shift = np.cumsum(sizes) - sizes
+        edge_index = np.empty((2, len(edges)), dtype=np.int64)
+        edge_index[0] = np.repeat(np.arange(len(atoms)), degrees)
+        edge_index[1] = self.neighbors[edges] + np.repeat(shift, edges_of)
+        return GraphBatch(
+            numbers=self.numbers[atoms].astype(np.int64),
+            edge_index=edge_index,
+            distances=np.asarray(self.distances[edges]),
+            graph_index=np.repeat(np.arange(len(wanted)), sizes),
+            degrees=degrees,
+            graph_sizes=sizes,
+        )
+
+    def select(self, rows: NDArray[np.int64] | Sequence[int]) -> GraphTable:
+        """Return a table (in memory) of some graphs, in the order of ``rows``."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        sizes = self.atom_start[wanted + 1] - self.atom_start[wanted]
+        edges_of = self.edge_start[wanted + 1] - self.edge_start[wanted]
+        atoms = _ranges(self.atom_start[wanted], sizes)
+        edges = _ranges(self.edge_start[wanted], edges_of)
+        return GraphTable(
+            numbers=np.asarray(self.numbers[atoms]),
+            degrees=np.asarray(self.degrees[atoms]),
+            neighbors=np.asarray(self.neighbors[edges]),
+            distances=np.asarray(self.distances[edges]),
+            atom_start=_starts(sizes),
+            edge_start=_starts(edges_of),
+            cutoff_radius=self.cutoff_radius,
+            max_neighbors=self.max_neighbors,
+        )
+
+
+def collate_graphs(graphs: Sequence[CrystalGraph]) -> GraphBatch:
+    """Return graphs as one batch, in their order."""
+    return GraphTable.from_graphs(graphs).batch(np.arange(len(graphs)))
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
+
+
+def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the concatenation of ``arange(start, start + length)``."""
+    total = int(lengths.sum())
+    return np.arange(total) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)

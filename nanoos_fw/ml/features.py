@@ -1,0 +1,316 @@
+"""Features of crystal structures: a graph and scalars with stated units."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.ml.graphs import CrystalGraph, build_graph, nearest_neighbors
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+FEATURE_VERSION = 1
+"""Raised whenever equal input would give other features: part of every cache key."""
+
+ELEMENT_PROPERTIES: dict[str, str] = {
+    "atomic_number": "",
+    "atomic_mass": "u",
+    "electronegativity": "",  # Pauling
+    "covalent_radius": "Å",  # Cordero et al., Dalton Trans. 2832 (2008)
+    "atomic_radius": "Å",  # Slater, J. Chem. Phys. 41, 3199 (1964)
+    "group": "",
+    "period": "",
+    "mendeleev_number": "",
+    "ionization_energy": "eV",
+}
+"""Columns of the element table and their units."""
+
+STATISTICS = ("mean", "min", "max", "range", "std")
+
+_STRUCTURE_SCALARS: dict[str, str] = {
+    "n_sites": "",
+    "n_elements": "",
+    "volume_per_atom": "Å³/atom",
+    "density": "g/cm³",
+    "space_filling": "",
+}
+# Centres and width of the Gaussians of the published CGCNN, in Å.
+_CGCNN_STEP = 0.2
+_CGCNN_RADIUS = 8.0
+
+
+@dataclass(frozen=True, eq=False)
+class ElementTable:
+    """Properties of the elements by atomic number.
+
+    Parameters
+    ----------
+    names
+        The ``n`` properties, keys of ``ELEMENT_PROPERTIES``.
+    values
+        ``(119, n) float64``; row Z, row 0 unused; 0 where unknown.
+    known
+        ``(119, n) bool``; False where no value is published.
+    """
+
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    known: NDArray[np.bool_]
+
+    def column(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return values and mask of one property by atomic number."""
+        index = self.names.index(name)
+        return self.values[:, index], self.known[:, index]
+
+
+@functools.cache
+def element_table() -> ElementTable:
+    """Return the element table, read from pymatgen once."""
+    import warnings
+
+    from pymatgen.analysis.molecule_structure_comparator import CovalentRadius
+    from pymatgen.core.periodic_table import Element
+
+    names = tuple(ELEMENT_PROPERTIES)
+    values = np.full((119, len(names)), np.nan)
+    with warnings.catch_warnings():
+        # pymatgen warns for each missing electronegativity; the mask says so here.
+        warnings.simplefilter("ignore")
+        for z in range(1, 119):
+            element = Element.from_Z(z)
+            row = {
+                "atomic_number": z,
+                "atomic_mass": element.atomic_mass,
+                "electronegativity": element.X,
+                "covalent_radius": CovalentRadius.radius.get(element.symbol),
+                "atomic_radius": element.atomic_radius,
+                "group": element.group,
+                "period": element.row,
+                "mendeleev_number": element.mendeleev_no,
+                "ionization_energy": element.ionization_energy,
+            }
+            values[z] = [math.nan if row[n] is None else float(row[n]) for n in names]
+    known = np.isfinite(values)
+    return ElementTable(names, np.where(known, values, 0.0), known)
+
+
+def extract_structure_features(
+    structure: Structure,
+    cutoff_radius: float = 5.0,
+    max_neighbors: int | None = None,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the graph and the scalar features of a structure.
+
+    Parameters
+    ----------
+    structure
+        Ordered pymatgen structure.
+    cutoff_radius
+        Å; see :func:`nanoos_fw.ml.graphs.build_graph`.
+    max_neighbors
+        Nearest neighbours to keep of each atom, or None for all in the cutoff.
+
+    Returns
+    -------
+    graph_repr
+        Numpy arrays and plain values: ``numbers (n,)``, ``edge_index (2, e)``,
+        ``offsets (e, 3)``, ``distances (e,)`` Å, ``lattice (3, 3)`` Å,
+        ``atom_features (n, p)`` with ``atom_feature_known (n, p)`` and
+        ``atom_feature_names``, ``cutoff_radius``, ``max_neighbors``,
+        ``feature_version``. See :func:`graph_from_repr`.
+    scalar_features
+        Values by name; :func:`scalar_unit` gives the unit of each name.
+
+    Raises
+    ------
+    InputError
+        If no graph can be built of the structure.
+    """
+    graph = build_graph(
+        structure, cutoff_radius=cutoff_radius, max_neighbors=max_neighbors
+    )
+    return graph_to_repr(graph), _scalar_features(structure, graph.numbers)
+
+
+def graph_to_repr(graph: CrystalGraph) -> dict[str, Any]:
+    """Return a graph and its atom features as one dictionary of arrays."""
+    table = element_table()
+    return {
+        "feature_version": FEATURE_VERSION,
+        "cutoff_radius": graph.cutoff_radius,
+        "max_neighbors": graph.max_neighbors,
+        "numbers": graph.numbers,
+        "edge_index": graph.edge_index,
+        "offsets": graph.offsets,
+        "distances": graph.distances,
+        "lattice": graph.lattice,
+        "atom_feature_names": list(table.names),
+        "atom_features": table.values[graph.numbers],
+        "atom_feature_known": table.known[graph.numbers],
+    }
+
+
+def graph_from_repr(graph_repr: Mapping[str, Any]) -> CrystalGraph:
+    """Return the graph of a dictionary; nested lists instead of arrays are fine.
+
+    Raises
+    ------
+    InputError
+        If a key is missing, the version is another one, or the arrays do not fit.
+    """
+    version = graph_repr.get("feature_version")
+    if version != FEATURE_VERSION:
+        raise InputError(
+            f"the graph has feature version {version}, this program makes "
+            f"{FEATURE_VERSION}",
+            advice="featurize the structure again",
+        )
+    try:
+        offsets, lattice = graph_repr.get("offsets"), graph_repr.get("lattice")
+        graph = CrystalGraph(
+            numbers=np.asarray(graph_repr["numbers"], dtype=np.uint8),
+            edge_index=np.asarray(graph_repr["edge_index"], dtype=np.int32),
+            distances=np.asarray(graph_repr["distances"], dtype=np.float64),
+            cutoff_radius=float(graph_repr["cutoff_radius"]),
+            max_neighbors=graph_repr["max_neighbors"],
+            offsets=None if offsets is None else np.asarray(offsets, dtype=np.int32),
+            lattice=None if lattice is None else np.asarray(lattice, dtype=np.float64),
+        )
+    except KeyError as error:
+        raise InputError(f"the graph has no {error.args[0]!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"the graph cannot be read: {error}") from error
+    ends = graph.edge_index
+    if np.any(np.diff(ends[0]) < 0) or np.any((ends < 0) | (ends >= graph.n_atoms)):
+        raise InputError("the graph's edges are unsorted or point to missing atoms")
+    return graph
+
+
+def features_to_cgcnn_format(
+    graph_repr: Mapping[str, Any], max_neighbors: int = 12
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays the original CGCNN program works with.
+
+    Parameters
+    ----------
+    graph_repr
+        Graph of :func:`extract_structure_features`.
+    max_neighbors
+        Neighbours of each atom, ``M``.
+
+    Returns
+    -------
+    dict
+        ``atom_numbers (n,) int64``; ``atom_fea (n, p) float32``, elemental
+        properties, 0 where ``atom_fea_known (n, p) bool`` is False;
+        ``nbr_fea_idx (n, M) int64``; ``nbr_distances (n, M) float32`` in Å;
+        ``nbr_fea (n, M, 41) float32``, the Gaussians exp(-(d - mu)² / 0.2²) at
+        mu = 0, 0.2 ... 8 Å.
+
+    Raises
+    ------
+    InputError
+        If an atom has fewer than ``max_neighbors``: rows are never padded.
+
+    References
+    ----------
+    T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
+    """
+    whole = graph_from_repr(graph_repr)
+    few = np.flatnonzero(whole.degrees < max_neighbors)
+    if len(few):
+        raise InputError(
+            f"atom {few[0]} has {whole.degrees[few[0]]} of {max_neighbors} neighbours "
+            f"within {whole.cutoff_radius} Å",
+            evidence={"atoms": few[:20].tolist()},
+            advice="extract the features with a larger cutoff_radius",
+        )
+    graph = nearest_neighbors(whole, max_neighbors)
+    shape = (graph.n_atoms, max_neighbors)
+    distances = graph.distances.reshape(shape)
+    centers = np.arange(0.0, _CGCNN_RADIUS + _CGCNN_STEP, _CGCNN_STEP)
+    gaussians = np.exp(-(((distances[..., None] - centers) / _CGCNN_STEP) ** 2))
+    table = element_table()
+    return {
+        "atom_numbers": graph.numbers.astype(np.int64),
+        "atom_fea": table.values[graph.numbers].astype(np.float32),
+        "atom_fea_known": table.known[graph.numbers],
+        "nbr_fea_idx": graph.edge_index[1].astype(np.int64).reshape(shape),
+        "nbr_distances": distances.astype(np.float32),
+        "nbr_fea": gaussians.astype(np.float32),
+    }
+
+
+def scalar_unit(name: str) -> str:
+    """Return the unit of a scalar feature; empty for pure numbers.
+
+    Raises
+    ------
+    InputError
+        If there is no such feature.
+    """
+    if name in _STRUCTURE_SCALARS:
+        return _STRUCTURE_SCALARS[name]
+    if name.startswith("fraction_"):
+        return ""
+    prefix, _, statistic = name.rpartition("_")
+    if prefix in ELEMENT_PROPERTIES and statistic in STATISTICS:
+        return ELEMENT_PROPERTIES[prefix]
+    if name.removesuffix("_known_fraction") in ELEMENT_PROPERTIES:
+        return ""
+    raise InputError(f"there is no scalar feature {name!r}")
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _scalar_features(
+    structure: Structure, numbers: NDArray[np.uint8]
+) -> dict[str, float]:
+    """Return the scalars: composition, elemental statistics, packing.
+
+    Statistics are weighted by atomic fraction (``std`` is the population's). Where
+    an element present has no published value, the statistics of that property are
+    left out, and ``<property>_known_fraction`` tells how much of the composition has
+    one: a mean over the rest would be a number for another material.
+    """
+    from pymatgen.core.periodic_table import Element
+
+    table = element_table()
+    elements, counts = np.unique(numbers, return_counts=True)
+    fractions = counts / counts.sum()
+    scalars: dict[str, float] = {
+        "n_sites": float(len(numbers)),
+        "n_elements": float(len(elements)),
+        "volume_per_atom": float(structure.volume / len(numbers)),
+        "density": float(structure.density),
+    }
+    for z, fraction in zip(elements, fractions, strict=True):
+        scalars[f"fraction_{Element.from_Z(int(z)).symbol}"] = float(fraction)
+    for name in table.names:
+        column, mask = table.column(name)
+        values, known = column[elements], mask[elements]
+        scalars[f"{name}_known_fraction"] = float(fractions[known].sum())
+        if not known.all():
+            continue
+        mean = float(fractions @ values)
+        scalars[f"{name}_mean"] = mean
+        scalars[f"{name}_min"] = float(values.min())
+        scalars[f"{name}_max"] = float(values.max())
+        scalars[f"{name}_range"] = float(np.ptp(values))
+        scalars[f"{name}_std"] = float(np.sqrt(fractions @ (values - mean) ** 2))
+    radii, known = table.column("atomic_radius")
+    if known[elements].all():
+        # Spheres of the atomic radius over the cell, overlaps counted twice: the
+        # "packing fraction" of matminer's DensityFeatures.
+        spheres = 4.0 / 3.0 * math.pi * float(counts @ radii[elements] ** 3)
+        scalars["space_filling"] = spheres / float(structure.volume)
+    return scalars

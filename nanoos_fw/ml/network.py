@@ -1,0 +1,225 @@
+"""The layers of the crystal graph network. Importing this module imports torch.
+
+Method: T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nanoos_fw.ml.batches import GraphBatch
+from nanoos_fw.ml.cgcnn import Architecture
+from nanoos_fw.parallel import Communicator
+
+_EPSILON = 1e-5
+_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatch:
+    """A :class:`GraphBatch` as tensors; shapes are those of the arrays."""
+
+    numbers: Tensor
+    centre: Tensor
+    neighbor: Tensor
+    distances: Tensor
+    graph_index: Tensor
+    graph_sizes: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: GraphBatch, dtype: torch.dtype) -> TensorBatch:
+        """Wrap the arrays; only the distances change their type."""
+        return cls(
+            numbers=torch.from_numpy(batch.numbers),
+            centre=torch.from_numpy(batch.edge_index[0]),
+            neighbor=torch.from_numpy(batch.edge_index[1]),
+            distances=torch.from_numpy(np.asarray(batch.distances)).to(dtype),
+            graph_index=torch.from_numpy(batch.graph_index),
+            graph_sizes=torch.from_numpy(batch.graph_sizes),
+        )
+
+
+class _GlobalNormalization(torch.autograd.Function):
+    """Batch normalization whose moments run over the rows of all ranks.
+
+    ``torch.nn.SyncBatchNorm`` refuses the CPU. Rows may be spread in any way, ranks
+    without rows included; every rank must take part in forward and backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, comm: Communicator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        sums = torch.empty(channels + 1, dtype=torch.float64)
+        sums[:channels] = x.sum(0)
+        sums[channels] = x.shape[0]
+        comm.sum_in_place(sums.numpy())
+        count = sums[channels]
+        mean = sums[:channels] / count
+        # Around the mean, since E[x²] - E[x]² cancels in float32.
+        centered = x - mean.to(x.dtype)
+        squares = (centered * centered).sum(0).double()
+        comm.sum_in_place(squares.numpy())
+        variance = squares / count
+        inverse = torch.rsqrt(variance + _EPSILON).to(x.dtype)
+        normal = centered.mul_(inverse)
+        ctx.save_for_backward(normal, weight, inverse)
+        ctx.comm, ctx.count = comm, count
+        ctx.mark_non_differentiable(mean, variance, count)
+        return torch.addcmul(bias, normal, weight), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        normal, weight, inverse = ctx.saved_tensors
+        gradient = gradients[0]
+        channels = gradient.shape[1]
+        bias_gradient = gradient.sum(0)
+        weight_gradient = (gradient * normal).sum(0)
+        sums = torch.empty(2 * channels, dtype=torch.float64)
+        sums[:channels] = bias_gradient
+        sums[channels:] = weight_gradient
+        ctx.comm.sum_in_place(sums.numpy())
+        means = (sums / ctx.count).to(gradient.dtype)
+        scale = weight * inverse
+        x_gradient = scale * (gradient - means[:channels] - normal * means[channels:])
+        return x_gradient, weight_gradient, bias_gradient, None
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalization over the rows of all ranks, as if there were one.
+
+    Parameters
+    ----------
+    channels
+        Columns of the input ``(rows, channels)``.
+
+    Notes
+    -----
+    ``comm`` is set by the training loop. One rank uses torch's own kernel, which
+    gives the same numbers up to rounding.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.comm = Communicator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``(rows, channels)``."""
+        if not self.training or self.comm.size == 1:
+            return functional.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                _MOMENTUM,
+                _EPSILON,
+            )
+        normalize = cast(Any, _GlobalNormalization).apply
+        y: Tensor
+        y, mean, variance, count = normalize(x, self.weight, self.bias, self.comm)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(x.dtype), _MOMENTUM)
+            self.running_var.lerp_(unbiased.to(x.dtype), _MOMENTUM)
+        return y
+
+
+class GatedConvolution(nn.Module):
+    """One gated convolution: v + sum over neighbours of gate times message.
+
+    Notes
+    -----
+    The published layer applies one matrix to ``[v_i, v_j, u_ij]`` on each edge. The
+    product splits into three, and the parts that belong to atoms are computed once
+    per atom and gathered: the same sum with far fewer multiplications.
+    """
+
+    def __init__(self, hidden_dim: int, n_gaussians: int) -> None:
+        super().__init__()
+        self.centre = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.neighbor = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
+        self.edge = nn.Linear(n_gaussians, 2 * hidden_dim, bias=False)
+        self.edge_norm = GlobalBatchNorm(2 * hidden_dim)
+        self.atom_norm = GlobalBatchNorm(hidden_dim)
+
+    def forward(self, atoms: Tensor, gaussians: Tensor, batch: TensorBatch) -> Tensor:
+        """Return new atom vectors ``(n_atoms, hidden_dim)``."""
+        z = self.edge(gaussians)
+        z = z + self.centre(atoms).index_select(0, batch.centre)
+        z = z + self.neighbor(atoms).index_select(0, batch.neighbor)
+        gate, core = self.edge_norm(z).chunk(2, dim=1)
+        messages = torch.sigmoid(gate) * functional.softplus(core)
+        summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
+        return functional.softplus(atoms + self.atom_norm(summed))
+
+
+class CrystalGraphNetwork(nn.Module):
+    """Embedding, gated convolutions, mean over atoms, two dense layers.
+
+    Parameters
+    ----------
+    architecture
+        Sizes.
+    atom_table
+        ``(119, n_features)``, row Z: the fixed description of each element.
+    """
+
+    atom_table: Tensor
+    gaussian_centers: Tensor
+
+    def __init__(
+        self, architecture: Architecture, atom_table: NDArray[np.float32]
+    ) -> None:
+        super().__init__()
+        hidden = architecture.hidden_dim
+        centers = torch.from_numpy(architecture.gaussian_centers()).float()
+        table = torch.from_numpy(np.array(atom_table, dtype=np.float32))
+        # One copy in the checkpoint serves all members.
+        self.register_buffer("atom_table", table, persistent=False)
+        self.register_buffer("gaussian_centers", centers, persistent=False)
+        self.inverse_width = 1.0 / architecture.gaussian_width
+        self.embedding = nn.Linear(atom_table.shape[1], hidden)
+        self.convolutions = nn.ModuleList(
+            GatedConvolution(hidden, len(centers))
+            for _ in range(architecture.num_layers)
+        )
+        self.dense = nn.Linear(hidden, architecture.readout_dim)
+        self.output = nn.Linear(architecture.readout_dim, 1)
+
+    def forward(self, batch: TensorBatch) -> Tensor:
+        """Return the normalized target of each graph, ``(n_graphs,)``."""
+        # All elements at once: 119 rows are fewer than the atoms of most batches.
+        atoms = self.embedding(self.atom_table).index_select(0, batch.numbers)
+        shifted = batch.distances.unsqueeze(1) - self.gaussian_centers
+        gaussians = torch.exp(-((shifted * self.inverse_width) ** 2))
+        for convolution in self.convolutions:
+            atoms = convolution(atoms, gaussians, batch)
+        n_graphs = batch.graph_sizes.shape[0]
+        crystals = atoms.new_zeros((n_graphs, atoms.shape[1]))
+        crystals = crystals.index_add(0, batch.graph_index, atoms)
+        crystals = crystals / batch.graph_sizes.to(atoms.dtype).unsqueeze(1)
+        hidden = functional.softplus(self.dense(functional.softplus(crystals)))
+        return cast(Tensor, self.output(hidden)).squeeze(1)
+
+    def use_communicator(self, comm: Communicator) -> None:
+        """Let batch normalization run over the ranks of a communicator."""
+        for module in self.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.comm = comm

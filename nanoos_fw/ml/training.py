@@ -1,0 +1,546 @@
+"""Training of CGCNN ensembles: the call, and the program its ranks run.
+
+The ranks read the dataset's files and talk by MPI; they know no database. Members of
+the ensemble are fitted one after the other on all ranks. A finished member is never
+fitted again, an unfinished one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
+from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.cgcnn import (
+    Architecture,
+    ModelCard,
+    atom_features,
+    predict_table,
+    save_checkpoint,
+)
+from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
+from nanoos_fw.ml.metrics import (
+    element_fractions,
+    fit_element_reference,
+    regression_metrics,
+)
+from nanoos_fw.parallel import (
+    Communicator,
+    Resources,
+    StopRequest,
+    launch_ranks,
+    report_progress,
+    run_rank_program,
+)
+from nanoos_fw.provenance import (
+    content_key,
+    read_json,
+    run_environment,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from nanoos_fw.ml.fitting import Fit, FitData
+
+logger = logging.getLogger(__name__)
+
+RANK_PROGRAM = "nanoos_fw.ml.training"
+RANK_CONFIG = "train.json"
+CHECKPOINT = "model.safetensors"
+INDEX = "checkpoints.json"
+_PRELOAD_BYTES = 1 << 28
+_HISTORY = "history"
+
+
+class TrainingConfig(BaseModel):
+    """How an ensemble is trained.
+
+    Parameters
+    ----------
+    target
+        Target property; must be that of the dataset.
+    epochs
+        Passes over the training part, for each member.
+    batch_size
+        Graphs per step over all ranks; batches of an epoch are nearly equal.
+    learning_rate
+        Highest rate.
+    hidden_dim, num_layers, readout_dim
+        Sizes of the network.
+    gaussian_step
+        Distance between Gaussians of the bond expansion, and their width (Å).
+    ensemble_size
+        Networks, differing in initial weights and order of rows. One gives no
+        uncertainty.
+    optimizer, weight_decay
+        AdamW or SGD with momentum 0.9. Only weight matrices decay.
+    schedule, warmup_fraction
+        Linear rise over this share of all steps, then a cosine to zero or constant.
+    loss
+        Of the normalized target.
+    patience
+        Stop a member after this many epochs without a lower validation error; None
+        goes on to the end. The weights of the best epoch are kept either way.
+    element_reference
+        Let the network learn what a linear model in composition leaves over.
+    checkpoint_every
+        Epochs between checkpoints.
+    seed
+        Decides every random number.
+    precision
+        Of weights and arithmetic.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str = Field(min_length=1)
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=32, ge=2)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    hidden_dim: int = Field(default=128, ge=1)
+    num_layers: int = Field(default=3, ge=1)
+    readout_dim: int = Field(default=128, ge=1)
+    gaussian_step: float = Field(default=0.2, gt=0.0)
+    ensemble_size: int = Field(default=5, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
+    loss: Literal["mse", "mae", "huber"] = "mse"
+    patience: int | None = Field(default=None, ge=1)
+    element_reference: bool = True
+    checkpoint_every: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["float32", "float64"] = "float32"
+    schema_version: Literal[1] = 1
+
+
+class LearningCurve(BaseModel):
+    """One member's way: entries per epoch, loss normalized, errors in the unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    member: int
+    epochs: int
+    best_epoch: int
+    train_loss: list[float]
+    val_mae: list[float]
+    learning_rate: list[float]
+
+
+class TrainingResult(BaseModel):
+    """What a training gave.
+
+    Parameters
+    ----------
+    target, unit
+        What the model predicts.
+    checkpoint, checkpoint_sha256
+        The ensemble's file.
+    dataset_hash, config
+        What it was trained on, and how.
+    curves
+        Learning curve of each member.
+    metrics
+        Of the ensemble mean by part: ``n``, ``mse``, ``mae``, ``rmse``, ``r2`` and,
+        with several members, ``within_1_std``, ``within_2_std``; units follow
+        ``unit``.
+    baselines
+        The same by part for ``mean`` (of the training targets) and ``composition``
+        (least squares in the fractions of the elements): what needs no structure.
+    predictions
+        For validation and test: rows of ``structure_id``, ``target``, ``mean`` and
+        ``std`` (None with one member).
+    n_parameters
+        Weights of one member.
+    ranks, wall_s
+        Of the launch that finished; time in seconds, earlier launches not counted.
+    environment
+        Versions and host.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    unit: str
+    checkpoint: str
+    checkpoint_sha256: str
+    dataset_hash: str
+    config: TrainingConfig
+    curves: list[LearningCurve]
+    metrics: dict[str, dict[str, float | int | None]]
+    baselines: dict[str, dict[str, dict[str, float | int | None]]]
+    predictions: dict[str, list[dict[str, Any]]]
+    n_parameters: int
+    ranks: int
+    wall_s: float
+    environment: dict[str, Any]
+
+
+def train_cgcnn_model(
+    target: str,
+    config: TrainingConfig | Mapping[str, Any] | None = None,
+    *,
+    dataset_dir: str | Path,
+    work_dir: str | Path,
+    resources: Resources = Resources(),  # noqa: B008 - frozen
+    deadline: float | None = None,
+) -> TrainingResult:
+    """Train an ensemble on the ranks of a child program.
+
+    Parameters
+    ----------
+    target
+        Target property.
+    config
+        Hyper-parameters; None takes the defaults.
+    dataset_dir
+        Directory of :func:`nanoos_fw.ml.datasets.write_dataset`.
+    work_dir
+        Holds checkpoints and the result. Called again with the same directory, the
+        training goes on where it stopped, bit for bit at an equal number of ranks.
+    resources
+        Ranks, threads and launcher.
+    deadline
+        Unix time by which the ranks are to have written a checkpoint and stopped.
+
+    Raises
+    ------
+    InputError
+        If dataset, target and config do not fit, or the training diverges.
+    OutOfTimeError
+        If the deadline or a signal came first; a checkpoint is on disk.
+    CorruptArtifactError
+        If a file of the dataset or a checkpoint does not match its checksum.
+    LaunchError
+        If the ranks died.
+
+    Notes
+    -----
+    The caller holds ``work_dir`` (:func:`nanoos_fw.parallel.locked`) where two
+    launches could meet.
+
+    References
+    ----------
+    T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
+    """
+    fields = {"target": target}
+    if isinstance(config, TrainingConfig):
+        checked = config
+    else:
+        checked = TrainingConfig(**{**fields, **(config or {})})
+    if checked.target != target:
+        raise InputError(f"the config is for {checked.target!r}, not {target!r}")
+    directory = Path(work_dir).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RANK_CONFIG
+    write_json(
+        path,
+        {
+            "config": checked.model_dump(mode="json"),
+            "dataset_dir": str(Path(dataset_dir).resolve()),
+            "threads": resources.threads,
+            "deadline": deadline,
+        },
+    )
+    result = launch_ranks(RANK_PROGRAM, path, resources=resources, deadline=deadline)
+    trained = TrainingResult(**result)
+    if sha256_file(Path(trained.checkpoint)) != trained.checkpoint_sha256:
+        raise CorruptArtifactError(
+            f"{trained.checkpoint} does not match its checksum",
+            evidence={"sha256_expected": trained.checkpoint_sha256},
+            advice=f"delete {directory} and train again",
+        )
+    return trained
+
+
+# ------------------------------------------------------------------------ the ranks
+
+
+def main(
+    config: dict[str, Any], work_dir: Path, comm: Communicator, stop: StopRequest
+) -> dict[str, Any]:
+    """Train on all ranks; the body of the rank program."""
+    import torch
+
+    start = time.time()
+    torch.set_num_threads(int(config["threads"]))
+    training = TrainingConfig(**config["config"])
+    # One rank reads every byte for the checksums, the others map the files.
+    dataset = open_dataset(Path(config["dataset_dir"]), verify=comm.rank == 0)
+    _check(dataset, training)
+    table = _preload(dataset.graphs)
+    fractions = element_fractions(table)
+    composition = fit_element_reference(
+        fractions[dataset.rows("train")], dataset.targets[dataset.rows("train")]
+    )
+    reference = composition if training.element_reference else np.zeros(119)
+    data, mean, std = _fit_data(dataset, table, fractions @ reference)
+    card = ModelCard(
+        target_property=training.target,
+        unit=dataset.unit,
+        target_mean=mean,
+        target_std=std,
+        n_members=training.ensemble_size,
+        architecture=Architecture(
+            hidden_dim=training.hidden_dim,
+            num_layers=training.num_layers,
+            readout_dim=training.readout_dim,
+            gaussian_max=table.cutoff_radius,
+            gaussian_step=training.gaussian_step,
+            gaussian_width=training.gaussian_step,
+        ),
+        cutoff_radius=table.cutoff_radius,
+        max_neighbors=table.max_neighbors,
+        elements=tuple(np.flatnonzero(fractions[data.train].any(axis=0)).tolist()),
+        dataset_hash=dataset.dataset_hash,
+        n_train=len(data.train),
+        precision=training.precision,
+    )
+    fits = _fit_members(training, card, data, work_dir, comm, stop)
+    result: dict[str, Any] = {}
+    if comm.rank == 0:
+        result = _finish(training, card, dataset, table, reference, fits, work_dir)
+        constant = np.full(dataset.num_samples, dataset.target_mean)
+        result["baselines"] = {
+            "mean": _by_part(dataset, constant, None),
+            "composition": _by_part(dataset, fractions @ composition, None),
+        }
+        result["ranks"] = comm.size
+        result["wall_s"] = time.time() - start
+    return result
+
+
+def _check(dataset: Dataset, training: TrainingConfig) -> None:
+    if dataset.config.target_property != training.target:
+        raise InputError(
+            f"the dataset holds {dataset.config.target_property!r}, not "
+            f"{training.target!r}"
+        )
+    n_train = len(dataset.rows("train"))
+    if n_train < 2:
+        raise InputError(f"{n_train} training rows are too few to train on")
+    if training.patience is not None and not len(dataset.rows("val")):
+        raise InputError(
+            "patience needs a validation part and the dataset has none",
+            advice="set val_fraction in the dataset or patience to None",
+        )
+
+
+def _preload(table: GraphTable) -> GraphTable:
+    """Read small tables into memory: mapped pages cost a little on each access."""
+    size = table.neighbors.nbytes + table.distances.nbytes
+    return table.select(np.arange(len(table))) if size <= _PRELOAD_BYTES else table
+
+
+def _fit_data(
+    dataset: Dataset, table: GraphTable, composition: NDArray[np.float64]
+) -> tuple[FitData, float, float]:
+    from nanoos_fw.ml.fitting import FitData
+
+    train = dataset.rows("train")
+    residual = dataset.targets - composition
+    mean, std = float(residual[train].mean()), float(residual[train].std())
+    if std < 1e-12 * max(1.0, float(np.abs(dataset.targets[train]).max())):
+        raise InputError(
+            "composition alone explains the training targets: nothing is left to "
+            "learn from structure",
+            advice="set element_reference to False, or label more structures",
+        )
+    data = FitData(
+        table=table,
+        targets=(residual - mean) / std,
+        train=train,
+        val=dataset.rows("val"),
+        scale=std,
+    )
+    return data, mean, std
+
+
+def _fit_members(
+    training: TrainingConfig,
+    card: ModelCard,
+    data: FitData,
+    work_dir: Path,
+    comm: Communicator,
+    stop: StopRequest,
+) -> list[Fit]:
+    from nanoos_fw.ml.fitting import Fit
+
+    checkpoints = _Checkpoints(work_dir, training, card.dataset_hash, comm)
+    atom_table = atom_features()
+    total = training.ensemble_size * training.epochs
+    fits = []
+    for member in range(training.ensemble_size):
+        fit = Fit(training, card.architecture, atom_table, data, member, comm)
+        checkpoints.load(fit)
+        while not fit.done:
+            if not fit.run_epoch(lambda: comm.any(stop.requested)):
+                checkpoints.save(fit)
+                raise OutOfTimeError(
+                    f"training stopped ({stop.reason}) in epoch "
+                    f"{fit.history.epochs + 1} of member {member + 1}",
+                    evidence={"member": member, "epochs": fit.history.epochs},
+                    advice="rerun to resume from the checkpoint",
+                )
+            if fit.done or fit.history.epochs % training.checkpoint_every == 0:
+                checkpoints.save(fit)
+            if comm.rank == 0:
+                done = member * training.epochs + fit.history.epochs
+                text = f"member {member + 1}, epoch {fit.history.epochs}"
+                if fit.history.val_mae:
+                    text += f", validation MAE {fit.history.val_mae[-1]:.4g}"
+                report_progress(work_dir, done, total, text)
+        fit.use_best()
+        fits.append(fit)
+    return fits
+
+
+def _finish(
+    training: TrainingConfig,
+    card: ModelCard,
+    dataset: Dataset,
+    table: GraphTable,
+    reference: NDArray[np.float64],
+    fits: list[Fit],
+    work_dir: Path,
+) -> dict[str, Any]:
+    """Write the ensemble and judge it (rank 0)."""
+    path = work_dir / CHECKPOINT
+    weights = [fit.weights() for fit in fits]
+    digest = save_checkpoint(path, card, weights, atom_features(), reference)
+    members = predict_table([fit.network for fit in fits], card, reference, table)
+    mean = members.mean(axis=0)
+    std = members.std(axis=0, ddof=1) if len(members) > 1 else None
+    return {
+        "target": training.target,
+        "unit": dataset.unit,
+        "checkpoint": str(path),
+        "checkpoint_sha256": digest,
+        "dataset_hash": dataset.dataset_hash,
+        "config": training.model_dump(mode="json"),
+        "curves": [
+            {"member": fit.member, "epochs": fit.history.epochs, **vars(fit.history)}
+            for fit in fits
+        ],
+        "metrics": _by_part(dataset, mean, std),
+        "predictions": {
+            part: [
+                {
+                    "structure_id": dataset.ids[row],
+                    "target": float(dataset.targets[row]),
+                    "mean": float(mean[row]),
+                    "std": None if std is None else float(std[row]),
+                }
+                for row in dataset.rows(part)
+            ]
+            for part in PARTS[1:]
+        },
+        "n_parameters": sum(p.numel() for p in fits[0].network.parameters()),
+        "environment": run_environment(),
+    }
+
+
+def _by_part(
+    dataset: Dataset, mean: NDArray[np.float64], std: NDArray[np.float64] | None
+) -> dict[str, dict[str, float | int | None]]:
+    metrics = {}
+    for part in PARTS:
+        rows = dataset.rows(part)
+        error_bar = None if std is None else std[rows]
+        metrics[part] = regression_metrics(dataset.targets[rows], mean[rows], error_bar)
+    return metrics
+
+
+class _Checkpoints:
+    """The states of the members on disk, and the index that says which count.
+
+    A state is written under a name that holds its epoch, then the index is replaced,
+    then the older state removed: at any instant the index names a complete file.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path,
+        training: TrainingConfig,
+        dataset_hash: str,
+        comm: Communicator,
+    ) -> None:
+        self.work_dir, self.comm = work_dir, comm
+        self.key = content_key(
+            "training",
+            {"config": training.model_dump(mode="json"), "dataset": dataset_hash},
+        )
+        index = None
+        path = work_dir / INDEX
+        if comm.rank == 0 and path.exists():
+            index = read_json(path)
+        self.index: dict[str, Any] = comm.broadcast(index) or {
+            "key": self.key,
+            "members": {},
+        }
+        if self.index["key"] != self.key:
+            raise InputError(
+                f"{work_dir} holds the checkpoints of another training",
+                evidence={"key": self.index["key"], "key_expected": self.key},
+                advice="use another work directory, or delete this one",
+            )
+
+    def load(self, fit: Fit) -> None:
+        """Put a member back to its last checkpoint, if it has one."""
+        import json
+
+        from safetensors.torch import load
+
+        entry = self.index["members"].get(str(fit.member))
+        if entry is None:
+            return
+        path = self.work_dir / entry["file"]
+        data = path.read_bytes() if path.exists() else b""
+        if sha256_bytes(data) != entry["sha256"]:
+            raise CorruptArtifactError(
+                f"checkpoint {path} is missing or does not match its checksum",
+                evidence={"sha256_expected": entry["sha256"]},
+                advice=f"delete {self.work_dir / INDEX} and train again",
+            )
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        history = json.loads(header["__metadata__"][_HISTORY])
+        for name, value in history.items():
+            setattr(fit.history, name, value)
+        fit.restore(load(data))
+
+    def save(self, fit: Fit) -> None:
+        """Write a member's state (rank 0); all ranks wait for it."""
+        import json
+
+        from safetensors.torch import save
+
+        if self.comm.rank == 0:
+            name = f"member{fit.member}-epoch{fit.history.epochs:05d}.safetensors"
+            data = save(fit.state(), metadata={_HISTORY: json.dumps(vars(fit.history))})
+            write_atomic(self.work_dir / name, data)
+            old = self.index["members"].get(str(fit.member), {}).get("file")
+            self.index["members"][str(fit.member)] = {
+                "file": name,
+                "sha256": sha256_bytes(data),
+                "epochs": fit.history.epochs,
+            }
+            write_json(self.work_dir / INDEX, self.index)
+            if old not in {None, name}:
+                (self.work_dir / old).unlink(missing_ok=True)
+        self.comm.barrier()
+
+
+if __name__ == "__main__":
+    run_rank_program(main)
