@@ -29,6 +29,8 @@ from nanoos_fw.reports.data import (
     Training,
     regression_scores,
 )
+from nanoos_fw.reports.page import render_report
+from nanoos_fw.reports.pictures import structure_svg
 
 __all__ = [
     "Average",
@@ -56,4 +58,6 @@ __all__ = [
     "ThermoSeries",
     "Training",
     "regression_scores",
+    "render_report",
+    "structure_svg",
 ]
