@@ -12,7 +12,6 @@ import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.md import zhou2004
+from nanoos_fw.md.potential_files import (
+    read_entries,
+    read_setfl_header,
+    setfl_subset,
+)
 from nanoos_fw.provenance import (
     content_key,
     sha256_bytes,
@@ -29,11 +33,10 @@ from nanoos_fw.provenance import (
 
 FILE_STYLES = ("eam/alloy", "eam/fs", "tersoff", "sw")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+\Z")
-# Words of one entry: three elements and the numbers that follow.
-_ENTRY_WORDS = {"tersoff": 17, "sw": 14}
-_LINE_OF_ELEMENTS = 3  # setfl: three comment lines, then the elements
 _METAL_TIMESTEP_FS = 2.0
 _NEAR_NAMES = 5
+
+ZHOU2004_ELEMENTS: tuple[str, ...] = zhou2004.elements()
 
 PairStyle = Literal["eam/alloy", "eam/fs", "tersoff", "sw", "lj/cut"]
 
@@ -279,43 +282,6 @@ def atomic_mass(symbol: str) -> float:
     return float(Element(check_element(symbol)).atomic_mass)
 
 
-def setfl_subset(text: str, elements: Sequence[str]) -> str:
-    """Return an ``eam/alloy`` file cut down to some of its elements.
-
-    The tables are copied as text, so the numbers stay what they were.
-
-    Raises
-    ------
-    InputError
-        If the file lacks an element or is cut short.
-    """
-    lines, words = _setfl_parts(text)
-    names, _ = _read_setfl_header(text)
-    if missing := sorted(set(elements) - set(names)):
-        raise InputError(f"the setfl file has no {', '.join(missing)}, only {names}")
-    grid = lines[_LINE_OF_ELEMENTS + 1].split()
-    n_rho, n_r = int(grid[0]), int(grid[2])
-    n, block = len(names), 4 + n_rho + n_r
-    if len(words) != n * block + n * (n + 1) // 2 * n_r:
-        raise InputError(f"the setfl file has {len(words)} values, not as its header")
-    out = [
-        *lines[:_LINE_OF_ELEMENTS],
-        f"{len(elements)} {' '.join(elements)}",
-        lines[_LINE_OF_ELEMENTS + 1],
-    ]
-    index = [names.index(element) for element in elements]
-    for i in index:
-        start = i * block
-        out.append(" ".join(words[start : start + 4]))
-        out.append("\n".join(words[start + 4 : start + block]))
-    for row, i in enumerate(index):
-        for j in index[: row + 1]:
-            high, low = max(i, j), min(i, j)
-            start = n * block + (high * (high + 1) // 2 + low) * n_r
-            out.append("\n".join(words[start : start + n_r]))
-    return "\n".join(out) + "\n"
-
-
 def zhou2004_potential(elements: Sequence[str], directory: Path) -> Potential:
     """Write the 16-metal EAM for some of its elements and return the recipe.
 
@@ -450,9 +416,9 @@ def file_potential(
     tag = re.search(r"CITATION:\s*(.+)", head)
     try:
         if pair_style.startswith("eam"):
-            elements, cutoff = _read_setfl_header(text)
+            elements, cutoff = read_setfl_header(text)
         else:
-            elements, cutoff = _read_entries(text, pair_style)
+            elements, cutoff = read_entries(text, pair_style)
     except (ValueError, IndexError) as error:
         raise InputError(
             f"{path.name} is not a {pair_style} file: {error}",
@@ -512,44 +478,3 @@ def lennard_jones_potential(
         timestep_fs=timestep_fs,
         cutoff_a=cutoff_a,
     )
-
-
-# ------------------------------------------------------------------------- private
-
-
-@lru_cache(maxsize=2)
-def _setfl_parts(text: str) -> tuple[list[str], list[str]]:
-    """Return the header's lines and all words after it; a batch asks many times."""
-    lines = text.split("\n", _LINE_OF_ELEMENTS + 2)
-    return lines[:-1], lines[-1].split()
-
-
-def _read_setfl_header(text: str) -> tuple[tuple[str, ...], float]:
-    lines = text.split("\n", _LINE_OF_ELEMENTS + 3)
-    words = lines[_LINE_OF_ELEMENTS].split()
-    elements = tuple(words[1:])
-    if not elements or int(words[0]) != len(elements):
-        raise ValueError(f"line 4 counts {words[0]} elements and names {elements}")
-    return elements, float(lines[_LINE_OF_ELEMENTS + 1].split()[4])
-
-
-def _read_entries(text: str, pair_style: str) -> tuple[tuple[str, ...], float]:
-    """Return the elements that have all triplets among themselves, and the cutoff."""
-    words = " ".join(line.split("#", 1)[0] for line in text.splitlines()).split()
-    size = _ENTRY_WORDS[pair_style]
-    if not words or len(words) % size:
-        raise ValueError(f"{len(words)} words are not entries of {size}")
-    entries = [words[i : i + size] for i in range(0, len(words), size)]
-    cutoffs = []
-    for entry in entries:
-        numbers = [float(word) for word in entry[3:]]
-        if pair_style == "sw":
-            cutoffs.append(numbers[1] * numbers[2])  # sigma times a
-        else:
-            cutoffs.append(numbers[10] + numbers[11])  # R plus D
-    # LAMMPS wants an entry for every triplet, so an element counts only with all.
-    triplets = {tuple(entry[:3]) for entry in entries}
-    elements = sorted({word for triplet in triplets for word in triplet})
-    if missing := set(itertools.product(elements, repeat=3)) - triplets:
-        raise ValueError(f"no entry for {' '.join(min(missing))}")
-    return tuple(elements), max(cutoffs)
