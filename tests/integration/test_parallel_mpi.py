@@ -106,6 +106,10 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    wait_for(lambda: not any(alive(pid) for pid in pids), "the ranks to be gone")
+
+
 def start_parent(config: Path, tmp_path: Path, **options: Any) -> subprocess.Popen[str]:
     """Launch the ranks from a process of its own, to be signalled or killed."""
     script = tmp_path / "parent.py"
@@ -194,7 +198,7 @@ comm.barrier()  # the other rank waits for ever
     with pytest.raises(InputError, match="sample 17 has no atoms") as caught:
         launch(config, deadline=time.time() + HANGING_S)
     assert caught.value.evidence == {"sample": 17}
-    assert not any(alive(pid) for pid in rank_pids(config.parent))
+    wait_until_gone(rank_pids(config.parent))
 
 
 def test_an_unexpected_exception_becomes_a_launch_error_with_traceback(
@@ -217,7 +221,7 @@ def test_a_killed_rank_is_a_launch_error_with_the_log(
 ) -> None:
     config = write_program(
         """
-print("last words of rank", comm.rank, flush=True)
+print(f"last words of rank {comm.rank}")
 comm.barrier()
 if comm.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -227,7 +231,7 @@ comm.barrier()
     with pytest.raises(LaunchError, match="left no result") as caught:
         launch(config, deadline=time.time() + HANGING_S)
     assert "last words of rank 1" in caught.value.evidence["log_tail"]
-    assert not any(alive(pid) for pid in rank_pids(config.parent))
+    wait_until_gone(rank_pids(config.parent))
 
 
 def test_a_finished_run_is_not_taken_for_the_result_of_the_next(
@@ -265,7 +269,7 @@ def test_a_signal_to_the_parent_stops_the_ranks_with_a_checkpoint(
     assert error["resumable"] is True
     assert number.name in error["message"]
     assert (config.parent / "checkpoint").exists()
-    assert not any(alive(pid) for pid in pids)
+    wait_until_gone(pids)
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace(
@@ -274,8 +278,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(
     config = write_program(RUN_FOR_EVER)
     with pytest.raises(LaunchError, match="did not stop when it was asked"):
         launch(config, deadline=time.time() + 5.0, grace_s=0.5)
-    pids = rank_pids(config.parent)
-    wait_for(lambda: not any(alive(pid) for pid in pids), "the ranks to be gone")
+    wait_until_gone(rank_pids(config.parent))
 
 
 def test_a_killed_parent_takes_its_ranks_along(
@@ -286,7 +289,30 @@ def test_a_killed_parent_takes_its_ranks_along(
     pids = rank_pids(config.parent)
     # Not waited for: a zombie must not count as a living parent.
     os.kill(parent.pid, signal.SIGKILL)
-    wait_for(lambda: not any(alive(pid) for pid in pids), "the ranks to be gone")
+    wait_until_gone(pids)
+    parent.communicate()
+
+
+def test_ranks_of_a_killed_parent_are_gone_before_the_next_launch_starts(
+    write_program: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_program(RUN_FOR_EVER)
+    parent = start_parent(config, tmp_path)
+    pids = rank_pids(config.parent)
+    config = write_program(
+        """
+def state(pid):
+    stat = f"/proc/{pid}/stat"
+    if not os.path.exists(stat):
+        return "gone"
+    return open(stat).read().rpartition(")")[2].split()[0]
+return {"states": [state(pid) for pid in config["old"]]}
+""",
+        old=pids,
+    )
+    os.kill(parent.pid, signal.SIGKILL)
+    result = launch(config)
+    assert set(result["states"]) <= {"gone", "Z", "X"}
     parent.communicate()
 
 
@@ -294,6 +320,6 @@ def test_two_launches_append_to_one_log(write_program: Callable[..., Path]) -> N
     config = write_program('print("hello"); return {"ok": True}')
     launch(config)
     launch(config)
-    lines = (config.parent / LOG).read_text().splitlines()
-    assert lines.count("hello") == 4
-    assert sum(line.startswith("$ ") for line in lines) == 2
+    log = (config.parent / LOG).read_text()
+    assert log.count("hello") == 4
+    assert log.count("$ ") == 2

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoos_fw import parallel
 from nanoos_fw.errors import (
     InputError,
     LaunchError,
@@ -23,6 +22,7 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.parallel import (
     ERROR,
+    LOCK,
     RESULT,
     RESUMABLE_EXIT,
     STOPPED,
@@ -37,6 +37,8 @@ from nanoos_fw.parallel import (
     report_progress,
     run_rank_program,
 )
+from nanoos_fw.parallel.files import hold_as_rank, wait_for_no_rank
+from nanoos_fw.parallel.ranks import _start_time
 
 
 def names(folder: Path) -> list[str]:
@@ -58,7 +60,7 @@ def bare_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     python_folder = tmp_path / "python"
     python_folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(parallel.sys, "executable", str(python_folder / "python3"))
+    monkeypatch.setattr(sys, "executable", str(python_folder / "python3"))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     return folder
 
@@ -86,7 +88,7 @@ def test_mpiexec_is_the_launcher_outside_slurm(bare_path: Path) -> None:
 
 def test_the_launcher_beside_python_comes_first(bare_path: Path) -> None:
     make_program(bare_path, "mpiexec")
-    own = make_program(Path(parallel.sys.executable).parent, "mpiexec")
+    own = make_program(Path(sys.executable).parent, "mpiexec")
     assert launch_command(Resources(ranks=2))[0] == str(own)
 
 
@@ -199,7 +201,7 @@ def test_a_python_that_cannot_start_is_a_launch_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_program(tmp_path, "pass")
-    monkeypatch.setattr(parallel.sys, "executable", str(tmp_path / "no python"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
     with pytest.raises(LaunchError, match="cannot start"):
         launch_ranks("single_rank", config, resources=Resources())
 
@@ -408,7 +410,7 @@ def test_a_work_directory_is_held_by_one_launch(tmp_path: Path) -> None:
 def test_a_work_directory_is_free_after_its_launch(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path / "work"):
-            assert names(tmp_path / "work") == [parallel.LOCK]
+            assert names(tmp_path / "work") == [LOCK]
 
 
 def test_a_work_directory_that_cannot_be_made_is_an_input_error(
@@ -422,12 +424,30 @@ def test_a_work_directory_that_cannot_be_made_is_an_input_error(
         pass
 
 
+def test_a_launch_waits_for_the_ranks_of_an_earlier_one(tmp_path: Path) -> None:
+    with hold_as_rank(tmp_path), hold_as_rank(tmp_path):
+        assert not wait_for_no_rank(tmp_path, 0.0)
+    assert wait_for_no_rank(tmp_path, 0.0)
+
+
+def test_ranks_that_still_live_refuse_a_new_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoos_fw.parallel.launch._LAST_RANKS_S", 0.0)
+    config = write_program(tmp_path, "pass")
+    with (
+        hold_as_rank(tmp_path),
+        pytest.raises(LaunchError, match="earlier launch still work"),
+    ):
+        launch_ranks("single_rank", config, resources=Resources())
+
+
 def test_a_gone_process_and_a_zombie_are_not_alive() -> None:
-    assert parallel._start_time(str(os.getpid())) is not None
+    assert _start_time(str(os.getpid())) is not None
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, not yet buried
-    assert parallel._start_time(str(child)) is None
+    assert _start_time(str(child)) is None
     os.waitpid(child, 0)
-    assert parallel._start_time(str(child)) is None
+    assert _start_time(str(child)) is None
