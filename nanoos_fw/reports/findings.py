@@ -17,6 +17,7 @@ from nanoos_fw.reports.data import (
     MDPanel,
     MissingRun,
     NotAvailable,
+    Provenance,
     Ranking,
     ReportData,
     Scores,
@@ -24,6 +25,7 @@ from nanoos_fw.reports.data import (
     regression_scores,
 )
 from nanoos_fw.reports.formatting import (
+    duration,
     energy,
     formula,
     milli,
@@ -119,13 +121,9 @@ def _abstract_relaxed(part: Ranking | NotAvailable) -> Markup:
     if found is None:
         return Markup("No prediction was checked by relaxation with LAMMPS.")
     return Markup(
-        "Relaxed with LAMMPS, {} from the prediction by {} meV/atom on average."
-    ).format(
-        f"the {number(found.n)} best-ranked candidates differ"
-        if found.n > 1
-        else "the best-ranked candidate differs",
-        milli(found.mean_absolute),
-    )
+        "The prediction of the {} checked by relaxation with LAMMPS is off by {} "
+        "meV/atom on average."
+    ).format(plural(found.n, "top candidate"), milli(found.mean_absolute))
 
 
 def _abstract_discovery(part: Discovery | NotAvailable) -> Markup:
@@ -159,12 +157,12 @@ def funnel_finding(part: Funnel) -> Markup:
     stages = (part.labelled, part.screened, part.relaxed, part.simulated)
     failed = sum(stage.failed for stage in stages)
     pending = sum(stage.pending for stage in stages)
-    return Markup("{} led to {} and {}; {} failed and {} on the way.").format(
+    return Markup("{} led to {} and {}; {} failed on the way and {}.").format(
         plural(part.candidates, "candidate"),
         plural(part.relaxed.finished, "relaxed structure"),
         plural(part.simulated.finished, "finished simulation"),
         plural(failed, "step"),
-        "none is pending" if pending == 0 else f"{number(pending)} are pending",
+        f"{number(pending)} {'is' if pending == 1 else 'are'} pending",
     )
 
 
@@ -230,7 +228,7 @@ def evaluation_finding(part: Evaluation) -> Markup:
             part.mean_predictor.reason
         )
     others = [part.mean_predictor, *part.baselines]
-    text += Markup("; the mean predictor has {}").format(milli(others[0].mae))
+    text += Markup("; the mean predictor has {} meV/atom").format(milli(others[0].mae))
     text += Markup(" ({}).").format(_compared(scores.mae, others[0].mae))
     better = [other for other in part.baselines if other.mae <= scores.mae]
     for other in better:
@@ -256,14 +254,14 @@ def coverage_statement(part: Evaluation) -> Markup:
     else:
         one, two = sigmas
         text = Markup(
-            "The test error is at most σ for {} of the structures (68{sp}% expected of "
-            "well-calibrated Gaussian errors) and at most 2σ for {} (95{sp}% "
-            "expected): {}."
+            "The test error is at most σ for {} of the structures ({} expected of "
+            "well-calibrated Gaussian errors) and at most 2σ for {} ({} expected): {}."
         ).format(
             percent(one.observed),
+            percent(one.expected),
             percent(two.observed),
+            percent(two.expected),
             _verdict(one, two, len(part.targets)),
-            sp="\N{NARROW NO-BREAK SPACE}",
         )
     if part.interval is not None:
         errors = np.subtract(part.predictions, part.targets)
@@ -286,8 +284,8 @@ def _verdict(one: Coverage, two: Coverage, n: int) -> str:
     verdicts = {one.verdict, two.verdict}
     if "too small" in verdicts:
         return (
-            "the stated uncertainties are too small, read σ as an order, not as an "
-            "error bar"
+            "the stated uncertainties are too small; use σ to compare candidates, not "
+            "as an error bar"
         )
     if "too large" in verdicts:
         return "the stated uncertainties are too large"
@@ -314,8 +312,8 @@ def ranking_finding(part: Ranking) -> Markup:
     side = "below" if found.mean_signed < 0 else "above"
     return text + Markup(
         " On the {} relaxed with LAMMPS the prediction is off by {} meV/atom on "
-        "average (mean signed difference {}, predictions {} LAMMPS); the largest "
-        "difference is {} meV/atom for {}."
+        "average (mean signed difference {}: predictions lie {} LAMMPS on the whole); "
+        "the largest difference is {} meV/atom for {}."
     ).format(
         number(found.n),
         milli(found.mean_absolute),
@@ -404,3 +402,19 @@ def failures_finding(part: tuple[Failure, ...]) -> Markup:
     return Markup(
         "{} failed; the commonest cause is “{}” in stage {} ({} of {})."
     ).format(plural(total, "step"), cause, stage, number(count), number(total))
+
+
+def provenance_finding(part: Provenance) -> Markup:
+    """Return what the campaign cost and on how many machines it ran."""
+    where = plural(len(part.hosts), "host")
+    what = plural(len(part.versions), "package version")
+    if isinstance(part.timings, NotAvailable) or not part.timings:
+        return Markup("{} and {} are recorded.").format(where, what)
+    text = Markup("The stages took {} of wall time in {}").format(
+        duration(sum(row.wall_s for row in part.timings)),
+        plural(sum(row.tasks for row in part.timings), "task"),
+    )
+    hours = [row.core_hours for row in part.timings if row.core_hours is not None]
+    if len(hours) == len(part.timings):
+        text += Markup(", {} core hours").format(significant(sum(hours), 3))
+    return text + Markup("; {} and {} are recorded.").format(where, what)

@@ -38,6 +38,12 @@ def significant(value: float, digits: int) -> str:
     return number(round(value, decimals), max(0, decimals))
 
 
+def plain(value: float) -> str:
+    """Return a given value, such as a set point, without trailing zeros."""
+    text = significant(value, 6)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def energy(value: float, uncertainty: float | None = None) -> str:
     """Return an energy in eV/atom to the meV, with its uncertainty if there is one."""
     text = number(value, 3)

@@ -15,6 +15,12 @@ from markupsafe import Markup
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.reports import findings, formatting
+from nanoos_fw.reports.candidate_figures import (
+    discovery_figure,
+    md_figure,
+    rdf_figure,
+    top_figure,
+)
 from nanoos_fw.reports.data import (
     MDPanel,
     MissingRun,
@@ -24,16 +30,11 @@ from nanoos_fw.reports.data import (
     Scores,
     ThermoSeries,
 )
-from nanoos_fw.reports.figures import (
-    TEMPLATE,
-    Figure,
-    discovery_figure,
+from nanoos_fw.reports.drawing import TEMPLATE, Figure
+from nanoos_fw.reports.learning_figures import (
     labels_figure,
     learning_figures,
-    md_figure,
     parity_figure,
-    rdf_figure,
-    top_figure,
     uncertainty_figure,
 )
 from nanoos_fw.reports.pictures import structure_svg
@@ -206,7 +207,7 @@ def _average_row(
         name,
         unit,
         value,
-        "–" if set_point is None else formatting.significant(set_point / divisor, 5),
+        "–" if set_point is None else formatting.plain(set_point / divisor),
     )
 
 
@@ -246,7 +247,7 @@ def _error_tile(data: ReportData) -> KeyFigure:
         return KeyFigure("Test MAE", "–", "", "not available")
     remark = "baseline not available"
     if not isinstance(part.mean_predictor, NotAvailable):
-        remark = f"mean predictor: {formatting.milli(part.mean_predictor.mae)}"
+        remark = f"mean predictor: {formatting.milli(part.mean_predictor.mae)} meV/atom"
     mae = formatting.milli(findings.model_scores(part).mae)
     return KeyFigure("Test MAE", mae, "meV/atom", remark)
 
@@ -276,7 +277,7 @@ def _discovery_tile(data: ReportData) -> KeyFigure:
         f"True top {result.k} found",
         str(result.found),
         f"of {result.k}",
-        f"random order: {by_chance}",
+        f"expected at random: {by_chance}",
     )
 
 
@@ -306,6 +307,7 @@ def _environment() -> jinja2.Environment:
         "milli",
         "number",
         "percent",
+        "plain",
         "plural",
         "prototype",
         "short_key",

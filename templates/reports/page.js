@@ -6,15 +6,29 @@
   const touch = window.matchMedia("(pointer: coarse)").matches;
   const hover = window.matchMedia("(hover: hover)").matches;
   const config = {
-    responsive: true,
     displaylogo: false,
     displayModeBar: hover ? "hover" : false,
     modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
   };
 
+  // A square figure is not taller than its width asks for.
+  function heightOf(box, width) {
+    const height = Number(box.dataset.height);
+    return "square" in box.dataset ? Math.min(height, width + 60) : height;
+  }
+
+  function draw(box, width) {
+    const height = heightOf(box, width);
+    box.style.height = height + "px";
+    Plotly.relayout(box, { width: width, height: height });
+  }
+
   for (const box of boxes) {
     const figure = spec.figures[box.dataset.figure];
     figure.layout.template = spec.template;
+    figure.layout.width = box.clientWidth;
+    figure.layout.height = heightOf(box, box.clientWidth);
+    box.style.height = figure.layout.height + "px";
     // A finger that scrolls the page must not zoom a figure.
     if (touch) {
       figure.layout.dragmode = false;
@@ -26,19 +40,35 @@
     Plotly.newPlot(box, figure.data, figure.layout, options);
   }
 
+  // Follow the box, not the window: grids change their columns at a breakpoint.
+  let printing = false;
+  const observer = new ResizeObserver(function (entries) {
+    for (const entry of entries) {
+      const box = entry.target;
+      if (!printing && box.clientWidth > 0 && box.layout.width !== box.clientWidth) {
+        draw(box, box.clientWidth);
+      }
+    }
+  });
+  for (const box of boxes) {
+    observer.observe(box);
+  }
+
   // Paper has its own width: draw anew for it, then return to the screen's.
   const A4_TEXT_PX = 680;
   const GAP_PX = 18;
   window.addEventListener("beforeprint", function () {
+    printing = true;
     for (const box of boxes) {
       const half = box.closest(".pair, .run-grid");
       const width = half ? (A4_TEXT_PX - GAP_PX) / 2 : A4_TEXT_PX;
-      Plotly.relayout(box, { width: width, autosize: false });
+      draw(box, width);
     }
   });
   window.addEventListener("afterprint", function () {
+    printing = false;
     for (const box of boxes) {
-      Plotly.relayout(box, { width: null, autosize: true });
+      draw(box, box.clientWidth);
     }
   });
 

@@ -123,6 +123,13 @@ def synthetic_report(**changes: Any) -> ReportData:
                 count=14,
             ),
             Failure(
+                stage="relax",
+                cause="simulation",
+                subject="TaMo",
+                message="the cell collapsed: volume fell below half its first value",
+                advice="look at the structure",
+            ),
+            Failure(
                 stage="md",
                 cause="simulation",
                 subject="Pt3Zr",
@@ -245,12 +252,11 @@ def synthetic_run(
     r = np.linspace(0.02, 10, 400)
 
     def shells(weights: list[float]) -> np.ndarray:
-        g = 1 / (1 + np.exp(-(r - 4.5) / 0.5))
+        g = 1 / (1 + np.exp(-(r - 5.9) / 0.2))
         for n, weight in enumerate(weights, start=1):
-            centre = 2.52 * np.sqrt(n)
-            g = g * (1 - 0.1) + weight * np.exp(-(((r - centre) / 0.14) ** 2))
-        g[r < 2.1] = 0
-        return g
+            g += weight * np.exp(-(((r - 2.52 * np.sqrt(n)) / (0.12 + 0.02 * n)) ** 2))
+        g += 0.25 * np.sin(5 * r) * np.exp(-(((r - 7.5) / 1.2) ** 2))
+        return np.where(r < 2.0, 0.0, np.maximum(g, 0.0))
 
     return MDPanel(
         rank=rank,
