@@ -427,7 +427,7 @@ def _assemble(
             parts[row] = OUTLIER
         train &= ~outside
     mean, std = float(targets[train].mean()), float(targets[train].std())
-    if not std > 0:
+    if not np.ptp(targets[train]) > 0:  # the standard deviation rounds
         raise InputError(
             f"all {int(train.sum())} training targets of {config.target_property} "
             f"are equal ({mean})",

@@ -49,6 +49,23 @@ def regression_metrics(
     return metrics
 
 
+def calibrate(
+    truth: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+) -> float:
+    """Return the factor on ``std`` that makes 68.3 % of the errors smaller than it.
+
+    A quantile, since a mean of squares would hang on the one row whose members
+    happen to agree. 1 if no row has a spread.
+    """
+    spread = std > 0
+    if not spread.any():
+        return 1.0
+    ratios = np.abs(mean - truth)[spread] / std[spread]
+    return float(max(np.quantile(ratios, 0.683), 1e-3))
+
+
 def element_fractions(table: GraphTable) -> NDArray[np.float64]:
     """Return the atomic fraction of each element, ``(n_graphs, 119)``, column Z."""
     sizes = table.graph_sizes

@@ -23,11 +23,13 @@ from nanoos_fw.ml.cgcnn import (
     Architecture,
     ModelCard,
     atom_features,
+    ensemble,
     predict_table,
     save_checkpoint,
 )
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
 from nanoos_fw.ml.metrics import (
+    calibrate,
     element_fractions,
     fit_element_reference,
     regression_metrics,
@@ -162,6 +164,8 @@ class TrainingResult(BaseModel):
     predictions
         For validation and test: rows of ``structure_id``, ``target``, ``mean`` and
         ``std`` (None with one member).
+    uncertainty_scale
+        See :class:`nanoos_fw.ml.cgcnn.ModelCard`.
     n_parameters
         Weights of one member.
     ranks, wall_s
@@ -182,6 +186,7 @@ class TrainingResult(BaseModel):
     metrics: dict[str, dict[str, float | int | None]]
     baselines: dict[str, dict[str, dict[str, float | int | None]]]
     predictions: dict[str, list[dict[str, Any]]]
+    uncertainty_scale: float
     n_parameters: int
     ranks: int
     wall_s: float
@@ -417,12 +422,16 @@ def _finish(
     work_dir: Path,
 ) -> dict[str, Any]:
     """Write the ensemble and judge it (rank 0)."""
+    members = predict_table([fit.network for fit in fits], card, reference, table)
+    mean, std = ensemble(members)
+    val = dataset.rows("val")
+    if std is not None and len(val):
+        scale = calibrate(dataset.targets[val], mean[val], std[val])
+        card = card.model_copy(update={"uncertainty_scale": scale})
+        std = scale * std
     path = work_dir / CHECKPOINT
     weights = [fit.weights() for fit in fits]
     digest = save_checkpoint(path, card, weights, atom_features(), reference)
-    members = predict_table([fit.network for fit in fits], card, reference, table)
-    mean = members.mean(axis=0)
-    std = members.std(axis=0, ddof=1) if len(members) > 1 else None
     return {
         "target": training.target,
         "unit": dataset.unit,
@@ -435,6 +444,7 @@ def _finish(
             for fit in fits
         ],
         "metrics": _by_part(dataset, mean, std),
+        "uncertainty_scale": card.uncertainty_scale,
         "predictions": {
             part: [
                 {
