@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import math
+import re
 from datetime import UTC, datetime
-from typing import Any
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, get_args
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from nanoos_fw.errors import InputError
 from nanoos_fw.reports import (
     Average,
     CrystalPicture,
@@ -30,8 +43,16 @@ from nanoos_fw.reports import (
     StageTiming,
     ThermoSeries,
     Training,
+    findings,
+    formatting,
+    pictures,
+    regression_scores,
     render_report,
+    structure_svg,
 )
+from nanoos_fw.reports.candidate_figures import discovery_figure, md_figure
+from nanoos_fw.reports.learning_figures import labels_figure
+from nanoos_fw.reports.statistics import discovery_result
 
 FCC = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
 CELLS: dict[str, tuple[Any, list[list[float]], list[int]]] = {
@@ -337,3 +358,491 @@ def synthetic_provenance() -> Provenance:
             "slurm.partition": None,
         },
     )
+
+
+class Page(HTMLParser):
+    """The parts of a page that the tests ask about."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[int] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._in: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.attributes.append((tag, found))
+        self.addresses += [
+            value or ""
+            for name, value in attrs
+            if name in {"src", "href", "srcset", "action", "data", "poster"}
+        ]
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag in {"script", "style"}:
+            self._in.append(tag)
+            if tag == "script":
+                self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._in and tag == self._in[-1]:
+            self._in.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._in == ["script"]:
+            self.scripts[-1] += data
+        elif not self._in:
+            self.text.append(data)
+
+    @property
+    def visible(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.text))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])["figures"]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_report(synthetic_report())
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_page_asks_for_nothing_from_outside(html: str, page: Page) -> None:
+    assert all(a.startswith("#") or a == "data:," for a in page.addresses)
+    styles = "".join(re.findall(r"<style>(.*?)</style>", html, re.S))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy is not None
+    assert policy[1].startswith("default-src 'none';")
+    assert "http" not in policy[1]
+
+
+def test_policy_allows_exactly_the_scripts_of_the_page(html: str, page: Page) -> None:
+    allowed = set(re.findall(r"'sha256-([^']+)'", html))
+    made = {
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in page.scripts[1:]
+    }
+    assert allowed == made
+
+
+def test_plotly_is_inlined_once(page: Page) -> None:
+    assert [len(script) > 1_000_000 for script in page.scripts] == [False, True, False]
+
+
+def test_links_inside_the_page_have_their_target(page: Page) -> None:
+    assert len(page.ids) == len(set(page.ids))
+    targets = {a[1:] for a in page.addresses if a.startswith("#")}
+    assert targets
+    assert targets <= set(page.ids)
+
+
+def test_headings_descend_one_level_at_a_time(page: Page) -> None:
+    assert page.headings.count(1) == 1
+    steps = zip(page.headings, page.headings[1:], strict=False)
+    assert all(later - earlier <= 1 for earlier, later in steps)
+
+
+def test_every_figure_of_the_page_is_drawn_and_labelled(page: Page) -> None:
+    boxes = [found for _, found in page.attributes if "data-figure" in found]
+    assert [box["data-figure"] for box in boxes] == list(page.figures)
+    assert all(box["role"] == "img" and box["aria-label"] for box in boxes)
+    assert {"parity", "labels", "discovery", "md-1-thermo", "md-2-rdf"} <= set(
+        page.figures
+    )
+
+
+def test_report_of_equal_data_is_equal(html: str) -> None:
+    assert render_report(synthetic_report()) == html
+
+
+def test_data_survive_json() -> None:
+    data = synthetic_report()
+    assert ReportData.model_validate_json(data.model_dump_json()) == data
+
+
+HOSTILE = '</script><script>alert("x")</script><img src="http://x.example/y">'
+
+
+def test_text_of_users_never_becomes_markup() -> None:
+    data = synthetic_report()
+    assert isinstance(data.ranking, Ranking)
+    assert isinstance(data.provenance, Provenance)
+    assert isinstance(data.labels, Labels)
+    row = data.ranking.candidates[0].model_copy(
+        update={"formula": HOSTILE, "prototype": HOSTILE, "candidate_id": HOSTILE}
+    )
+    hostile = synthetic_report(
+        campaign=HOSTILE,
+        description=HOSTILE,
+        labels=Labels(
+            energies_by_prototype={HOSTILE: [0.1, 0.2], "B2": [0.3]}, method=HOSTILE
+        ),
+        ranking=data.ranking.model_copy(
+            update={"candidates": (row, *data.ranking.candidates[1:])}
+        ),
+        md=(MissingRun(rank=1, formula=HOSTILE, prototype=HOSTILE, reason=HOSTILE),),
+        failures=(
+            Failure(stage=HOSTILE, cause=HOSTILE, subject=HOSTILE, message=HOSTILE),
+        ),
+        provenance=data.provenance.model_copy(
+            update={"keys": {HOSTILE: HOSTILE}, "settings": {HOSTILE: HOSTILE}}
+        ),
+    )
+    page = Page(render_report(hostile))
+    assert len(page.scripts) == 3
+    assert not any(tag == "img" for tag, _ in page.attributes)
+    assert all(a.startswith("#") or a == "data:," for a in page.addresses)
+    assert HOSTILE in page.visible
+    name = page.figures["labels"]["data"][0]["name"]
+    assert "<" not in name
+    assert "&lt;/script&gt;" in name
+
+
+def is_part(field: Any) -> bool:
+    return NotAvailable in get_args(field.annotation)
+
+
+def test_missing_parts_say_why() -> None:
+    parts = [name for name, field in ReportData.model_fields.items() if is_part(field)]
+    assert len(parts) == 9
+    data = synthetic_report(
+        **{part: NotAvailable(reason=f"no {part} was stored") for part in parts}
+    )
+    page = Page(render_report(data))
+    assert page.figures == {}
+    for part in parts:
+        assert re.search(f"Not (available|verified): no {part} was", page.visible)
+
+
+def test_no_failures_are_shown_as_none() -> None:
+    page = Page(render_report(synthetic_report(failures=())))
+    assert "Failures: none." in page.visible
+
+
+def test_passwords_in_addresses_are_masked(html: str) -> None:
+    assert "hunter2" not in html
+    assert "mongodb://reader:•••@db.example:27017/nanoos" in html
+
+
+def test_long_keys_are_short_with_the_whole_at_hand(page: Page) -> None:
+    whole = "fedcba9876543210" * 4
+    assert any(found.get("title") == whole for _, found in page.attributes)
+    assert whole not in page.visible
+    assert "fedcba987654…" in page.visible
+
+
+def test_abstract_states_the_key_figures() -> None:
+    data = synthetic_report()
+    assert isinstance(data.evaluation, Evaluation)
+    assert isinstance(data.discovery, Discovery)
+    text = findings.abstract(data).replace("\N{NARROW NO-BREAK SPACE}", "")
+    errors = np.abs(np.subtract(data.evaluation.predictions, data.evaluation.targets))
+    assert f"{1000 * errors.mean():.0f} meV/atom on 46 held-out" in text
+    assert "against 161 meV/atom for always predicting the mean" in text
+    energies = data.discovery.energies_in_predicted_order
+    best = set(sorted(energies)[:10])
+    found = len(best & set(energies[:10]))
+    assert f"{found} of the true top 10 rank" in text
+    assert "Of 1200 candidate structures, 306 were labelled" in text
+
+
+def test_a_model_worse_than_the_mean_is_called_so() -> None:
+    part = Evaluation(
+        targets=[0.0, 0.1],
+        predictions=[1.0, 1.1],
+        uncertainties=None,
+        mean_predictor=Scores(name="mean", mae=0.05, rmse=0.05, r2=0.0),
+        baselines=(Scores(name="linear", mae=0.02, rmse=0.02, r2=0.9),),
+    )
+    text = findings.evaluation_finding(part)
+    assert "the model is no better" in text
+    assert "“linear” is as good or better (20 meV/atom)" in text
+    assert "states no uncertainty" in findings.coverage_statement(part)
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"),
+    [(1.0, "compatible"), (2.5, "too small"), (0.3, "too large")],
+)
+def test_coverage_judges_stated_uncertainties(factor: float, verdict: str) -> None:
+    # Normal quantiles: errors that are exactly Gaussian, without luck.
+    n = 400
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]
+    part = Evaluation(
+        targets=np.zeros(n),
+        predictions=0.02 * factor * np.array(quantiles),
+        uncertainties=np.full(n, 0.02),
+        uncertainty_name="standard deviation",
+        mean_predictor=NotAvailable(reason="not in this test"),
+    )
+    assert verdict in findings.coverage_statement(part)
+
+
+def test_training_that_ended_too_early_is_reported() -> None:
+    member = MemberCurve(
+        member=1,
+        seed=0,
+        epochs=[1, 2, 3],
+        train_loss=[1.0, 0.5, 0.2],
+        validation_mae=[0.3, 0.2, 0.1],
+        best_epoch=3,
+    )
+    training = Training(
+        members=(member,), loss_name="loss", n_train=9, n_validation=3, n_test=3
+    )
+    assert "longer training may help" in findings.training_finding(training)
+    kept = member.model_copy(update={"best_epoch": 2})
+    training = training.model_copy(update={"members": (kept,)})
+    assert "longer training" not in findings.training_finding(training)
+
+
+def test_regression_scores_are_the_textbook_ones() -> None:
+    y, p = [0.0, 1.0, 2.0, 5.0], [0.5, 1.0, 1.0, 4.0]
+    scores = regression_scores("model", y, p)
+    assert scores.mae == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert scores.rmse == pytest.approx(((0.25 + 0 + 1 + 1) / 4) ** 0.5)
+    assert scores.r2 == pytest.approx(1 - 2.25 / (4 + 1 + 0 + 9))
+    assert regression_scores("constant", [1.0, 1.0], [1.0, 2.0]).r2 is None
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 8))
+def test_discovery_agrees_with_sets(seed: int, k: int) -> None:
+    energies = np.random.default_rng(seed).normal(size=30)
+    result = discovery_result(
+        Discovery(energies_in_predicted_order=energies, population="all", k=k)
+    )
+    best = set(sorted(energies)[:k])
+    assert result.found == len(best & set(energies[:k]))
+    for tried in range(1, 31):
+        assert sum(r <= tried for r in result.ranks) == len(
+            best & set(energies[:tried])
+        )
+
+
+def test_random_discovery_band_is_hypergeometric() -> None:
+    n, k = 40, 10
+    figure = discovery_figure(
+        Discovery(
+            energies_in_predicted_order=np.arange(float(n)), population="all", k=k
+        )
+    )
+    band, mean = figure.data[0], figure.data[1]
+    upper = dict(zip(band["x"], band["y"], strict=True))
+    tried = 20
+    weights = [math.comb(k, i) * math.comb(n - k, tried - i) for i in range(k + 1)]
+    total = math.comb(n, tried)
+    average = sum(i * w for i, w in enumerate(weights)) / total
+    variance = sum((i - average) ** 2 * w for i, w in enumerate(weights)) / total
+    at = mean["x"].index(tried)
+    assert mean["y"][at] == pytest.approx(average, abs=2e-3)
+    assert band["y"][at] == pytest.approx(average + 2 * variance**0.5, abs=2e-3)
+    assert upper[tried] == pytest.approx(average - 2 * variance**0.5, abs=2e-3)
+
+
+def test_histogram_keeps_every_label() -> None:
+    rng = np.random.default_rng(3)
+    energies = {f"prototype {i}": rng.normal(i, 1, 20 + i) for i in range(12)}
+    figure = labels_figure(Labels(energies_by_prototype=energies, method="test"))
+    assert sum(sum(trace["y"]) for trace in figure.data) == sum(
+        len(values) for values in energies.values()
+    )
+    assert figure.data[-1]["name"] == "6 other prototypes"
+    width, centres = figure.data[0]["width"], figure.data[0]["x"]
+    assert np.diff(centres) == pytest.approx(width, rel=1e-2)
+
+
+def test_histogram_of_a_single_energy_has_a_bin() -> None:
+    figure = labels_figure(Labels(energies_by_prototype={"B2": [0.25]}, method="test"))
+    assert sum(figure.data[0]["y"]) == 1
+
+
+def test_long_runs_are_thinned_and_say_so() -> None:
+    panel = synthetic_run(1, "Ni3Al", "L1_2", np.random.default_rng(0))
+    figure = md_figure(panel, "md-1")
+    assert all(len(trace["x"]) <= 1500 for trace in figure.data)
+    assert "One frame in 3" in figure.caption
+    energies = next(t for t in figure.data if t["yaxis"] == "y4")["y"]
+    exact = np.array(panel.potential_energy_ev.values[::3]) / panel.n_atoms
+    assert np.allclose(energies, exact, atol=1e-4 * np.ptp(exact))
+
+
+def spheres(svg: str) -> list[tuple[float, float, float, str]]:
+    found = re.findall(
+        r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)" fill="(#\w{6})"', svg
+    )
+    return [(float(x), float(y), float(r), colour) for x, y, r, colour in found]
+
+
+def test_sites_on_faces_are_repeated() -> None:
+    cube = np.eye(3) * 3.6
+    assert len(spheres(structure_svg(cube, FCC, ["Cu"] * 4, 80))) == 8 + 6
+    body = [[0, 0, 0], [0.5, 0.5, 0.5]]
+    assert len(spheres(structure_svg(cube, body, ["Ni", "Al"], 80))) == 8 + 1
+
+
+def test_picture_does_not_depend_on_orientation_or_lattice_shifts() -> None:
+    rng = np.random.default_rng(5)
+    lattice = np.array([[3.1, 0.0, 0.0], [-1.4, 2.9, 0.0], [0.3, 0.4, 4.8]])
+    coords = rng.uniform(0.1, 0.9, (5, 3))
+    symbols = ["Ti", "Al", "Zr", "Ni", "Mo"]
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    if np.linalg.det(rotation) < 0:
+        rotation[:, 0] *= -1
+    picture = structure_svg(lattice, coords, symbols, 90)
+    turned = structure_svg(
+        lattice @ rotation, coords + np.array([1, -2, 3]), symbols, 90
+    )
+    assert np.allclose(
+        [s[:3] for s in spheres(picture)], [s[:3] for s in spheres(turned)], atol=0.11
+    )
+    assert [s[3] for s in spheres(picture)] == [s[3] for s in spheres(turned)]
+
+
+def test_near_atoms_are_drawn_over_far_ones() -> None:
+    # The eye looks along +y from the lower right: small y and large x are near.
+    far, near = [0.3, 0.8, 0.3], [0.7, 0.2, 0.7]
+    for coords, symbols in (
+        ([far, near], ["Au", "Cu"]),
+        ([near, far], ["Cu", "Au"]),
+    ):
+        drawn = spheres(structure_svg(np.eye(3) * 4, coords, symbols, 80))
+        assert [s[3] for s in drawn] == ["#FFD123", "#C88033"]
+
+
+def test_spheres_stay_inside_the_picture() -> None:
+    for lattice, coords, kinds in CELLS.values():
+        symbols = [("Zr", "Al")[kind] for kind in kinds]
+        for x, y, r, _ in spheres(structure_svg(lattice, coords, symbols, 64)):
+            assert r <= x <= 64 - r
+            assert r <= y <= 64 - r
+
+
+def test_radii_and_colours_are_those_of_pymatgen() -> None:
+    import pymatgen.vis
+    from pymatgen.analysis.molecule_structure_comparator import CovalentRadius
+    from ruamel.yaml import YAML
+
+    known = pictures._ELEMENTS
+    assert {s: r for s, (_, r) in known.items()} == pytest.approx(CovalentRadius.radius)
+    schemes = Path(pymatgen.vis.__path__[0]) / "ElementColorSchemes.yaml"
+    jmol = YAML(typ="safe").load(schemes)["Jmol"]
+    for symbol, (colour, _) in known.items():
+        assert bytes.fromhex(colour) == bytes(jmol[symbol])
+
+
+@pytest.mark.parametrize(
+    ("lattice", "coords", "symbols", "message"),
+    [
+        (np.eye(3), [[0, 0, 0]], ["Xx"], "Xx"),
+        (np.diag([1.0, 1.0, 0.0]), [[0, 0, 0]], ["Cu"], "flat"),
+        (np.eye(3), [[0, 0, 0]], ["Cu", "Cu"], "one row and symbol per atom"),
+        (np.eye(3), [[0, 0, np.nan]], ["Cu"], "not finite"),
+    ],
+)
+def test_cells_that_cannot_be_drawn_are_refused(
+    lattice: Any, coords: Any, symbols: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        structure_svg(lattice, coords, symbols, 64)
+
+
+def test_a_cell_that_cannot_be_drawn_costs_only_its_picture() -> None:
+    data = synthetic_report()
+    assert isinstance(data.ranking, Ranking)
+    row = data.ranking.candidates[0].model_copy(
+        update={
+            "structure": CrystalPicture(
+                lattice=np.eye(3), frac_coords=[[0.0, 0.0, 0.0]], symbols=("Xx",)
+            )
+        }
+    )
+    ranking = data.ranking.model_copy(update={"candidates": (row,)})
+    page = Page(render_report(synthetic_report(ranking=ranking)))
+    assert "not available: no covalent radius is known for Xx" in page.visible
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StageCount(planned=2, finished=2, failed=1), "more ended"),
+        (lambda: Labels(energies_by_prototype={}, method="x"), "no values"),
+        (
+            lambda: Discovery(energies_in_predicted_order=[1.0], population="x", k=1),
+            "more than k",
+        ),
+        (
+            lambda: RDFCurves(r=[1.0, 2.0], total=[0.0]),
+            "must have 2 values",
+        ),
+        (
+            lambda: MemberCurve(
+                member=1,
+                seed=0,
+                epochs=[1],
+                train_loss=[1.0],
+                validation_mae=[1.0],
+                best_epoch=2,
+            ),
+            "no epoch 2",
+        ),
+        (
+            lambda: Evaluation(
+                targets=[0.0],
+                predictions=[0.0],
+                uncertainties=[-0.1],
+                mean_predictor=NotAvailable(reason="x"),
+            ),
+            "not negative",
+        ),
+    ],
+)
+def test_data_that_contradict_themselves_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        Labels(energies_by_prototype={"B2": [float("nan")]}, method="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (formatting.number(-1234567.891, 1), "−1\u202f234\u202f567.9"),
+        (formatting.number(-0.0004, 3), "0.000"),
+        (formatting.with_error(3.14159, 0.0123), "3.142 ± 0.012"),
+        (formatting.with_error(12345.6, 78.0), "12\u202f346 ± 78"),
+        (formatting.with_error(0.5, None), "0.5000 (no error bar)"),
+        (formatting.significant(1234.5, 2), "1\u202f200"),
+        (formatting.significant(0.0034567, 2), "0.0035"),
+        (formatting.plain(300.0), "300"),
+        (formatting.plain(0.5), "0.5"),
+        (formatting.milli(0.00456), "4.6"),
+        (formatting.milli(-0.0456), "−46"),
+        (formatting.duration(3725), "1 h 2 min"),
+        (formatting.duration(31), "31 s"),
+        (formatting.formula("Ni3(Al)2"), "Ni<sub>3</sub>(Al)<sub>2</sub>"),
+        (formatting.formula("<b>2"), "&lt;b&gt;2"),
+        (formatting.prototype("L1_2"), "L1<sub>2</sub>"),
+        (formatting.masked("a://u:p@h/"), "a://u:•••@h/"),
+        (formatting.masked("a://h:27017/"), "a://h:27017/"),
+    ],
+)
+def test_numbers_and_names_read_well(text: str, expected: str) -> None:
+    assert text == expected
