@@ -63,12 +63,16 @@ def site_elements(structure: Structure) -> list[str]:
     """
     if len(structure) == 0:
         raise InputError("the structure has no sites")
-    if not structure.is_ordered:
-        raise InputError(
-            f"{structure.formula} has partially occupied sites",
-            evidence={"class": "disordered"},
-            advice="give an ordered structure",
-        )
+    for number, site in enumerate(structure):
+        if not site.is_ordered:
+            raise InputError(
+                f"site {number} is partially occupied",
+                evidence={
+                    "class": "disordered",
+                    "occupancies": {str(k): v for k, v in site.species.items()},
+                },
+                advice="give an ordered structure",
+            )
     return [site.specie.symbol for site in structure]
 
 

@@ -323,6 +323,11 @@ def simulation_thermo(output_dir: Path) -> ThermoTable:
     return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
 
 
+def simulation_elements(output_dir: Path) -> tuple[str, ...]:
+    """Return the element of each atom type, type 1 first."""
+    return tuple(_read_simulation(output_dir)["elements"])
+
+
 def simulation_box(output_dir: Path) -> LammpsBox:
     """Return the map between the simulated cell and the box of LAMMPS."""
     simulation = _read_simulation(output_dir)

@@ -34,6 +34,10 @@ _MAX_MOVE_A = 0.15
 _MAX_STRAIN = 0.04
 _ATOM_STIFFNESS_EV_A2 = 8.0
 _CELL_STIFFNESS_EV_A3 = 1.0
+# Components xy, xz, yz of a strain stand for two each. Carrying the factor sqrt(2)
+# makes the norm of the six that of the tensor, so that a rotated crystal takes the
+# same path.
+_OFF_DIAGONAL = [1, 2, 4]
 _MEMORY = 40
 _ARMIJO = 1e-4
 _CURVATURE = 1e-10
@@ -296,7 +300,7 @@ class _Relaxation:
         pressure = self.settings.pressure_bar / EV_PER_A3_IN_BAR
         stress = evaluation.stress_ev_a3 + pressure * np.eye(3)
         strain_gradient = (volume * stress)[np.triu_indices(3)]
-        strain_gradient[[1, 2, 4]] *= 2.0  # xy stands for two components
+        strain_gradient[_OFF_DIAGONAL] *= math.sqrt(2.0)
         if not self.settings.relax_cell:
             strain_gradient = np.zeros(6)
         gradient = np.concatenate([-evaluation.forces_ev_a.ravel(), strain_gradient])
@@ -304,7 +308,9 @@ class _Relaxation:
         return _Point(lattice, frac, evaluation, enthalpy, gradient)
 
     def _moved(self, step: Array) -> _Point:
-        xx, xy, xz, yy, yz, zz = step[-6:]
+        components = step[-6:].copy()
+        components[_OFF_DIAGONAL] /= math.sqrt(2.0)
+        xx, xy, xz, yy, yz, zz = components
         strain = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
         moves = step[:-6].reshape(-1, 3)
         frac = self.point.frac + moves @ np.linalg.inv(self.point.lattice)
@@ -354,7 +360,7 @@ class _Relaxation:
             direction = self._direction()
             slope = direction @ self.point.gradient
         moves = np.sqrt((direction[:-6].reshape(-1, 3) ** 2).sum(axis=1)).max()
-        strain = np.abs(direction[-6:]).max()
+        strain = float(np.linalg.norm(direction[-6:]))
         length = min(1.0, _MAX_MOVE_A / max(moves, 1e-300))
         length = min(length, _MAX_STRAIN / max(strain, 1e-300))
         noise = _ENERGY_NOISE_EV_PER_ATOM * len(self.species)
@@ -392,12 +398,17 @@ class _Relaxation:
     def result(self) -> RelaxationResult:
         """Return the final state, converged or not."""
         e, n = self.point.evaluation, len(self.species)
-        stress = e.stress_ev_a3 * EV_PER_A3_IN_BAR
+        # Strains are free of rotation one by one, their product is not quite.
+        deformation = np.linalg.solve(self.lattice, self.point.lattice)
+        u, _, vt = np.linalg.svd(deformation)
+        turn = u @ vt
+        lattice = self.point.lattice @ turn.T
+        stress = turn @ e.stress_ev_a3 @ turn.T * EV_PER_A3_IN_BAR
         numbers: dict[str, Any] = {
             "energy_ev": e.energy_ev,
             "energy_per_atom_ev": e.energy_ev / n,
             "volume_a3": float(abs(np.linalg.det(self.point.lattice))),
-            "lattice_a": tuple(map(tuple, self.point.lattice.tolist())),
+            "lattice_a": tuple(map(tuple, lattice.tolist())),
             "frac_coords": tuple(map(tuple, self.point.frac.tolist())),
             "max_force_ev_a": self._residuals()[0],
             "pressure_bar": float(-np.trace(stress) / 3.0),

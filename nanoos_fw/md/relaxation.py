@@ -179,12 +179,9 @@ def _task(
         "lattice": structure.lattice.matrix.tolist(),
         "frac_coords": structure.frac_coords.tolist(),
     }
-    if not np.isfinite(
-        [*np.ravel(body["lattice"]), *np.ravel(body["frac_coords"])]
-    ).all():
+    if not np.isfinite(structure.cart_coords).all():
         raise InputError(
-            f"{structure.formula} has coordinates that are not finite",
-            evidence={"class": "not_a_number"},
+            "lattice or coordinates are not finite", evidence={"class": "not_a_number"}
         )
     body["key"] = content_key(
         "relaxation",
