@@ -134,9 +134,10 @@ def loaded_by(module: str, tmp_path: Path) -> set[str]:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         cwd=tmp_path,
     )
+    assert result.returncode == 0, result.stderr
     return set(json.loads(result.stdout))
 
 
