@@ -182,7 +182,7 @@ def _check_symbol(label: str, symbol: str | None, notes: list[str]) -> None:
 
 
 def _check_symmetry(data: Mapping[str, Any], notes: list[str]) -> None:
-    if not any(_DEFAULTED_TO_P1 in note for note in notes):
+    if not _is_p1_by_default(notes):
         return
     for name, value in data.items():
         if not re.match(r"_(symmetry_)?(space_group_)?(name|IT_n|Int_T)", name):
@@ -204,6 +204,10 @@ def _check_formula(
     """Refuse a crystal that is not what the formula of its block says."""
     from pymatgen.core import Composition
 
+    if not (
+        data.get("_chemical_formula_sum") or data.get("_chemical_formula_structural")
+    ):
+        return
     reason = parser.check(structure)
     if reason is not None:
         reason = " ".join(reason.split())
@@ -214,21 +218,25 @@ def _check_formula(
             )
         notes.append(reason)
     try:
-        n_formula = float(Composition(data["_chemical_formula_sum"]).num_atoms)
+        formula = Composition(data["_chemical_formula_sum"])
+        units = float(data.get("_cell_formula_units_Z", 0))
     except (KeyError, ValueError, TypeError):
         return
-    if len(structure) < n_formula - 0.5:
+    n_sites, n_formula = len(structure), float(formula.num_atoms)
+    expected = {n_formula * (units or 1)}
+    if units and not any(amount % units for amount in formula.values()):
+        expected.add(n_formula)  # some programs write the formula of the whole cell
+    if n_sites < n_formula or (n_sites < min(expected) and _is_p1_by_default(notes)):
         raise InputError(
-            f"the block has {len(structure)} atoms, fewer than its formula "
-            f"{data['_chemical_formula_sum']}",
+            f"the block has {n_sites} atoms instead of {min(expected):g} by its "
+            f"formula {data['_chemical_formula_sum']}",
             advice="the file is incomplete, or its formula is wrong",
         )
-    try:
-        n_cell = n_formula * float(data["_cell_formula_units_Z"])
-    except (KeyError, ValueError, TypeError):
-        return
-    # Some programs write the formula of the whole cell.
-    if min(abs(len(structure) - n) for n in (n_formula, n_cell)) > 0.5:
+    if units and n_sites not in expected:
         notes.append(
-            f"{len(structure)} atoms, where formula and Z of the block give {n_cell:g}"
+            f"{n_sites} atoms, where formula and Z of the block give {max(expected):g}"
         )
+
+
+def _is_p1_by_default(notes: list[str]) -> bool:
+    return any(_DEFAULTED_TO_P1 in note for note in notes)

@@ -193,9 +193,10 @@ def _read_id_prop(
                 if not any(cell.strip() for cell in row):
                     continue
                 identifier = row[0].strip()
+                repeated = identifier in seen
+                seen.add(identifier)
                 try:
-                    value = _id_prop_value(row, seen, index)
-                    seen.add(identifier)
+                    value = _id_prop_value(row, index, repeated=repeated)
                     file = _listed_file(folder, identifier, files, index)
                 except InputError as error:
                     yield EntryFailure(identifier, Source(str(table), index), error)
@@ -216,14 +217,14 @@ def _read_id_prop(
         yield _failure(path, 0, InputError(f"{path} is not listed in {_ID_PROP}"))
 
 
-def _id_prop_value(row: list[str], seen: set[str], index: int) -> float:
+def _id_prop_value(row: list[str], index: int, *, repeated: bool) -> float:
     identifier = row[0].strip()
     if len(row) != 2:
         raise InputError(
             f"row {index} of {_ID_PROP} has {len(row)} columns instead of id,number",
             evidence={"row": row[:5]},
         )
-    if identifier in seen:
+    if repeated:
         raise InputError(f"row {index} of {_ID_PROP} repeats the id {identifier}")
     try:
         value = float(row[1])
