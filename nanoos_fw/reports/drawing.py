@@ -16,8 +16,8 @@ from nanoos_fw.reports.formatting import number
 Trace = dict[str, Any]
 Layout = dict[str, Any]
 
-# Okabe and Ito's palette without its yellow, safe for colour-blind readers.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette, safe for colour-blind readers; no yellow, slate for black.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#3D4852")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 INK, MUTED, _GRID, OTHER = "#1f2933", "#52606d", "#e4e9ef", "#9aa5b1"
 FONT = (

@@ -9,6 +9,8 @@ from markupsafe import Markup, escape
 
 MINUS = "\N{MINUS SIGN}"
 THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
+# Not to be torn apart at the end of a line.
+_PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 _KEY_LENGTH = 12
 
 
@@ -25,9 +27,9 @@ def with_error(mean: float, error: float | None) -> str:
     if error is None:
         return f"{significant(mean, 4)} (no error bar)"
     if error == 0:
-        return f"{significant(mean, 4)} ± 0"
+        return f"{significant(mean, 4)}{_PLUS_MINUS}0"
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{number(mean, decimals)} ± {number(error, decimals)}"
+    return f"{number(mean, decimals)}{_PLUS_MINUS}{number(error, decimals)}"
 
 
 def significant(value: float, digits: int) -> str:
@@ -47,7 +49,9 @@ def plain(value: float) -> str:
 def energy(value: float, uncertainty: float | None = None) -> str:
     """Return an energy in eV/atom to the meV, with its uncertainty if there is one."""
     text = number(value, 3)
-    return text if uncertainty is None else f"{text} ± {number(uncertainty, 3)}"
+    return (
+        text if uncertainty is None else f"{text}{_PLUS_MINUS}{number(uncertainty, 3)}"
+    )
 
 
 def milli(value: float) -> str:
@@ -75,8 +79,10 @@ def formula(text: str) -> Markup:
 
 
 def prototype(text: str) -> Markup:
-    """Return an escaped prototype name, ``_2`` as a subscript (``L1_2``)."""
-    return Markup(re.sub(r"_(\w+)", r"<sub>\1</sub>", str(escape(text))))
+    """Return an escaped prototype name with subscripts (``L1_2``, ``D0_{22}``)."""
+    return Markup(
+        re.sub(r"_(?:\{(\w+)\}|(\w+))", r"<sub>\1\2</sub>", str(escape(text)))
+    )
 
 
 def short_key(text: str) -> str:

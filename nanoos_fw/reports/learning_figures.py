@@ -35,7 +35,8 @@ from nanoos_fw.reports.drawing import (
 from nanoos_fw.reports.formatting import formula, number, percent, prototype
 from nanoos_fw.reports.statistics import WITHIN_ONE_SIGMA, WITHIN_TWO_SIGMA
 
-_MAX_PROTOTYPES = len(PALETTE) - 1
+# Plain, then hatched colours, and grey for the rest.
+_MAX_PROTOTYPES = 2 * len(PALETTE) - 1
 
 
 def labels_figure(part: Labels) -> Figure:
@@ -63,7 +64,16 @@ def labels_figure(part: Labels) -> Figure:
             "y": np.histogram(values, edges)[0].tolist(),
             "width": width,
             "marker": {
-                "color": OTHER if rest and i == len(named) - 1 else PALETTE[i],
+                "color": OTHER
+                if rest and i == len(named) - 1
+                else PALETTE[i % len(PALETTE)],
+                "pattern": {
+                    "shape": "/" if i >= len(PALETTE) else "",
+                    "fillmode": "overlay",
+                    "fgcolor": "#ffffff",
+                    "size": 6,
+                    "solidity": 0.35,
+                },
                 "line": {"color": "#ffffff", "width": 0.5},
             },
             "hovertemplate": f"%{{x:.3f}} ± {width / 2:.3f} eV/atom: %{{y}}",
