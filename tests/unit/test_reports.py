@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 from pydantic import ValidationError
 
 from nanoos_fw.errors import InputError
@@ -50,7 +51,9 @@ from nanoos_fw.reports import (
     render_report,
     structure_svg,
 )
+from nanoos_fw.reports import page as page_module
 from nanoos_fw.reports.candidate_figures import discovery_figure, md_figure
+from nanoos_fw.reports.drawing import Figure
 from nanoos_fw.reports.learning_figures import labels_figure
 from nanoos_fw.reports.statistics import discovery_result
 
@@ -511,6 +514,14 @@ def test_text_of_users_never_becomes_markup() -> None:
     name = page.figures["labels"]["data"][0]["name"]
     assert "<" not in name
     assert "&lt;/script&gt;" in name
+
+
+def test_figure_data_cannot_end_their_script() -> None:
+    texts = {"name": HOSTILE, "text": "<!-- & \u2028"}
+    figure = Figure("x", "label", Markup("caption"), [texts], {})
+    raw = page_module._script_json({"x": figure})
+    assert not set("<>&\u2028") & set(raw)
+    assert json.loads(raw)["figures"]["x"]["data"] == [texts]
 
 
 def is_part(field: Any) -> bool:
