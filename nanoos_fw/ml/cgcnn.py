@@ -39,7 +39,14 @@ _FETCH = (
     "code; fetch or train the model again"
 )
 _N_BINS = 10
-_BINNED = ("electronegativity", "covalent_radius", "atomic_radius", "ionization_energy")
+_BINNED = (
+    "electronegativity",
+    "covalent_radius",
+    "atomic_radius",
+    "ionization_energy",
+    "molar_volume",
+    "melting_point",
+)
 _N_GROUPS, _N_PERIODS = 18, 7
 
 
@@ -375,9 +382,10 @@ def ensemble(
 def atom_features() -> NDArray[np.float32]:
     """Return the fixed description of the elements, ``(119, n) float32``, row Z.
 
-    One-hot group and period, and for electronegativity, radii and ionization energy
-    ten Gaussians over the range of the elements; an unknown value leaves its ten
-    columns zero. The published network uses binned properties in the same spirit.
+    One-hot group and period; then ten Gaussians over the range of the elements for
+    each of electronegativity, covalent and atomic radius, ionization energy, molar
+    volume and melting point. An unknown value leaves its ten columns zero. The
+    published network bins its properties in the same spirit.
     """
     table = element_table()
     columns = []

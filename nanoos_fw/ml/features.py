@@ -30,6 +30,8 @@ ELEMENT_PROPERTIES: dict[str, str] = {
     "period": "",
     "mendeleev_number": "",
     "ionization_energy": "eV",
+    "molar_volume": "cm³/mol",
+    "melting_point": "K",
 }
 """Columns of the element table and their units."""
 
@@ -96,6 +98,8 @@ def element_table() -> ElementTable:
                 "period": element.row,
                 "mendeleev_number": element.mendeleev_no,
                 "ionization_energy": element.ionization_energy,
+                "molar_volume": element.molar_volume,
+                "melting_point": element.melting_point,
             }
             values[z] = [math.nan if row[n] is None else float(row[n]) for n in names]
     known = np.isfinite(values)

@@ -105,7 +105,8 @@ class Fit:
         self._flatten()
         self.optimizer = _optimizer(config, self._decayed, self._rest)
         self.history = History()
-        self._best = (self._weights.clone(), self._moments.clone())
+        self._average = (self._weights.clone(), self._moments.clone())
+        self._best = self._average
         self._targets = torch.from_numpy(data.targets).to(self.dtype)
         # Batches of nearly equal size, none of a single graph: batch normalization
         # needs company.
@@ -148,8 +149,10 @@ class Fit:
             if interrupted():
                 self.restore(before)
                 return False
-            rate = self._learning_rate(epoch * self.steps_per_epoch + step)
+            number = epoch * self.steps_per_epoch + step
+            rate = self._learning_rate(number)
             total += self._step(batch, rate)
+            self._update_average(number)
         self.comm.sum_in_place(total)
         loss = float(total[0]) / len(rows)
         if not math.isfinite(loss):
@@ -179,8 +182,7 @@ class Fit:
 
     def use_best(self) -> None:
         """Go back to the weights with the lowest validation error."""
-        self._weights.copy_(self._best[0])
-        self._moments.copy_(self._best[1])
+        self._use(self._best)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the named tensors of the network."""
@@ -191,6 +193,8 @@ class Fit:
         tensors = {
             "weights": self._weights,
             "moments": self._moments,
+            "average_weights": self._average[0],
+            "average_moments": self._average[1],
             "best_weights": self._best[0],
             "best_moments": self._best[1],
         }
@@ -204,6 +208,10 @@ class Fit:
         """Put a state back; the history is separate."""
         self._weights.copy_(state["weights"])
         self._moments.copy_(state["moments"])
+        self._average = (
+            state["average_weights"].clone(),
+            state["average_moments"].clone(),
+        )
         self._best = (state["best_weights"].clone(), state["best_moments"].clone())
         for group, parameter in enumerate((self._decayed, self._rest)):
             prefix = f"optimizer.{group}."
@@ -277,18 +285,35 @@ class Fit:
         done = (step - warmup) / max(1, total - warmup)
         return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
+    def _update_average(self, step: int) -> None:
+        """Take a step's weights and moments into their running average."""
+        memory = self.config.averaging_epochs * self.steps_per_epoch
+        # Early on the memory grows with the steps: initial weights are soon forgotten.
+        decay = min(memory / (memory + 1.0), (step + 1.0) / (step + 10.0))
+        self._average[0].lerp_(self._weights, 1.0 - decay)
+        self._average[1].lerp_(self._moments, 1.0 - decay)
+
     def _record(self, loss: float, rate: float) -> None:
+        """Judge the averaged weights and keep them if they are the best so far."""
         history, val = self.history, self.data.val
         history.train_loss.append(loss)
         history.learning_rate.append(rate)
+        averaged = (self._average[0].clone(), self._average[1].clone())
         improved = True
         if len(val):
+            current = (self._weights.clone(), self._moments.clone())
+            self._use(averaged)
             error = np.abs(self.predict(val) - self.data.targets[val]).mean()
+            self._use(current)
             history.val_mae.append(float(error) * self.data.scale)
             improved = history.val_mae[-1] <= min(history.val_mae)
         if improved:
             history.best_epoch = history.epochs
-            self._best = (self._weights.clone(), self._moments.clone())
+            self._best = averaged
+
+    def _use(self, buffers: tuple[Tensor, Tensor]) -> None:
+        self._weights.copy_(buffers[0])
+        self._moments.copy_(buffers[1])
 
 
 def share(

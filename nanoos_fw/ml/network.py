@@ -153,7 +153,9 @@ class GatedConvolution(nn.Module):
 
     def __init__(self, hidden_dim: int, n_gaussians: int) -> None:
         super().__init__()
-        self.centre = nn.Linear(hidden_dim, 2 * hidden_dim)
+        # The published layer has a bias here. Normalization takes it out again, so
+        # its gradient is rounding noise, which Adam would blow up to full steps.
+        self.centre = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
         self.neighbor = nn.Linear(hidden_dim, 2 * hidden_dim, bias=False)
         self.edge = nn.Linear(n_gaussians, 2 * hidden_dim, bias=False)
         self.edge_norm = GlobalBatchNorm(2 * hidden_dim)

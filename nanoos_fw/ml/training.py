@@ -91,6 +91,9 @@ class TrainingConfig(BaseModel):
         Linear rise over this share of all steps, then a cosine to zero or constant.
     loss
         Of the normalized target.
+    averaging_epochs
+        The model's weights are a running average with this memory, which smooths the
+        noise of small batches; 0 takes the weights of the last step.
     patience
         Stop a member after this many epochs without a lower validation error; None
         goes on to the end. The weights of the best epoch are kept either way.
@@ -120,6 +123,7 @@ class TrainingConfig(BaseModel):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     loss: Literal["mse", "mae", "huber"] = "mse"
+    averaging_epochs: float = Field(default=5.0, ge=0.0)
     patience: int | None = Field(default=None, ge=1)
     element_reference: bool = True
     checkpoint_every: int = Field(default=10, ge=1)
@@ -282,8 +286,7 @@ def main(
     start = time.time()
     torch.set_num_threads(int(config["threads"]))
     training = TrainingConfig(**config["config"])
-    # One rank reads every byte for the checksums, the others map the files.
-    dataset = open_dataset(Path(config["dataset_dir"]), verify=comm.rank == 0)
+    dataset = _open(Path(config["dataset_dir"]), comm)
     _check(dataset, training)
     table = _preload(dataset.graphs)
     fractions = element_fractions(table)
@@ -325,6 +328,16 @@ def main(
         result["ranks"] = comm.size
         result["wall_s"] = time.time() - start
     return result
+
+
+def _open(directory: Path, comm: Communicator) -> Dataset:
+    """Let one rank read every byte for the checksums, then all map the files."""
+    if comm.rank == 0:
+        dataset = open_dataset(directory)
+        comm.barrier()
+        return dataset
+    comm.barrier()
+    return open_dataset(directory, verify=False)
 
 
 def _check(dataset: Dataset, training: TrainingConfig) -> None:

@@ -131,9 +131,7 @@ def published_formula(net, graph):
             [state[f"{name}.{key}.weight"] for key in ("centre", "neighbor", "edge")], 1
         )
         z = torch.cat([atoms[i], atoms[j], u], 1) @ weight.T
-        gate, core = norm(z + state[f"{name}.centre.bias"], f"{name}.edge_norm").chunk(
-            2, 1
-        )
+        gate, core = norm(z, f"{name}.edge_norm").chunk(2, 1)
         messages = torch.sigmoid(gate) * functional.softplus(core)
         summed = torch.stack([messages[i == n].sum(0) for n in range(len(atoms))])
         atoms = functional.softplus(atoms + norm(summed, f"{name}.atom_norm"))

@@ -1,0 +1,161 @@
+"""The number of ranks must not change a training; stopping must not either."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    MissingDependencyError,
+    OutOfTimeError,
+)
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.graphs import build_graph
+from nanoos_fw.ml.training import RANK_CONFIG, TrainingConfig, train_cgcnn_model
+from nanoos_fw.parallel import Resources, launch_command, launch_ranks
+
+pytestmark = pytest.mark.mpi
+
+TARGET = "energy_per_atom"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launcher():
+    try:
+        launch_command(Resources(ranks=2))
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    rng = np.random.default_rng(11)
+    graphs, targets = {}, {}
+    for i in range(29):
+        a, b = rng.choice(["Al", "Ni", "Ti", "Fe"], 2, replace=False)
+        cell = Lattice.tetragonal(*(2.8 + 0.6 * rng.random(2)))
+        structure = Structure(cell, [a, b], [[0, 0, 0], [0.5, 0.5, 0.5]])
+        structure *= (1 + i % 3, 1, 1)  # unequal sizes
+        graphs[f"s{i:02d}"] = build_graph(structure)
+        targets[f"s{i:02d}"] = float(rng.normal() + graphs[f"s{i:02d}"].distances[0])
+    directory = tmp_path_factory.mktemp("dataset")
+    config = DatasetConfig(
+        target_property=TARGET, train_fraction=0.7, val_fraction=0.2, test_fraction=0.1
+    )
+    write_dataset(build_regression_dataset(graphs, targets, config), directory)
+    return directory
+
+
+def config(**changes):
+    fields = {
+        "target": TARGET,
+        "epochs": 5,
+        "batch_size": 6,
+        "hidden_dim": 16,
+        "readout_dim": 16,
+        "ensemble_size": 1,
+        "schedule": "constant",
+    }
+    return TrainingConfig(**{**fields, **changes})
+
+
+def train(dataset_dir, work_dir, ranks, **changes):
+    return train_cgcnn_model(
+        TARGET,
+        config(**changes),
+        dataset_dir=dataset_dir,
+        work_dir=work_dir,
+        resources=Resources(ranks=ranks),
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)]
+)
+def test_ranks_do_not_change_the_loss_curve(
+    dataset_dir, tmp_path, precision, tolerance
+):
+    # With three graphs per batch the fourth rank never has a sample; 20 rows do not
+    # divide by three.
+    changes = {"precision": precision, "batch_size": 3}
+    one = train(dataset_dir, tmp_path / "1", 1, **changes).curves[0]
+    for ranks in (2, 4):
+        many = train(dataset_dir, tmp_path / str(ranks), ranks, **changes)
+        assert many.ranks == ranks
+        curve = many.curves[0]
+        np.testing.assert_allclose(curve.train_loss, one.train_loss, rtol=tolerance)
+        np.testing.assert_allclose(curve.val_mae, one.val_mae, rtol=10 * tolerance)
+    assert one.train_loss[-1] != one.train_loss[0]
+
+
+STOPPER = """
+import sys
+from nanoos_fw.ml.training import main
+from nanoos_fw.parallel import run_rank_program
+
+def program(config, work_dir, comm, stop):
+    class OnRank1(type(stop)):
+        left = 22  # in the third epoch of the second member
+        @property
+        def requested(self):
+            self.left -= 1
+            return comm.rank == 1 and self.left < 0
+    return main(config, work_dir, comm, OnRank1())
+
+run_rank_program(program)
+"""
+
+
+def test_stopping_on_one_rank_and_resuming_changes_nothing(dataset_dir, tmp_path):
+    changes = {"ensemble_size": 2}
+    whole = train(dataset_dir, tmp_path / "whole", 2, **changes)
+    work_dir = tmp_path / "parts"
+    work_dir.mkdir()
+    (work_dir / "stopper.py").write_text(STOPPER)
+    (work_dir / RANK_CONFIG).write_text(
+        json.dumps(
+            {
+                "config": config(**changes).model_dump(mode="json"),
+                "dataset_dir": str(dataset_dir),
+                "threads": 1,
+                "deadline": None,
+            }
+        )
+    )
+    with pytest.raises(OutOfTimeError) as stopped:
+        launch_ranks("stopper", work_dir / RANK_CONFIG, resources=Resources(ranks=2))
+    assert stopped.value.resumable
+    resumed = train(dataset_dir, work_dir, 2, **changes)
+    assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
+    assert resumed.curves == whole.curves
+
+
+def test_a_deadline_that_has_passed_leaves_a_checkpoint(dataset_dir, tmp_path):
+    with pytest.raises(OutOfTimeError, match="end of the allocation"):
+        train_cgcnn_model(
+            TARGET,
+            config(),
+            dataset_dir=dataset_dir,
+            work_dir=tmp_path,
+            resources=Resources(ranks=2),
+            deadline=time.time(),
+        )
+    assert list(tmp_path.glob("member0-epoch00000.safetensors"))
+
+
+def test_an_error_of_the_ranks_reaches_the_caller(dataset_dir, tmp_path):
+    broken = tmp_path / "dataset"
+    shutil.copytree(dataset_dir, broken)
+    (broken / "distances.npy").write_bytes(b"nonsense")
+    with pytest.raises(CorruptArtifactError, match=r"distances\.npy"):
+        train(broken, tmp_path / "work", 2)

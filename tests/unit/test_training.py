@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from pymatgen.core import Lattice, Structure
+from torch.nn import functional
+
+from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
+from nanoos_fw.ml.cgcnn import CGCNNModel
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.fitting import Fit, share
+from nanoos_fw.ml.graphs import build_graph
+from nanoos_fw.ml.metrics import calibrate, fit_element_reference, regression_metrics
+from nanoos_fw.ml.network import GlobalBatchNorm, _GlobalNormalization
+from nanoos_fw.ml.training import (
+    INDEX,
+    TrainingConfig,
+    TrainingResult,
+    main,
+    train_cgcnn_model,
+)
+from nanoos_fw.parallel import Communicator, StopRequest
+
+TARGET = "formation_energy_per_atom"
+SMALL = {
+    "target": TARGET,
+    "epochs": 6,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "hidden_dim": 8,
+    "num_layers": 2,
+    "readout_dim": 8,
+    "gaussian_step": 0.5,
+    "ensemble_size": 2,
+    "checkpoint_every": 2,
+}
+
+
+def structures() -> dict[str, Structure]:
+    rng = np.random.default_rng(7)
+    made = {}
+    for i in range(36):
+        a, b = rng.choice(["Al", "Ni", "Ti", "Fe"], 2, replace=False)
+        cell = Lattice.tetragonal(2.8 + 0.6 * rng.random(), 2.8 + 0.6 * rng.random())
+        structure = Structure(cell, [a, b], [[0, 0, 0], [0.5, 0.5, 0.5]])
+        made[f"s{i:02d}"] = structure * ((2, 1, 1) if i % 3 == 0 else (1, 1, 1))
+    return made
+
+
+GRAPHS = {name: build_graph(s) for name, s in structures().items()}
+# Depends on geometry and on elements, smoothly.
+TARGETS = {
+    name: float(graph.distances[:8].mean() + 0.01 * graph.numbers.std())
+    for name, graph in GRAPHS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dataset")
+    config = DatasetConfig(
+        target_property=TARGET, train_fraction=0.7, val_fraction=0.2, test_fraction=0.1
+    )
+    write_dataset(build_regression_dataset(GRAPHS, TARGETS, config), directory)
+    return directory
+
+
+class StopAfter(StopRequest):
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__()
+        self.left = questions
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def train(dataset_dir, work_dir, stop=None, **changes):
+    work_dir.mkdir(exist_ok=True)
+    config = {
+        "config": TrainingConfig(**{**SMALL, **changes}).model_dump(mode="json"),
+        "dataset_dir": str(dataset_dir),
+        "threads": 1,
+    }
+    result = main(config, work_dir, Communicator(), stop or StopRequest())
+    json.dumps(result, allow_nan=False)  # must be able to cross the process boundary
+    return TrainingResult(**result)
+
+
+def test_training_learns_and_reports(dataset_dir, tmp_path):
+    result = train(dataset_dir, tmp_path, epochs=30)
+    for part in ("train", "val", "test"):
+        baseline = result.baselines["mean"][part]["mae"]
+        assert result.metrics[part]["mae"] < 0.6 * baseline
+    assert result.unit == "eV/atom"
+    curve = result.curves[1]
+    assert curve.epochs == len(curve.val_mae) == 30
+    assert curve.val_mae[curve.best_epoch - 1] == min(curve.val_mae)
+    assert curve.train_loss[-1] < 0.3 * curve.train_loss[0]
+    rows = result.predictions["test"]
+    errors = [abs(row["mean"] - row["target"]) for row in rows]
+    assert np.mean(errors) == pytest.approx(result.metrics["test"]["mae"])
+    model = CGCNNModel("m", TARGET).load_from_checkpoint(
+        result.checkpoint, sha256=result.checkpoint_sha256
+    )
+    mean, std = model.predict_many([GRAPHS[row["structure_id"]] for row in rows])
+    np.testing.assert_allclose(mean, [row["mean"] for row in rows], atol=1e-6)
+    np.testing.assert_allclose(std, [row["std"] for row in rows], atol=1e-6)
+    assert model.card.dataset_hash == result.dataset_hash
+    assert set(model.card.elements) == {13, 22, 26, 28}
+
+
+def test_seed_decides_everything(dataset_dir, tmp_path):
+    one = train(dataset_dir, tmp_path / "1")
+    two = train(dataset_dir, tmp_path / "2")
+    other = train(dataset_dir, tmp_path / "3", seed=1)
+    assert one.checkpoint_sha256 == two.checkpoint_sha256
+    assert one.curves == two.curves
+    assert other.checkpoint_sha256 != one.checkpoint_sha256
+    assert one.curves[0].train_loss != one.curves[1].train_loss
+
+
+def test_training_leaves_the_global_random_state_alone(dataset_dir, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    train(dataset_dir, tmp_path, epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("questions", [0, 4, 9, 25])
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    dataset_dir, tmp_path, questions, optimizer
+):
+    changes = {"optimizer": optimizer, "epochs": 5}
+    whole = train(dataset_dir, tmp_path / "whole", **changes)
+    parts = tmp_path / "parts"
+    with pytest.raises(OutOfTimeError) as stopped:
+        train(dataset_dir, parts, StopAfter(questions), **changes)
+    steps = 3  # 25 training rows in batches of about 8
+    assert stopped.value.evidence == {
+        "member": questions // (5 * steps),
+        "epochs": questions % (5 * steps) // steps,
+    }
+    resumed = train(dataset_dir, parts, **changes)
+    assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
+    assert resumed.curves == whole.curves
+    assert resumed.predictions == whole.predictions
+
+
+def test_a_killed_training_resumes_from_the_last_checkpoint(
+    dataset_dir, tmp_path, monkeypatch
+):
+    whole = train(dataset_dir, tmp_path / "whole")
+    run_epoch = Fit.run_epoch
+
+    def dies(self, interrupted):
+        if (self.member, self.history.epochs) == (1, 5):
+            raise KeyboardInterrupt
+        return run_epoch(self, interrupted)
+
+    monkeypatch.setattr(Fit, "run_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset_dir, tmp_path / "parts")
+    epochs = []
+
+    def counts(self, interrupted):
+        epochs.append((self.member, self.history.epochs))
+        return run_epoch(self, interrupted)
+
+    monkeypatch.setattr(Fit, "run_epoch", counts)
+    resumed = train(dataset_dir, tmp_path / "parts")
+    assert epochs == [(1, 4), (1, 5)]  # checkpoint_every = 2
+    assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
+    assert len(list((tmp_path / "parts").glob("member*"))) == 2
+
+
+def test_finished_members_are_never_fitted_again(dataset_dir, tmp_path, monkeypatch):
+    first = train(dataset_dir, tmp_path)
+    monkeypatch.setattr(Fit, "run_epoch", lambda *_: pytest.fail("fitted again"))
+    assert train(dataset_dir, tmp_path).checkpoint_sha256 == first.checkpoint_sha256
+
+
+def test_a_changed_checkpoint_is_noticed(dataset_dir, tmp_path):
+    train(dataset_dir, tmp_path, epochs=2)
+    path = next(tmp_path.glob("member1-*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptArtifactError, match="member1"):
+        train(dataset_dir, tmp_path, epochs=2)
+
+
+def test_a_work_directory_belongs_to_one_training(dataset_dir, tmp_path):
+    train(dataset_dir, tmp_path, epochs=2)
+    assert (tmp_path / INDEX).exists()
+    with pytest.raises(InputError, match="another training"):
+        train(dataset_dir, tmp_path, epochs=2, seed=5)
+
+
+def test_patience_stops_early_and_the_best_weights_stay(dataset_dir, tmp_path):
+    options = {"epochs": 60, "learning_rate": 0.05, "schedule": "constant"}
+    result = train(dataset_dir, tmp_path / "a", patience=4, ensemble_size=1, **options)
+    curve = result.curves[0]
+    assert curve.epochs == curve.best_epoch + 4 < 60
+    # The validation metric is that of the best epoch, not of the last.
+    assert result.metrics["val"]["mae"] == pytest.approx(min(curve.val_mae), rel=1e-5)
+    assert curve.val_mae[-1] > min(curve.val_mae)
+
+
+def test_a_linear_function_of_composition_is_learned_by_the_reference(tmp_path):
+    # With a reference, adding such a function to all targets adds it to predictions.
+    config = DatasetConfig(target_property=TARGET, val_fraction=0.2, test_fraction=0.0)
+    slopes = np.zeros(119)
+    slopes[[13, 22, 26, 28]] = (-3.0, 5.0, -8.0, 1.0)
+    predictions = []
+    for name, factor in (("plain", 0.0), ("tilted", 1.0)):
+        tilt = {key: factor * slopes[g.numbers].mean() for key, g in GRAPHS.items()}
+        targets = {key: TARGETS[key] + tilt[key] for key in TARGETS}
+        dataset = build_regression_dataset(GRAPHS, targets, config)
+        write_dataset(dataset, tmp_path / name)
+        result = train(
+            tmp_path / name,
+            tmp_path / f"work_{name}",
+            precision="float64",
+            epochs=3,
+            element_reference=True,
+        )
+        predictions.append(
+            {
+                r["structure_id"]: r["mean"] - tilt[r["structure_id"]]
+                for r in result.predictions["val"]
+            }
+        )
+    plain, tilted = predictions
+    assert tilted == pytest.approx(plain, abs=1e-8)
+
+
+def test_one_member_gives_no_uncertainty(dataset_dir, tmp_path):
+    result = train(dataset_dir, tmp_path, epochs=1, ensemble_size=1)
+    assert result.predictions["test"][0]["std"] is None
+    assert "within_1_std" not in result.metrics["test"]
+
+
+def test_uncertainty_is_calibrated_on_validation(dataset_dir, tmp_path):
+    result = train(dataset_dir, tmp_path)
+    assert result.metrics["val"]["within_1_std"] == pytest.approx(0.683, abs=0.15)
+    assert result.uncertainty_scale != 1.0
+
+
+def test_divergence_is_an_error_with_advice(dataset_dir, tmp_path):
+    with pytest.raises(InputError, match="learning_rate"):
+        train(dataset_dir, tmp_path, learning_rate=1e30, warmup_fraction=0.0)
+
+
+def test_a_dataset_of_another_target_is_refused(dataset_dir, tmp_path):
+    with pytest.raises(InputError, match="bandgap"):
+        train(dataset_dir, tmp_path, target="bandgap")
+    with pytest.raises(InputError, match="config is for"):
+        train_cgcnn_model(
+            "bandgap",
+            TrainingConfig(target=TARGET),
+            dataset_dir=dataset_dir,
+            work_dir=tmp_path,
+        )
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch_size": 1}, {"epoch": 3}, {"optimizer": "lbfgs"}]
+)
+def test_bad_configs_are_refused(change):
+    with pytest.raises(ValidationError):
+        TrainingConfig(**{**SMALL, **change})
+
+
+def test_rank_program_loads_no_database_and_no_queue():
+    code = (
+        "import sys, nanoos_fw.ml.training, nanoos_fw.ml.fitting; "
+        "print([m for m in ('pymongo', 'fireworks', 'bson', 'gridfs') "
+        "if m in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+# ----------------------------------------------------------------------- the pieces
+
+
+class Size:
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_shares_of_a_batch_are_a_partition_balanced_by_atoms(size):
+    rng = np.random.default_rng(size)
+    rows, sizes = rng.permutation(50)[:40], rng.integers(1, 20, 40)
+    shares = [share(rows, sizes, Size(rank, size)) for rank in range(size)]
+    assert sorted(np.concatenate(shares)) == sorted(rows)
+    atoms = dict(zip(rows.tolist(), sizes.tolist(), strict=True))
+    loads = [sum(atoms[row] for row in mine.tolist()) for mine in shares]
+    assert max(loads) - min(loads) <= sizes.max()
+
+
+def test_more_ranks_than_rows_leave_some_without():
+    shares = [
+        share(np.array([4, 9]), np.array([3, 3]), Size(rank, 3)) for rank in range(3)
+    ]
+    assert [mine.tolist() for mine in shares] == [[4], [9], []]
+
+
+def test_global_normalization_equals_torch_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, generator=generator, dtype=torch.float64) * 3 + 100
+    weight = torch.randn(4, generator=generator, dtype=torch.float64)
+    bias = torch.randn(4, generator=generator, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def ours(*tensors):
+        return _GlobalNormalization.apply(*tensors, Communicator())[0]
+
+    def theirs(x, weight, bias):
+        return functional.batch_norm(x, None, None, weight, bias, training=True)
+
+    torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+    outward = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    for mine, reference in zip(
+        torch.autograd.grad(ours(*inputs), inputs, outward),
+        torch.autograd.grad(theirs(*inputs), inputs, outward),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference)
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+def test_global_normalization_is_exact_far_from_zero():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1)) + 1e4
+    unit, zero = torch.ones(3), torch.zeros(3)
+    found = _GlobalNormalization.apply(x, unit, zero, Communicator())[0].double()
+    double = x.double()
+    exact = (double - double.mean(0)) / double.std(0, correction=0)
+    torch.testing.assert_close(found, exact, atol=2e-3, rtol=0)
+
+
+class Twin(Communicator):
+    """Two ranks with the same rows: every sum doubles."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
+
+    def sum_in_place(self, array):
+        array *= 2
+
+
+def test_running_moments_count_the_rows_of_all_ranks():
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+    shared, alone = GlobalBatchNorm(3), torch.nn.BatchNorm1d(3)
+    shared.comm = Twin()
+    found, expected = shared(x), alone(torch.cat([x, x]))[:5]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(shared.running_mean, alone.running_mean)
+    torch.testing.assert_close(shared.running_var, alone.running_var)
+
+
+def test_metrics_equal_their_formulas():
+    truth, mean = np.array([1.0, 2.0, 4.0]), np.array([1.5, 2.0, 2.0])
+    found = regression_metrics(truth, mean, np.array([0.6, 0.1, 1.1]))
+    assert found == pytest.approx(
+        {
+            "n": 3,
+            "mse": 4.25 / 3,
+            "mae": 2.5 / 3,
+            "rmse": (4.25 / 3) ** 0.5,
+            "r2": 1 - 4.25 / (14 / 3),
+            "within_1_std": 2 / 3,
+            "within_2_std": 1.0,
+        }
+    )
+    assert regression_metrics(truth[:0], mean[:0])["mae"] is None
+    assert regression_metrics(truth[:1], mean[:1])["r2"] is None
+
+
+def test_element_reference_finds_exact_coefficients():
+    rng = np.random.default_rng(0)
+    fractions = np.zeros((20, 119))
+    fractions[:, [3, 8, 26]] = rng.dirichlet([1, 1, 1], 20)
+    slopes = np.zeros(119)
+    slopes[[3, 8, 26]] = (-1.0, -5.0, -8.0)
+    found = fit_element_reference(fractions, fractions @ slopes)
+    np.testing.assert_allclose(found[[3, 8, 26]], slopes[[3, 8, 26]])
+    assert found[79] == pytest.approx((fractions @ slopes).mean())
+
+
+def test_calibration_finds_a_known_factor():
+    rng = np.random.default_rng(0)
+    std = rng.uniform(0.5, 2, 20000)
+    error = 3.0 * std * rng.normal(size=20000)
+    assert calibrate(error, np.zeros(20000), std) == pytest.approx(3.0, rel=0.03)
+    assert calibrate(error[:3], np.zeros(3), np.zeros(3)) == 1.0
