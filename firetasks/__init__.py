@@ -1,1 +1,32 @@
-"""The firetasks: thin adapters from a FireWorks spec to the library."""
+"""The firetasks: thin adapters from a FireWorks spec to the library.
+
+FireWorks stores the names below (``{{nanoos_fw.firetasks.TrainModelTask}}``) and takes
+the classes from this package, so a class may move between modules without orphaning
+workflows in databases.
+"""
+
+from nanoos_fw.firetasks.campaign import WriteReportTask
+from nanoos_fw.firetasks.md import (
+    AnalyzeTrajectoryTask,
+    RelaxStructuresTask,
+    RunMDTask,
+)
+from nanoos_fw.firetasks.ml import (
+    BuildDatasetTask,
+    FeaturizeStructuresTask,
+    RankCandidatesTask,
+    ScreenCandidatesTask,
+    TrainModelTask,
+)
+
+__all__ = [
+    "AnalyzeTrajectoryTask",
+    "BuildDatasetTask",
+    "FeaturizeStructuresTask",
+    "RankCandidatesTask",
+    "RelaxStructuresTask",
+    "RunMDTask",
+    "ScreenCandidatesTask",
+    "TrainModelTask",
+    "WriteReportTask",
+]

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from nanoos_fw.errors import SimulationError
+from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.md.analysis import RadialDistribution, radial_distribution
+from nanoos_fw.md.engine import LAMMPSEngine, simulation_elements
+from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.potentials import Potential, zhou2004_potential
 from nanoos_fw.md.relaxation import (
     RelaxationResult,
     RelaxationSettings,
     relax_structures,
 )
+from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key, run_environment
-from nanoos_fw.stores.simulations import Simulation, method_key
+from nanoos_fw.stores.simulations import Simulation, method_key, simulation_key
+
+# Rows of the thermo table that go into the database; the log has all.
+_MAX_THERMO_ROWS = 2000
 
 
 class PotentialChoice(Parameters):
@@ -154,3 +164,199 @@ def _simulation(
         files={"work_dir": work_dir},
         environment=environment,
     )
+
+
+class MDMethod(Parameters):
+    """A molecular dynamics run and what is computed of its trajectory."""
+
+    config: MDConfig
+    rdf_max_a: float = Field(default=8.0, gt=0)
+    rdf_bins: int = Field(default=160, ge=10)
+
+    def key(self, relaxation: str) -> str:
+        """Return the key under which runs from relaxed structures are stored."""
+        return method_key(
+            "md",
+            {"relaxation": relaxation, "config": self.config.model_dump(mode="json")},
+        )
+
+
+class MDParameters(Parameters):
+    """Parameters of RunMDTask and AnalyzeTrajectoryTask."""
+
+    campaign: str
+    rank: int = Field(ge=1, description="of the candidate in the campaign's ranking")
+    relaxation: RelaxationMethod
+    md: MDMethod
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a rank of the campaign stands for."""
+
+    structure: str
+    method: str
+    relaxation: Simulation
+    potential: Potential
+
+
+def _resolve(place: Workplace, parameters: MDParameters) -> _Run:
+    """Find the candidate of a rank and its relaxed structure."""
+    ranking = place.campaigns.output(parameters.campaign, "ranking")
+    if parameters.rank > len(ranking):
+        raise InputError(
+            f"campaign {parameters.campaign!r} has no rank {parameters.rank}",
+            evidence={"ranked": len(ranking)},
+            advice="lower md_runs, or raise top_k",
+        )
+    key = ranking[parameters.rank - 1]
+    potential = parameters.relaxation.potential.resolve(place)
+    relaxation = parameters.relaxation.key(potential)
+    simulation = place.simulations.find([key], relaxation).get(key)
+    if simulation is None or simulation.status == "failed":
+        error = (simulation.error or {}) if simulation else {}
+        raise SimulationError(
+            f"the candidate of rank {parameters.rank} has no relaxed structure",
+            evidence={"structure": key, "relaxation": error.get("message", "missing")},
+            advice="see the relaxation's own error; the other ranks go on",
+        )
+    return _Run(
+        structure=key,
+        method=parameters.md.key(relaxation),
+        relaxation=simulation,
+        potential=potential,
+    )
+
+
+class RunMDTask(NanoTask):
+    """Run molecular dynamics of a ranked candidate from its relaxed structure."""
+
+    _fw_name = "{{nanoos_fw.firetasks.RunMDTask}}"
+    parameters_model = MDParameters
+    parameters: MDParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Run, or continue from the restart file that an earlier launch left."""
+        parameters = self.parameters
+        run = _resolve(place, parameters)
+        place.campaigns.record(
+            parameters.campaign,
+            **{
+                f"md.{parameters.rank}": {
+                    "structure": run.structure,
+                    "method": run.method,
+                }
+            },
+        )
+        found = place.simulations.find([run.structure], run.method)
+        if run.structure not in found:
+            place.simulations.put_many([self._simulate(place, run)])
+        return {"structure": run.structure, "method": run.method, "hit": bool(found)}
+
+    def _simulate(self, place: Workplace, run: _Run) -> Simulation:
+        config = self.parameters.md.config
+        work_dir = place.work_dir("md", simulation_key(run.structure, run.method))
+        engine = LAMMPSEngine()
+        with locked(work_dir):
+            input_dir = engine.prepare_input(
+                RelaxationResult.from_dict(run.relaxation.result).structure(),
+                {**config.model_dump(), "potential": run.potential},
+                work_dir,
+            )
+            output_dir = work_dir / "output"
+            outcome = engine.execute(
+                input_dir,
+                output_dir,
+                timeout=None,
+                resources=place.resources,
+                deadline=place.deadline,
+            )
+            parsed = engine.parse_output(output_dir)
+        every = math.ceil(len(parsed["thermo"]["step"]) / _MAX_THERMO_ROWS)
+        return Simulation(
+            structure=run.structure,
+            method=run.method,
+            kind="md",
+            status="done",
+            result={
+                "workflow_type": parsed["workflow_type"],
+                "n_atoms": parsed["n_atoms"],
+                "steps": parsed["steps"],
+                "timestep_fs": config.timestep_fs or run.potential.timestep_fs,
+                "equilibration_steps": config.equilibration_steps,
+                "temperature_k": config.temperature_k,
+                "pressure_bar": config.pressure_bar,
+                "seed": config.seed,
+                "averages": parsed["averages"],
+                "units": parsed["units"],
+                "thermo": {n: v[::every] for n, v in parsed["thermo"].items()},
+                "final_structure": parsed["final_structure"],
+            },
+            files={"input_dir": str(input_dir), "output_dir": str(output_dir)},
+            environment={
+                **run_environment(),
+                "ranks": place.resources.ranks,
+                "threads": place.resources.threads,
+                "lammps_version": outcome["lammps_version"],
+                "segments": outcome["segments"],
+                "wall_s": round(outcome["wall_s"], 3),
+            },
+        )
+
+
+class AnalyzeTrajectoryTask(NanoTask):
+    """Compute radial distribution functions of a finished run."""
+
+    _fw_name = "{{nanoos_fw.firetasks.AnalyzeTrajectoryTask}}"
+    parameters_model = MDParameters
+    parameters: MDParameters
+
+    def run(self, place: Workplace) -> dict[str, Any]:
+        """Analyse the production part and store the curves with the run."""
+        run = _resolve(place, self.parameters)
+        found = place.simulations.find([run.structure], run.method)
+        if run.structure not in found:
+            raise InputError(
+                f"rank {self.parameters.rank} of campaign "
+                f"{self.parameters.campaign!r} has not been simulated",
+                advice="rerun the firework with its RunMDTask",
+            )
+        simulation = found[run.structure]
+        method = self.parameters.md
+        curves = radial_distributions(
+            Path(simulation.files["output_dir"]),
+            first_step=method.config.equilibration_steps,
+            r_max_a=method.rdf_max_a,
+            bins=method.rdf_bins,
+        )
+        place.simulations.analysed(simulation, "rdf", curves)
+        return {"structure": run.structure, "frames": curves["n_frames"]}
+
+
+def radial_distributions(
+    output_dir: Path, *, first_step: int, r_max_a: float, bins: int
+) -> dict[str, Any]:
+    """Return total and partial RDFs of the frames after a step, as plain lists."""
+    elements = simulation_elements(output_dir)
+    files = segment_files(output_dir, "trajectory.*.bin")
+    pairs: dict[str, tuple[int, int] | None] = {"total": None}
+    for i, first in enumerate(elements, start=1):
+        for j, second in enumerate(elements[i - 1 :], start=i):
+            pairs[f"{first}-{second}"] = (i, j)
+    curves: dict[str, RadialDistribution] = {
+        name: radial_distribution(
+            (frame for frame in read_frames(files) if frame.step > first_step),
+            r_max_a,
+            bins,
+            pair,
+        )
+        for name, pair in pairs.items()
+    }
+    total = curves.pop("total")
+    return {
+        "r_a": total.r_a.tolist(),
+        "total": total.g.tolist(),
+        "partials": {name: curve.g.tolist() for name, curve in curves.items()},
+        "n_frames": total.n_frames,
+        "first_step": first_step,
+    }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
 from pydantic import Field
 
 from nanoos_fw.errors import InputError, NanoOSError
@@ -27,7 +24,9 @@ from nanoos_fw.ml.features import (
 )
 from nanoos_fw.ml.graphs import pack_graph
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
-from nanoos_fw.provenance import content_key, run_environment
+from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
+from nanoos_fw.parallel import locked
+from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.labels import formation_energies
 from nanoos_fw.stores.models import ModelRecord, Prediction
@@ -219,28 +218,25 @@ class TrainModelTask(NanoTask):
     ) -> ModelRecord:
         parameters = self.parameters
         dataset = open_dataset(dataset_dir)
-        started = time.time()
-        result = train_cgcnn_model(
-            parameters.training.target,
-            parameters.training,
-            dataset_dir=dataset_dir,
-            work_dir=place.work_dir("training", training_key),
-            resources=place.resources,
-            deadline=place.deadline,
-        )
-        details = {
-            "learning_curves": result.learning_curves,
-            "predictions": result.predictions,
-        }
+        work_dir = place.work_dir("training", training_key)
+        with locked(work_dir):
+            result = train_cgcnn_model(
+                parameters.training.target,
+                parameters.training,
+                dataset_dir=dataset_dir,
+                work_dir=work_dir,
+                resources=place.resources,
+                deadline=place.deadline,
+            )
         return place.models.register(
             name=parameters.model_name,
-            target=parameters.training.target,
-            unit=dataset.unit,
+            target=result.target,
+            unit=result.unit,
             model_type="CGCNN",
-            weights=Path(result.checkpoint_path),
+            weights=Path(result.checkpoint),
             training_key=training_key,
             training_config=parameters.training.model_dump(mode="json"),
-            metrics=result.metrics,
+            metrics={**result.metrics, "baselines": result.baselines},
             dataset_info={
                 "dataset_hash": dataset_hash,
                 "counts": {
@@ -250,12 +246,12 @@ class TrainModelTask(NanoTask):
                 "config": dataset.config.model_dump(mode="json"),
             },
             environment={
-                **run_environment(),
-                "ranks": place.resources.ranks,
+                **result.environment,
+                "ranks": result.ranks,
                 "threads": place.resources.threads,
-                "wall_s": round(time.time() - started, 3),
+                "wall_s": round(result.wall_s, 3),
             },
-            details=put_artifact(place.database, json.dumps(details).encode()),
+            details=put_artifact(place.database, result.model_dump_json().encode()),
         )
 
 

@@ -179,7 +179,9 @@ def _demo_submit(arguments: argparse.Namespace, settings: Settings) -> int:
     launchpad = _open(arguments, settings)
     from nanoos_fw import demo
 
-    plan = demo.demo_plan(arguments.name, settings.work_dir.resolve())
+    work_root = settings.work_dir.resolve()
+    report = work_root / f"{arguments.name}-report.html"
+    plan = demo.demo_plan(arguments.name, work_root, report)
     demo.submit(launchpad, plan, verify=arguments.verify)
     path = arguments.launchpad or settings.launchpad
     option = f" -l {path}" if path else ""
@@ -209,7 +211,7 @@ def _demo_embedded(arguments: argparse.Namespace, settings: Settings) -> int:
         from nanoos_fw.console import CampaignProgress
 
         console = Console()
-        plan = demo.demo_plan(arguments.name, folder / "work")
+        plan = demo.demo_plan(arguments.name, folder / "work", folder / "report.html")
         demo.submit(launchpad, plan, verify=arguments.verify)
         total, done = demo.progress(launchpad, plan.name)
         console.print(

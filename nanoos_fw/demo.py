@@ -8,6 +8,7 @@ formation energy and ranks the rest; LAMMPS checks the best.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 
 from nanoos_fw import operations
 from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+from nanoos_fw.md import zhou2004
+from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.reports import RankedCandidate, Ranking, collect_report, findings
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database, save_embedded
 from nanoos_fw.stores.launches import FailedFirework, failed_fireworks, stage_counts
@@ -44,20 +48,35 @@ class Outcome:
     report: Path | None
 
 
-def demo_plan(name: str, work_root: Path) -> CampaignPlan:
+def demo_plan(name: str, work_root: Path, report: Path) -> CampaignPlan:
     """Return the plan of the demonstration."""
-    from nanoos_fw.md.potentials import ZHOU2004_ELEMENTS
-
     return CampaignPlan(
         name=name,
         description=DESCRIPTION,
         work_root=str(work_root),
+        report=str(report),
         relaxation=RelaxationMethod(
-            potential=PotentialChoice(name="zhou2004", elements=ZHOU2004_ELEMENTS)
+            potential=PotentialChoice(name="zhou2004", elements=zhou2004.elements())
         ),
-        dataset=DatasetConfig(target_property=TARGET),
+        dataset=DatasetConfig(
+            target_property=TARGET,
+            train_fraction=0.7,
+            val_fraction=0.1,
+            test_fraction=0.2,
+        ),
         training=TrainingConfig(target=TARGET),
-        md=MDMethod(),
+        md=MDMethod(
+            config=MDConfig(
+                workflow_type="MD_NPT_LAMMPS",
+                temperature_k=300.0,
+                pressure_bar=1.0,
+                equilibration_steps=2500,
+                num_steps=7500,
+                thermo_every=20,
+                dump_every=50,
+                supercell_min_atoms=250,
+            )
+        ),
     )
 
 
@@ -139,6 +158,31 @@ def progress(launchpad: Any, name: str) -> tuple[int, int]:
     counts = stage_counts(launchpad.db, name).values()
     total = sum(sum(states.values()) for states in counts)
     return total, sum(states.get("COMPLETED", 0) for states in counts)
+
+
+def summary(launchpad: Any, plan: CampaignPlan, outcome: Outcome) -> list[str]:
+    """Return what the end of the demonstration tells, line by line."""
+    data = collect_report(launchpad.db, plan.name)
+    lines = ["", *textwrap.wrap(findings.abstract(data).striptags(), 88), ""]
+    if isinstance(data.ranking, Ranking):
+        lines.append("rank  candidate           predicted         LAMMPS  eV/atom")
+        lines += [_line(row) for row in data.ranking.candidates[: plan.top_k]]
+    lines += [
+        f"failed: firework {failed.fw_id} ({failed.stage}): {failed.error}"
+        for failed in outcome.failed
+    ]
+    if outcome.failed:
+        lines.append("run the same command again to try the failed fireworks again")
+    if outcome.report is not None:
+        lines += ["", f"report: {outcome.report}"]
+    return lines
+
+
+def _line(row: RankedCandidate) -> str:
+    sigma = "" if row.uncertainty is None else f"± {row.uncertainty:.3f}"
+    lammps = f"{row.lammps:.3f}" if isinstance(row.lammps, float) else "–"
+    name = f"{row.formula} {row.prototype}"
+    return f"{row.rank:4d}  {name:18} {row.predicted:9.3f} {sigma:8} {lammps:>7}"
 
 
 def report_path(launchpad: Any, name: str) -> Path | None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from nanoos_fw.stores.database import save_embedded, store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
 from nanoos_fw.stores.structures import NewStructure, StructureStore
-from nanoos_fw.structure_files import EntryFailure, StructureEntry, read_structures
 
 if TYPE_CHECKING:
     from fireworks import Workflow
+
+    from nanoos_fw.structure_files import EntryFailure, StructureEntry
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def import_structures(
     on_entry
         Called after each batch, for progress.
     """
+    from nanoos_fw.structure_files import EntryFailure, read_structures
+
     report = ImportReport()
     batch: list[StructureEntry] = []
 
@@ -162,9 +165,8 @@ def run_embedded(
     fworker = FWorker("embedded")
     while launchpad.run_exists(fworker):
         with (
-            (launch_dir / "launches.log").open("a", encoding="utf-8") as log,
+            (launch_dir / "failures.log").open("a", encoding="utf-8") as log,
             _directory(launch_dir),
-            contextlib.redirect_stdout(log),
         ):
             launch_rocket(launchpad, fworker, strm_lvl="ERROR", err_file=log)
         save_embedded(launchpad)
@@ -185,10 +187,19 @@ def rerun_failed(launchpad: Any, campaign: str) -> int:
     return len(ids)
 
 
-def quiet_fireworks(level: int = logging.WARNING) -> None:
-    """Keep FireWorks' own loggers below the campaign's progress."""
+def quiet_fireworks() -> None:
+    """Drop what FireWorks logs of every launch; the launchpad knows it anyway.
+
+    A filter, because FireWorks sets the level of its loggers back each time.
+    """
     for name in _FIREWORKS_LOGGERS:
-        logging.getLogger(name).setLevel(level)
+        log = logging.getLogger(name)
+        if _warnings_only not in log.filters:
+            log.addFilter(_warnings_only)
+
+
+def _warnings_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 @contextlib.contextmanager

@@ -55,6 +55,8 @@ class CampaignPlan(Parameters):
         Key of the campaign, and of its sets in the structure store.
     work_root
         Folder of all work directories, on a file system that all nodes share.
+    report
+        File of the HTML report.
     relaxation
         How labels are computed: potential and minimisation.
     label_fraction
@@ -74,6 +76,7 @@ class CampaignPlan(Parameters):
     )
     description: str = ""
     work_root: str
+    report: str
     relaxation: RelaxationMethod
     features: FeatureParameters = FeatureParameters()
     dataset: DatasetConfig
@@ -249,7 +252,7 @@ def screening_workflow(
         plan,
         "report",
         "prep",
-        WriteReportTask(**campaign),
+        WriteReportTask(**campaign, path=plan.report),
         parents=[top, *simulations],
         allow_fizzled_parents=True,
     )
@@ -277,7 +280,7 @@ def verification_workflow(plan: CampaignPlan, candidates: Iterable[str]) -> Work
         plan,
         "report",
         "prep",
-        WriteReportTask(campaign=plan.name),
+        WriteReportTask(campaign=plan.name, path=plan.report),
         parents=labels,
         allow_fizzled_parents=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nanoos_fw.reports.collect import collect_report, write_report
 from nanoos_fw.reports.data import (
     Average,
     CrystalPicture,
@@ -57,7 +58,9 @@ __all__ = [
     "StageTiming",
     "ThermoSeries",
     "Training",
+    "collect_report",
     "regression_scores",
     "render_report",
     "structure_svg",
+    "write_report",
 ]

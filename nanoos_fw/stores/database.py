@@ -78,8 +78,9 @@ def load_launchpad(path: Path | None) -> Any:
         )
     data = _read_launchpad_file(Path(location)) if location else {}
     options = dict(data.get("mongoclient_kwargs") or {})
-    data.setdefault("host", "localhost")
-    if not embedded_file():
+    host = str(data.setdefault("host", "localhost"))
+    # An option given to the client would beat the same one in the user's URI.
+    if not embedded_file() and "serverselectiontimeoutms" not in host.lower():
         options.setdefault("serverSelectionTimeoutMS", _SELECTION_TIMEOUT_MS)
     data["mongoclient_kwargs"] = options
     data.setdefault("strm_lvl", "WARNING")
@@ -89,7 +90,7 @@ def load_launchpad(path: Path | None) -> Any:
         raise InputError(
             f"{location} describes no database connection: {error}",
             evidence={
-                "host": redacted(str(data.get("host"))),
+                "host": redacted(host),
                 "port": data.get("port"),
             },
             advice="check host, port and name; 'lpad init' writes a valid file",
