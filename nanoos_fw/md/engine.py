@@ -45,7 +45,12 @@ from nanoos_fw.md.potentials import (
     Potential,
     zhou2004_potential,
 )
-from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.md.trajectory import (
+    ThermoTable,
+    first_step_of,
+    read_thermo,
+    segment_files,
+)
 from nanoos_fw.parallel import (
     Communicator,
     Resources,
@@ -203,7 +208,7 @@ class LAMMPSEngine:
             shutil.copyfile(input_dir / name, output_dir / name)
         potential = Potential.model_validate(simulation["potential"])
         # The copy beside the script, so that a moved work directory still runs.
-        _relocated(potential, input_dir).install(output_dir)
+        potential.relocated(input_dir).install(output_dir)
         write_json(mine, simulation)
         limits = [deadline] if deadline is not None else []
         if timeout is not None:
@@ -382,6 +387,8 @@ def main(
     potential = Potential.model_validate(simulation["potential"])
     box = LammpsBox.from_lattice(np.array(simulation["lattice"]))
     found = _newest_restart(work_dir) if comm.rank == 0 else None
+    if comm.rank == 0:
+        _drop_segments_after(work_dir, found[1] if found else 0)
     restart, first_step = comm.broadcast(found) or (None, 0)
     parts = render_parts(
         md,
@@ -490,6 +497,18 @@ def _newest_restart(work_dir: Path) -> tuple[str, int] | None:
     return name, step
 
 
+def _drop_segments_after(work_dir: Path, step: int) -> None:
+    """Put away segments that begin later: they belong to a past that is left.
+
+    That happens when the newest restart file was cut and an older one is used.
+    """
+    for pattern in ("log.*.lammps", "trajectory.*.bin"):
+        for path in segment_files(work_dir, pattern):
+            if first_step_of(path) > step:
+                logger.warning("%s is computed again", path)
+                path.replace(path.with_name(f"{path.name}.dropped"))
+
+
 def _write_final(lmp: Any, work_dir: Path, comm: Communicator) -> None:
     run_commands(lmp, "write_data final.data")
     positions = np.array(lmp.gather_atoms("x", 1, 3)).reshape(-1, 3)
@@ -535,14 +554,6 @@ def _potential(chosen: Any, elements: list[str], directory: Path) -> Potential:
             advice="give parameters['potential']; see nanoos_fw.md.potentials",
         )
     return zhou2004_potential(sorted(wanted), directory)
-
-
-def _relocated(potential: Potential, directory: Path) -> Potential:
-    files = tuple(
-        file.model_copy(update={"path": directory / file.name})
-        for file in potential.files
-    )
-    return potential.model_copy(update={"files": files})
 
 
 def _read_simulation(directory: Path) -> dict[str, Any]:

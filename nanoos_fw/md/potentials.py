@@ -229,6 +229,14 @@ class Potential(BaseModel):
         )
         return self.model_copy(update={"files": (file,), "elements": names})
 
+    def relocated(self, directory: Path) -> Potential:
+        """Return the same recipe with its files in another folder; see `install`."""
+        files = tuple(
+            file.model_copy(update={"path": (directory / file.name).absolute()})
+            for file in self.files
+        )
+        return self.model_copy(update={"files": files})
+
     def install(self, work_dir: Path) -> None:
         """Copy the files into a work directory, under their safe names.
 

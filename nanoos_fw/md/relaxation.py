@@ -115,7 +115,6 @@ def relax_structures(
     settings = settings or RelaxationSettings()
     resources = resources or Resources()
     work_dir.mkdir(parents=True, exist_ok=True)
-    potential.install(work_dir)
     tasks: dict[str, dict[str, Any]] = {}
     results: dict[str, RelaxationResult] = {}
     for name, structure in structures.items():
@@ -141,8 +140,12 @@ def relax_structures(
             return {name: results[name] for name in structures}
         _clear_starts(work_dir)
         write_json(work_dir / STRUCTURES, todo)
+        # The ranks read a copy in the work directory, with no more than they need.
+        elements = sorted({symbol for task in todo for symbol in task["species"]})
+        copy = potential.restricted_to(elements, work_dir)
+        copy.install(work_dir)
         config = {
-            "potential": potential.model_dump(mode="json"),
+            "potential": copy.relocated(work_dir).model_dump(mode="json"),
             "settings": settings.model_dump(mode="json"),
             "deadline": deadline,
         }

@@ -222,12 +222,12 @@ def read_frames(paths: Path | Sequence[Path]) -> Iterator[Frame]:
     CorruptArtifactError
         If a file is not a binary dump of this format. A cut end does not raise.
     """
-    files = [paths] if isinstance(paths, Path) else sorted(paths, key=_first_step)
+    files = [paths] if isinstance(paths, Path) else sorted(paths, key=first_step_of)
     last = -1
     for number, path in enumerate(files):
         limit = None
         if number + 1 < len(files):
-            limit = _first_step(files[number + 1])
+            limit = first_step_of(files[number + 1])
         for frame in _binary_frames(path):
             if limit is not None and frame.step >= limit:
                 break
@@ -238,10 +238,11 @@ def read_frames(paths: Path | Sequence[Path]) -> Iterator[Frame]:
 
 def segment_files(folder: Path, pattern: str) -> list[Path]:
     """Return the files of a simulation's segments, the earliest first."""
-    return sorted(folder.glob(pattern), key=_first_step)
+    return sorted(folder.glob(pattern), key=first_step_of)
 
 
-def _first_step(path: Path) -> int:
+def first_step_of(path: Path) -> int:
+    """Return the step at which a segment begins, as its file name says; else 0."""
     match = _SEGMENT.search(path.name)
     return int(match.group(1)) if match else 0
 
