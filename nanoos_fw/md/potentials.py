@@ -329,9 +329,7 @@ def zhou2004_potential(elements: Sequence[str], directory: Path) -> Potential:
         timestep_fs=_METAL_TIMESTEP_FS,
         cutoff_a=zhou2004.cutoff_a(),
         # The elements of the file do not matter to the energies: see cutoff_a().
-        generated_from=sha256_bytes(
-            f"{zhou2004.GENERATOR_VERSION}\n{zhou2004.parameter_text()}".encode()
-        ),
+        generated_from=sha256_bytes(zhou2004.recipe_text().encode()),
     )
 
 

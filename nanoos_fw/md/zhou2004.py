@@ -53,6 +53,12 @@ def parameter_text() -> str:
     return file.read_text(encoding="utf-8")
 
 
+def recipe_text() -> str:
+    """Return all that decides the numbers of a file: parameters, grids, version."""
+    grids = f"{GENERATOR_VERSION} {N_R} {N_RHO} {RHO_MAX} {cutoff_a()!r}"
+    return f"{grids}\n{parameter_text()}"
+
+
 @cache
 def parameters() -> Mapping[str, Mapping[str, float]]:
     """Return the parameters of each element, by the names of the table's columns."""

@@ -265,6 +265,32 @@ def test_batch_equals_fresh_runs_of_lammps(tmp_path):
     assert np.ptp(energies) < 1e-8
 
 
+def test_minimum_is_that_of_box_relax(tmp_path):
+    # B19: orthorhombic, with free lengths and one free position.
+    structure = Structure(
+        Lattice.orthorhombic(3.1, 5.3, 5.0),
+        ["Mg", "Mg", "Pd", "Pd"],
+        [[0, 0, 0], [0.5, 1 / 6, 0.5], [0.5, 0.5, 0], [0, 2 / 3, 0.5]],
+    )
+    potential = zhou2004_potential(["Mg", "Pd"], tmp_path)
+    result = relax_structures(
+        {"x": structure}, potential, tmp_path / "work", settings=TIGHT
+    )["x"]
+    folder = tmp_path / "by-hand"
+    write_input(structure, MDConfig(workflow_type="MINIMIZE_LAMMPS"), potential, folder)
+    text = (folder / "in.lammps").read_text().split("# minimization")[0]
+    text += "change_box all triclinic\n"
+    for _ in range(20):  # a new fix takes the present cell as its reference
+        text += "fix b all box/relax tri 0.0 vmax 0.001\n"
+        text += "minimize 0.0 1e-8 2000 10000\nunfix b\n"
+    (folder / "relax.in").write_text(text)
+    run_by_hand(folder, "relax.in")
+    table = read_thermo(folder / "log.lammps")
+    assert result.converged
+    assert result.energy_ev == pytest.approx(table["potential_energy_ev"][-1], abs=1e-6)
+    assert result.volume_a3 == pytest.approx(table["volume_a3"][-1], rel=1e-4)
+
+
 @pytest.mark.mpi
 def test_results_depend_on_neither_ranks_nor_order(tmp_path):
     potential = zhou2004_potential(ZHOU2004_ELEMENTS, tmp_path)
