@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
 from nanoos_fw.ml.batches import GraphTable
@@ -27,6 +27,7 @@ from nanoos_fw.ml.cgcnn import (
     predict_table,
     save_checkpoint,
 )
+from nanoos_fw.ml.checkpoints import Checkpoints
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
 from nanoos_fw.ml.metrics import (
     calibrate,
@@ -44,11 +45,8 @@ from nanoos_fw.parallel import (
 )
 from nanoos_fw.provenance import (
     content_key,
-    read_json,
     run_environment,
-    sha256_bytes,
     sha256_file,
-    write_atomic,
     write_json,
 )
 
@@ -60,9 +58,7 @@ logger = logging.getLogger(__name__)
 RANK_PROGRAM = "nanoos_fw.ml.training"
 RANK_CONFIG = "train.json"
 CHECKPOINT = "model.safetensors"
-INDEX = "checkpoints.json"
 _PRELOAD_BYTES = 1 << 28
-_HISTORY = "history"
 
 
 class TrainingConfig(BaseModel):
@@ -244,11 +240,13 @@ def train_cgcnn_model(
     ----------
     T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
     """
-    fields = {"target": target}
     if isinstance(config, TrainingConfig):
         checked = config
     else:
-        checked = TrainingConfig(**{**fields, **(config or {})})
+        try:
+            checked = TrainingConfig(**{"target": target, **(config or {})})
+        except ValidationError as error:
+            raise InputError(f"the training config is not valid: {error}") from error
     if checked.target != target:
         raise InputError(f"the config is for {checked.target!r}, not {target!r}")
     directory = Path(work_dir).resolve()
@@ -396,7 +394,11 @@ def _fit_members(
 ) -> list[Fit]:
     from nanoos_fw.ml.fitting import Fit
 
-    checkpoints = _Checkpoints(work_dir, training, card.dataset_hash, comm)
+    key = content_key(
+        "training",
+        {"config": training.model_dump(mode="json"), "dataset": card.dataset_hash},
+    )
+    checkpoints = Checkpoints(work_dir, key, comm)
     atom_table = atom_features()
     total = training.ensemble_size * training.epochs
     fits = []
@@ -484,85 +486,6 @@ def _by_part(
         error_bar = None if std is None else std[rows]
         metrics[part] = regression_metrics(dataset.targets[rows], mean[rows], error_bar)
     return metrics
-
-
-class _Checkpoints:
-    """The states of the members on disk, and the index that says which count.
-
-    A state is written under a name that holds its epoch, then the index is replaced,
-    then the older state removed: at any instant the index names a complete file.
-    """
-
-    def __init__(
-        self,
-        work_dir: Path,
-        training: TrainingConfig,
-        dataset_hash: str,
-        comm: Communicator,
-    ) -> None:
-        self.work_dir, self.comm = work_dir, comm
-        self.key = content_key(
-            "training",
-            {"config": training.model_dump(mode="json"), "dataset": dataset_hash},
-        )
-        index = None
-        path = work_dir / INDEX
-        if comm.rank == 0 and path.exists():
-            index = read_json(path)
-        self.index: dict[str, Any] = comm.broadcast(index) or {
-            "key": self.key,
-            "members": {},
-        }
-        if self.index["key"] != self.key:
-            raise InputError(
-                f"{work_dir} holds the checkpoints of another training",
-                evidence={"key": self.index["key"], "key_expected": self.key},
-                advice="use another work directory, or delete this one",
-            )
-
-    def load(self, fit: Fit) -> None:
-        """Put a member back to its last checkpoint, if it has one."""
-        import json
-
-        from safetensors.torch import load
-
-        entry = self.index["members"].get(str(fit.member))
-        if entry is None:
-            return
-        path = self.work_dir / entry["file"]
-        data = path.read_bytes() if path.exists() else b""
-        if sha256_bytes(data) != entry["sha256"]:
-            raise CorruptArtifactError(
-                f"checkpoint {path} is missing or does not match its checksum",
-                evidence={"sha256_expected": entry["sha256"]},
-                advice=f"delete {self.work_dir / INDEX} and train again",
-            )
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        history = json.loads(header["__metadata__"][_HISTORY])
-        for name, value in history.items():
-            setattr(fit.history, name, value)
-        fit.restore(load(data))
-
-    def save(self, fit: Fit) -> None:
-        """Write a member's state (rank 0); all ranks wait for it."""
-        import json
-
-        from safetensors.torch import save
-
-        if self.comm.rank == 0:
-            name = f"member{fit.member}-epoch{fit.history.epochs:05d}.safetensors"
-            data = save(fit.state(), metadata={_HISTORY: json.dumps(vars(fit.history))})
-            write_atomic(self.work_dir / name, data)
-            old = self.index["members"].get(str(fit.member), {}).get("file")
-            self.index["members"][str(fit.member)] = {
-                "file": name,
-                "sha256": sha256_bytes(data),
-                "epochs": fit.history.epochs,
-            }
-            write_json(self.work_dir / INDEX, self.index)
-            if old not in {None, name}:
-                (self.work_dir / old).unlink(missing_ok=True)
-        self.comm.barrier()
 
 
 if __name__ == "__main__":

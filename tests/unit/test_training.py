@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
 from nanoos_fw.ml.cgcnn import CGCNNModel
+from nanoos_fw.ml.checkpoints import INDEX
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
     build_regression_dataset,
@@ -23,7 +24,6 @@ from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.metrics import calibrate, fit_element_reference, regression_metrics
 from nanoos_fw.ml.network import GlobalBatchNorm, _GlobalNormalization
 from nanoos_fw.ml.training import (
-    INDEX,
     TrainingConfig,
     TrainingResult,
     main,
@@ -274,6 +274,10 @@ def test_a_dataset_of_another_target_is_refused(dataset_dir, tmp_path):
             TrainingConfig(target=TARGET),
             dataset_dir=dataset_dir,
             work_dir=tmp_path,
+        )
+    with pytest.raises(InputError, match="epoch"):
+        train_cgcnn_model(
+            TARGET, {"epoch": 3}, dataset_dir=dataset_dir, work_dir=tmp_path
         )
 
 
