@@ -22,12 +22,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from nanoos_fw.errors import (
-    CorruptArtifactError,
     InputError,
     OutOfTimeError,
     SimulationError,
 )
-from nanoos_fw.md.analysis import block_average, detect_equilibration
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.calculator import check_pair_style, open_lammps, run_commands
 from nanoos_fw.md.cells import site_elements, supercell
@@ -40,13 +38,21 @@ from nanoos_fw.md.inputs import (
     run_command,
     write_input,
 )
+from nanoos_fw.md.output import (
+    FINAL,
+    SIMULATION,
+    averages,
+    final_structure,
+    read_simulation,
+    simulation_box,
+    simulation_thermo,
+)
 from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
     Potential,
     zhou2004_potential,
 )
 from nanoos_fw.md.trajectory import (
-    ThermoTable,
     first_step_of,
     read_thermo,
     segment_files,
@@ -64,12 +70,21 @@ from nanoos_fw.provenance import content_key, read_json, write_json
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
+__all__ = [
+    "ENGINES",
+    "LAMMPSEngine",
+    "final_structure",
+    "get_engine",
+    "main",
+    "simulation_box",
+    "simulation_thermo",
+]
+
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-SIMULATION, CONFIG = "simulation.json", "md.json"
-FINAL, FINISHED = "final.json", "finished.json"
+CONFIG, FINISHED = "md.json", "finished.json"
 _INPUT = "input"
 _STOP_RESTART = "restart.stop"
 _RESTARTS = ("restart.a", "restart.b", _STOP_RESTART)
@@ -77,17 +92,6 @@ _RESTARTS = ("restart.a", "restart.b", _STOP_RESTART)
 _PIECE_S = 1.0
 _FIRST_PIECE = 10
 _MAX_PACE = 5.0
-_AVERAGED = (
-    "temperature_k",
-    "potential_energy_ev",
-    "total_energy_ev",
-    "pressure_bar",
-    "volume_a3",
-    "lx_a",
-    "ly_a",
-    "lz_a",
-)
-_MIN_ROWS = 4
 
 
 class LAMMPSEngine:
@@ -192,7 +196,7 @@ class LAMMPSEngine:
         InputError
             If the folder holds another simulation, or the input is not prepared.
         """
-        simulation = _read_simulation(input_dir)
+        simulation = read_simulation(input_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         mine = output_dir / SIMULATION
         if mine.exists() and read_json(mine).get("key") != simulation["key"]:
@@ -252,13 +256,13 @@ class LAMMPSEngine:
         InputError
             If the folder holds no simulation.
         """
-        simulation = _read_simulation(output_dir)
+        simulation = read_simulation(output_dir)
         config = MDConfig.model_validate(simulation["config"])
         table = simulation_thermo(output_dir)
         production = table
         if config.is_dynamics and config.equilibration_steps:
             production = table.after(config.equilibration_steps)
-        averages = _averages(production) if config.is_dynamics else {}
+        means = averages(production) if config.is_dynamics else {}
         final = output_dir / FINAL
         complete = final.exists()
         result: dict[str, Any] = {
@@ -269,7 +273,7 @@ class LAMMPSEngine:
             "total_steps": config.total_steps,
             "thermo": table.to_dict(),
             "units": table.units,
-            "averages": averages,
+            "averages": means,
             "trajectory_files": [
                 str(path) for path in segment_files(output_dir, "trajectory.*.bin")
             ],
@@ -280,7 +284,7 @@ class LAMMPSEngine:
             ("avg_volume", "volume_a3"),
             ("avg_potential_energy", "potential_energy_ev"),
         ):
-            average = averages.get(column)
+            average = means.get(column)
             result[name] = average["mean"] if average else None
         for name, column in (
             ("final_energy", "total_energy_ev"),
@@ -312,56 +316,6 @@ def get_engine(name: str) -> type[LAMMPSEngine]:
         raise InputError(
             f"there is no engine {name!r}", advice=f"known: {', '.join(ENGINES)}"
         ) from None
-
-
-def simulation_thermo(output_dir: Path) -> ThermoTable:
-    """Return the thermo table of a simulation, equally spaced.
-
-    Rows that the ranks printed where they paused are left out, the last is kept for
-    minimizations, which end where they converge.
-    """
-    config = MDConfig.model_validate(_read_simulation(output_dir)["config"])
-    table = read_thermo(segment_files(output_dir, "log.*.lammps"))
-    if not config.is_dynamics or not len(table):
-        return table
-    keep = table.step % config.thermo_every == 0
-    return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
-
-
-def simulation_elements(output_dir: Path) -> tuple[str, ...]:
-    """Return the element of each atom type, type 1 first."""
-    return tuple(_read_simulation(output_dir)["elements"])
-
-
-def simulation_box(output_dir: Path) -> LammpsBox:
-    """Return the map between the simulated cell and the box of LAMMPS."""
-    simulation = _read_simulation(output_dir)
-    return LammpsBox.from_lattice(np.array(simulation["lattice"]))
-
-
-def final_structure(output_dir: Path) -> Structure:
-    """Return the last structure, in the orientation and site order of the first.
-
-    Raises
-    ------
-    InputError
-        If the simulation is not finished.
-    """
-    if not (output_dir / FINAL).exists():
-        raise InputError(
-            f"the simulation in {output_dir} is not finished",
-            advice="execute it again: it continues",
-        )
-    from pymatgen.core import Lattice, Structure
-
-    simulation, final = _read_simulation(output_dir), read_json(output_dir / FINAL)
-    box, matrix = simulation_box(output_dir), np.array(final["matrix"])
-    return Structure(
-        Lattice(box.lattice(matrix)),
-        simulation["species"],
-        box.frac_coords(np.array(final["positions"]), matrix),
-        to_unit_cell=True,
-    )
 
 
 # ---------------------------------------------------------------------------- ranks
@@ -554,40 +508,6 @@ def _potential(chosen: Any, elements: list[str], directory: Path) -> Potential:
             advice="give parameters['potential']; see nanoos_fw.md.potentials",
         )
     return zhou2004_potential(sorted(wanted), directory)
-
-
-def _read_simulation(directory: Path) -> dict[str, Any]:
-    path = directory / SIMULATION
-    if not path.exists():
-        raise InputError(
-            f"{directory} holds no prepared simulation",
-            advice="call LAMMPSEngine.prepare_input first",
-        )
-    simulation: dict[str, Any] = read_json(path)
-    if not isinstance(simulation, dict) or "config" not in simulation:
-        raise CorruptArtifactError(f"{path} does not describe a simulation")
-    return simulation
-
-
-def _averages(table: ThermoTable) -> dict[str, dict[str, Any]]:
-    averages = {}
-    for name in _AVERAGED:
-        if name not in table.columns:
-            continue
-        values = table[name]
-        values = values[np.isfinite(values)]
-        if len(values) < _MIN_ROWS:
-            continue
-        mean, error = block_average(values)
-        start, _ = detect_equilibration(values)
-        averages[name] = {
-            "mean": mean,
-            "standard_error": error,
-            "n_samples": len(values),
-            "equilibrated": start,
-            "unit": table.units[name],
-        }
-    return averages
 
 
 if __name__ == "__main__":

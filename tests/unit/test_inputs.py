@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -193,10 +195,11 @@ def test_annealing_needs_a_top_temperature_and_makes_one_schedule():
         num_steps=101,
     )
     stages = config.stages()
-    assert [s.name for s in stages] == ["equilibration", "heating", "holding", "cooling"]
+    names = [stage.name for stage in stages]
+    assert names == ["equilibration", "heating", "holding", "cooling"]
     assert [s.first_step for s in stages] == [0, 10, 35, 60]
     assert stages[-1].last_step == config.total_steps == 111
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert before.last_step == after.first_step
         assert before.stop_k == after.start_k
 
@@ -220,7 +223,10 @@ def test_damping_is_in_physical_time_for_metal_units():
     assert "timestep 0.004\n" in script
     assert "fix integrate all npt temp 150.0 150.0 0.4 aniso 1.0 1.0 4.0\n" in script
     other = script_of(
-        workflow_type="MD_NPT_LAMMPS", timestep=1.0, thermostat_fs=250.0, barostat_fs=3e3
+        workflow_type="MD_NPT_LAMMPS",
+        timestep=1.0,
+        thermostat_fs=250.0,
+        barostat_fs=3000.0,
     )
     assert "timestep 0.001\n" in other
     assert "temp 300.0 300.0 0.25 aniso 1.0 1.0 3.0\n" in other
@@ -292,8 +298,9 @@ def test_data_file_round_trips_with_all_digits(triclinic):
     assert [r[1] for r in rows] == ["1", "2", "2"]
     positions = np.array([[float(x) for x in r[2:]] for r in rows])
     np.testing.assert_array_equal(positions, box.positions(triclinic.frac_coords))
-    masses = lines[lines.index("Masses") + 2 : lines.index("Masses") + 4]
-    assert [float(m.split()[1]) for m in masses] == pytest.approx([24.305, 15.999], 1e-3)
+    at = lines.index("Masses") + 2
+    masses = [float(line.split()[1]) for line in lines[at : at + 2]]
+    assert masses == pytest.approx([24.305, 15.999], rel=1e-3)
 
 
 def test_input_refuses_what_lammps_would_take_silently(tmp_path):

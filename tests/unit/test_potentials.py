@@ -328,6 +328,7 @@ def test_missing_file_lists_folders_and_near_names(tmp_path):
         find_potential_file("Si.tersof", tmp_path)
     assert "Si.tersoff" in caught.value.evidence["near"]
     assert str(tmp_path) in caught.value.evidence["searched"]
-    assert find_potential_file("Si.tersoff", tmp_path) == Path(
-        tmp_path / "Si.tersoff"
-    ).resolve()
+    assert (
+        find_potential_file("Si.tersoff", tmp_path)
+        == Path(tmp_path / "Si.tersoff").resolve()
+    )

@@ -1,0 +1,123 @@
+"""The output of one simulation: table, final structure, averages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.md.analysis import block_average, detect_equilibration
+from nanoos_fw.md.box import LammpsBox
+from nanoos_fw.md.inputs import MDConfig
+from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.provenance import read_json
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+SIMULATION, FINAL = "simulation.json", "final.json"
+_AVERAGED = (
+    "temperature_k",
+    "potential_energy_ev",
+    "total_energy_ev",
+    "pressure_bar",
+    "volume_a3",
+    "lx_a",
+    "ly_a",
+    "lz_a",
+)
+_MIN_ROWS = 4
+
+
+def read_simulation(directory: Path) -> dict[str, Any]:
+    """Return what a folder's simulation is: configuration, potential and cell.
+
+    Raises
+    ------
+    InputError
+        If the folder holds none.
+    """
+    path = directory / SIMULATION
+    if not path.exists():
+        raise InputError(
+            f"{directory} holds no prepared simulation",
+            advice="call LAMMPSEngine.prepare_input first",
+        )
+    simulation: dict[str, Any] = read_json(path)
+    if not isinstance(simulation, dict) or "config" not in simulation:
+        raise CorruptArtifactError(f"{path} does not describe a simulation")
+    return simulation
+
+
+def simulation_thermo(output_dir: Path) -> ThermoTable:
+    """Return the thermo table of a simulation, equally spaced.
+
+    Rows that the ranks printed where they paused are left out, the last is kept for
+    minimizations, which end where they converge.
+    """
+    config = MDConfig.model_validate(read_simulation(output_dir)["config"])
+    table = read_thermo(segment_files(output_dir, "log.*.lammps"))
+    if not config.is_dynamics or not len(table):
+        return table
+    keep = table.step % config.thermo_every == 0
+    return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
+
+
+def simulation_elements(output_dir: Path) -> tuple[str, ...]:
+    """Return the element of each atom type, type 1 first."""
+    return tuple(read_simulation(output_dir)["elements"])
+
+
+def simulation_box(output_dir: Path) -> LammpsBox:
+    """Return the map between the simulated cell and the box of LAMMPS."""
+    simulation = read_simulation(output_dir)
+    return LammpsBox.from_lattice(np.array(simulation["lattice"]))
+
+
+def final_structure(output_dir: Path) -> Structure:
+    """Return the last structure, in the orientation and site order of the first.
+
+    Raises
+    ------
+    InputError
+        If the simulation is not finished.
+    """
+    if not (output_dir / FINAL).exists():
+        raise InputError(
+            f"the simulation in {output_dir} is not finished",
+            advice="execute it again: it continues",
+        )
+    from pymatgen.core import Lattice, Structure
+
+    simulation, final = read_simulation(output_dir), read_json(output_dir / FINAL)
+    box, matrix = simulation_box(output_dir), np.array(final["matrix"])
+    return Structure(
+        Lattice(box.lattice(matrix)),
+        simulation["species"],
+        box.frac_coords(np.array(final["positions"]), matrix),
+        to_unit_cell=True,
+    )
+
+
+def averages(table: ThermoTable) -> dict[str, dict[str, Any]]:
+    """Return means with their errors of the columns that have a steady state."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in _AVERAGED:
+        if name not in table.columns:
+            continue
+        values = table[name]
+        values = values[np.isfinite(values)]
+        if len(values) < _MIN_ROWS:
+            continue
+        mean, error = block_average(values)
+        start, _ = detect_equilibration(values)
+        found[name] = {
+            "mean": mean,
+            "standard_error": error,
+            "n_samples": len(values),
+            "equilibrated": start,
+            "unit": table.units[name],
+        }
+    return found
