@@ -1,0 +1,133 @@
+"""A campaign of the demonstration's kind that runs in seconds; also a program.
+
+``python small_campaign.py FOLDER`` runs it on the embedded database in FOLDER and
+prints a line per firework; ``--submit LAUNCHPAD`` only submits it to a server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ELEMENTS = ("Cu", "Ni", "Al", "Zr")  # 6 pairs, 42 candidates
+NAME = "small"
+
+
+def small_plan(folder: Path) -> Any:
+    from nanoos_fw.demo import TARGET, demo_plan
+    from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+    from nanoos_fw.md.inputs import MDConfig
+    from nanoos_fw.ml.training import TrainingConfig
+
+    plan = demo_plan(NAME, folder / "work", folder / "report.html")
+    potential = PotentialChoice(name="zhou2004", elements=ELEMENTS)
+    return plan.model_copy(
+        update={
+            "relaxation": RelaxationMethod(potential=potential),
+            "training": TrainingConfig(
+                target=TARGET, epochs=20, hidden_dim=16, num_layers=2, ensemble_size=2
+            ),
+            "md": MDMethod(
+                config=MDConfig(
+                    workflow_type="MD_NPT_LAMMPS",
+                    equilibration_steps=200,
+                    num_steps=400,
+                    thermo_every=10,
+                    dump_every=50,
+                    supercell_min_atoms=100,
+                ),
+                rdf_bins=40,
+            ),
+            "label_fraction": 0.6,
+            "relaxations_per_firework": 9,
+            "structures_per_firework": 14,
+            "top_k": 4,
+            "md_runs": 2,
+        }
+    )
+
+
+def rows(database: Any) -> dict[str, Any]:
+    """Return all result rows, by what identifies them, and fail on a double one."""
+
+    def unique(pairs: list[tuple[Any, Any]], what: str) -> dict[Any, Any]:
+        found = dict(pairs)
+        assert len(found) == len(pairs), f"{len(pairs) - len(found)} double {what}"
+        return found
+
+    campaign = database["campaigns"].find_one({"_id": NAME})
+    return {
+        "structures": sorted(d["_id"] for d in database["structures"].find()),
+        "features": unique(
+            [
+                (d["structure"], (d["status"], d["sha256"]))
+                for d in database["structure_features"].find()
+            ],
+            "features",
+        ),
+        "simulations": unique(
+            [
+                ((d["kind"], d["structure"]), (d["status"], d["result"]))
+                for d in database["simulations"].find()
+            ],
+            "simulations",
+        ),
+        "models": unique(
+            [
+                (d["name"], (d["version"], d["metrics"]))
+                for d in database["models"].find()
+            ],
+            "models",
+        ),
+        "predictions": unique(
+            [
+                ((d["model"], d["structure"]), (d["prediction"], d["uncertainty"]))
+                for d in database["predictions"].find()
+            ],
+            "predictions",
+        ),
+        "ranking": campaign["outputs"]["ranking"],
+    }
+
+
+def say(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--submit", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if arguments.submit is not None:
+        from nanoos_fw.stores.database import load_launchpad
+
+        launchpad = load_launchpad(arguments.submit)
+        from nanoos_fw import demo
+
+        demo.submit(launchpad, small_plan(folder), verify=True)
+        return
+    from nanoos_fw.stores.database import open_embedded
+
+    launchpad = open_embedded(folder / "db", create=True)
+    from nanoos_fw import demo
+
+    plan = small_plan(folder)
+    demo.submit(launchpad, plan, verify=True)
+    outcome = demo.run(
+        launchpad,
+        plan,
+        folder / "db",
+        on_launch=say,
+    )
+    for failed in outcome.failed:
+        say("failed", failed.stage, failed.error, failed.error.evidence)
+    raise SystemExit(1 if outcome.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

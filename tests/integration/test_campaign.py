@@ -1,0 +1,203 @@
+"""The whole chain: embedded, killed and continued, and on a server by two workers."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_campaign import NAME, rows
+
+PROGRAM = Path(__file__).with_name("small_campaign.py")
+RLAUNCH = [sys.executable, "-m", "fireworks.scripts.rlaunch_run"]
+
+pytestmark = [pytest.mark.mpi, pytest.mark.lammps, pytest.mark.slow]
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(child: subprocess.Popen[str]) -> str:
+    output, _ = child.communicate(timeout=600)
+    assert child.returncode == 0, output
+    return output
+
+
+def embedded_rows(folder: Path) -> dict[str, Any]:
+    """Read the rows in a process of its own: the mode belongs to a process."""
+    code = (
+        "import pickle, sys; from pathlib import Path; "
+        f"sys.path.insert(0, {str(PROGRAM.parent)!r}); "
+        "from nanoos_fw.stores.database import open_embedded; "
+        "from small_campaign import rows; "
+        f"found = rows(open_embedded(Path({str(folder / 'db')!r})).db); "
+        "sys.stdout.buffer.write(pickle.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    import pickle
+
+    return dict(pickle.loads(done.stdout))
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Compare nested rows; numbers to 1e-6, since ranks add in any order."""
+    if isinstance(expected, Mapping):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
+    elif isinstance(expected, float):
+        assert math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6), (
+            f"{where}: {found} is not {expected}"
+        )
+    else:
+        assert found == expected, where
+
+
+def without_md(found: dict[str, Any]) -> dict[str, Any]:
+    """Drop numbers of trajectories: they are chaotic, only their rows can agree."""
+    simulations = {
+        key: (status, None if key[0] == "md" else result)
+        for key, (status, result) in found["simulations"].items()
+    }
+    return {**found, "simulations": simulations}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed with a space")
+    finish(start(folder))
+    report = (folder / "report.html").read_text()
+    assert "</html>" in report
+    found = embedded_rows(folder)
+    again = time.monotonic()
+    finish(start(folder))
+    assert embedded_rows(folder) == found
+    # Nothing is computed again: no child has been started.
+    logs = list((folder / "work").rglob("ranks.log"))
+    assert logs
+    assert all(time.monotonic() - again < time.time() - p.stat().st_mtime for p in logs)
+    return found
+
+
+def test_every_row_is_there_once(undisturbed: dict[str, Any]) -> None:
+    assert len(undisturbed["structures"]) == 42 + 4
+    assert len(undisturbed["features"]) == 42
+    kinds = [kind for kind, _ in undisturbed["simulations"]]
+    assert kinds.count("relaxation") == 42 + 4
+    assert kinds.count("md") == 2
+    assert len(undisturbed["models"]) == 1
+    assert len(undisturbed["predictions"]) == 42 - 25
+    statuses = {status for status, _ in undisturbed["simulations"].values()}
+    assert statuses == {"done"}
+
+
+@pytest.mark.parametrize("stage", ["label", "train", "md"])
+def test_killed_at_any_stage_it_continues_to_the_same_rows(
+    stage: str, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    """SIGKILL while the ranks of a stage are at work."""
+    before = {"label": "featurize 3", "train": "dataset", "md": "relax"}[stage]
+    child = start(tmp_path)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith(before):
+            break
+    ranks = wait_for_ranks(child)
+    time.sleep(0.7)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(timeout=10) == -signal.SIGKILL
+    child.stdout.close()
+    for pid in ranks:
+        wait_until_gone(pid)
+    finish(start(tmp_path))
+    assert_same(without_md(embedded_rows(tmp_path)), without_md(undisturbed))
+
+
+def wait_for_ranks(child: subprocess.Popen[str]) -> list[int]:
+    """Return the rank programs of a campaign, once there are some."""
+    for _ in range(600):
+        found = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and is_rank_of(entry, child.pid)
+        ]
+        if found:
+            return found
+        assert child.poll() is None, "the campaign ended before it could be killed"
+        time.sleep(0.05)
+    pytest.fail("no ranks were started within 30 s")
+
+
+def is_rank_of(process: Path, parent: int) -> bool:
+    try:
+        environ = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(
+        entry.startswith(b"NANO_OS_PARENT=") and entry.endswith(f":{parent}".encode())
+        for entry in environ
+    )
+
+
+def wait_until_gone(pid: int) -> None:
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"rank {pid} outlived its firetask by 10 s")
+
+
+@pytest.mark.mongodb
+def test_two_workers_on_a_server_give_the_same_rows(
+    tmp_path: Path, mongodb_database: Any, undisturbed: dict[str, Any]
+) -> None:
+    launchpad = tmp_path / "my_launchpad.yaml"
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+    launchpad.write_text(
+        f"host: {uri}\nname: {mongodb_database.name}\nuri_mode: true\n"
+    )
+    folder = tmp_path / "campaign"
+    finish(start(folder, "--submit", str(launchpad)))
+    finish(start(folder, "--submit", str(launchpad)))  # again: adds nothing
+    assert mongodb_database["workflows"].count_documents({}) == 2
+    workers = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        workers.append(
+            subprocess.Popen(
+                [*RLAUNCH, "-l", str(launchpad), "rapidfire", "--sleep", "1"],
+                cwd=tmp_path / name,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    states = [d["state"] for d in mongodb_database["fireworks"].find()]
+    assert set(states) == {"COMPLETED"}, "\n".join(outputs)[-4000:]
+    launches = mongodb_database["launches"].distinct("launch_dir")
+    for name in ("one", "two"):  # both had work to do
+        assert any(str(tmp_path / name) in folder for folder in launches)
+    assert len(list(mongodb_database["launches"].find())) == len(states)
+    assert_same(without_md(rows(mongodb_database)), without_md(undisturbed))
+    assert mongodb_database["campaigns"].find_one({"_id": NAME}) is not None
