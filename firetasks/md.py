@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
 from nanoos_fw.md.analysis import RadialDistribution, radial_distribution
-from nanoos_fw.md.engine import LAMMPSEngine, simulation_elements
+from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
+from nanoos_fw.md.output import simulation_elements
 from nanoos_fw.md.potentials import Potential, zhou2004_potential
 from nanoos_fw.md.relaxation import (
     RelaxationResult,
