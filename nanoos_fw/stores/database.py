@@ -84,6 +84,9 @@ def load_launchpad(path: Path | None) -> Any:
         options.setdefault("serverSelectionTimeoutMS", _SELECTION_TIMEOUT_MS)
     data["mongoclient_kwargs"] = options
     data.setdefault("strm_lvl", "WARNING")
+    port = data.get("port")
+    if isinstance(port, int) and not 0 < port < 65536:
+        raise InputError(f"{location}: port {port} is not between 1 and 65535")
     try:
         launchpad = LaunchPad.from_dict(data)
     except (ConfigurationError, InvalidURI, TypeError, ValueError, KeyError) as error:
@@ -95,7 +98,11 @@ def load_launchpad(path: Path | None) -> Any:
             },
             advice="check host, port and name; 'lpad init' writes a valid file",
         ) from error
-    check_connection(launchpad)
+    try:
+        check_connection(launchpad)
+    except StoreError:
+        launchpad.connection.close()
+        raise
     return launchpad
 
 
@@ -126,7 +133,10 @@ def check_connection(launchpad: Any) -> None:
 
 def redacted(uri: str) -> str:
     """Return a MongoDB URI without user name and password."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return "a URI that cannot be read"
     if "@" not in parts.netloc:
         return uri
     return uri.replace(parts.netloc, "***@" + parts.netloc.rsplit("@", 1)[1])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def test_every_task_survives_the_database(plan: CampaignPlan) -> None:
 
     workflow = screening_workflow(plan, keys(100), keys(16))
     seen = set()
-    again = Workflow.from_dict(json.loads(json.dumps(workflow.to_dict())))
+    again = Workflow.from_format(workflow.to_format("json"), "json")
     pairs = zip(workflow.fws, again.fws, strict=True)
     for before, after in pairs:
         assert after.spec["nanoos"] == before.spec["nanoos"]
