@@ -68,8 +68,12 @@ class Workplace:
     @property
     def resources(self) -> Resources:
         """Ranks and threads of a child of this firetask."""
+        return self.resources_for(self.settings.ranks)
+
+    def resources_for(self, useful_ranks: int) -> Resources:
+        """Return the resources of a child that can use so many ranks."""
         return Resources(
-            ranks=self.settings.ranks,
+            ranks=max(1, min(self.settings.ranks, useful_ranks)),
             threads=self.settings.threads,
             launcher=self.settings.mpi_launcher,
         )

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
-from nanoos_fw.md.analysis import RadialDistribution, radial_distribution
+from nanoos_fw.md.analysis import radial_distributions
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
-from nanoos_fw.md.output import simulation_elements
+from nanoos_fw.md.output import read_simulation, simulation_elements
 from nanoos_fw.md.potentials import Potential, zhou2004_potential
 from nanoos_fw.md.relaxation import (
     RelaxationResult,
@@ -28,6 +28,8 @@ from nanoos_fw.stores.simulations import Simulation, method_key, simulation_key
 
 # Rows of the thermo table that go into the database; the log has all.
 _MAX_THERMO_ROWS = 2000
+# A rank with fewer atoms spends its time on messages.
+_ATOMS_PER_RANK = 250
 
 
 class PotentialChoice(Parameters):
@@ -265,11 +267,12 @@ class RunMDTask(NanoTask):
                 work_dir,
             )
             output_dir = work_dir / "output"
+            n_atoms = len(read_simulation(input_dir)["species"])
             outcome = engine.execute(
                 input_dir,
                 output_dir,
                 timeout=None,
-                resources=place.resources,
+                resources=place.resources_for(n_atoms // _ATOMS_PER_RANK),
                 deadline=place.deadline,
             )
             parsed = engine.parse_output(output_dir)
@@ -296,7 +299,7 @@ class RunMDTask(NanoTask):
             files={"input_dir": str(input_dir), "output_dir": str(output_dir)},
             environment={
                 **run_environment(),
-                "ranks": place.resources.ranks,
+                "ranks": outcome["ranks"],
                 "threads": place.resources.threads,
                 "lammps_version": outcome["lammps_version"],
                 "segments": outcome["segments"],
@@ -324,7 +327,7 @@ class AnalyzeTrajectoryTask(NanoTask):
             )
         simulation = found[run.structure]
         method = self.parameters.md
-        curves = radial_distributions(
+        curves = rdf_document(
             Path(simulation.files["output_dir"]),
             first_step=method.config.equilibration_steps,
             r_max_a=method.rdf_max_a,
@@ -334,30 +337,28 @@ class AnalyzeTrajectoryTask(NanoTask):
         return {"structure": run.structure, "frames": curves["n_frames"]}
 
 
-def radial_distributions(
+def rdf_document(
     output_dir: Path, *, first_step: int, r_max_a: float, bins: int
 ) -> dict[str, Any]:
     """Return total and partial RDFs of the frames after a step, as plain lists."""
     elements = simulation_elements(output_dir)
     files = segment_files(output_dir, "trajectory.*.bin")
-    pairs: dict[str, tuple[int, int] | None] = {"total": None}
-    for i, first in enumerate(elements, start=1):
-        for j, second in enumerate(elements[i - 1 :], start=i):
-            pairs[f"{first}-{second}"] = (i, j)
-    curves: dict[str, RadialDistribution] = {
-        name: radial_distribution(
-            (frame for frame in read_frames(files) if frame.step > first_step),
-            r_max_a,
-            bins,
-            pair,
-        )
-        for name, pair in pairs.items()
+    curves = radial_distributions(
+        (frame for frame in read_frames(files) if frame.step > first_step),
+        r_max_a,
+        bins,
+    )
+    total = curves.pop(None)
+    # g(r) is the same both ways round.
+    partials = {
+        f"{elements[pair[0] - 1]}-{elements[pair[1] - 1]}": curve.g.tolist()
+        for pair, curve in curves.items()
+        if pair is not None and pair[0] <= pair[1]
     }
-    total = curves.pop("total")
     return {
         "r_a": total.r_a.tolist(),
         "total": total.g.tolist(),
-        "partials": {name: curve.g.tolist() for name, curve in curves.items()},
+        "partials": partials,
         "n_frames": total.n_frames,
         "first_step": first_step,
     }

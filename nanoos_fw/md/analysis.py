@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.md.box import perpendicular_widths
 from nanoos_fw.md.trajectory import Frame
 
 Array = NDArray[np.float64]
@@ -199,27 +198,59 @@ def radial_distribution(
     ----------
     M. P. Allen, D. J. Tildesley, Computer Simulation of Liquids, 2nd ed., 8.2.
     """
+    found = radial_distributions(frames, r_max, bins)
+    if pair is not None and pair not in found:
+        types = sorted({kind for key in found if key is not None for kind in key})
+        missing = next(kind for kind in pair if kind not in types)
+        raise InputError(
+            f"there are no atoms of type {missing}", evidence={"types": types}
+        )
+    return found[pair]
+
+
+def radial_distributions(
+    frames: Iterable[Frame], r_max: float, bins: int = 200
+) -> dict[tuple[int, int] | None, RadialDistribution]:
+    """Return g(r) of all atoms (key None) and of every ordered pair of types.
+
+    The frames are read once; see :func:`radial_distribution`.
+    """
     if not (r_max > 0.0 and math.isfinite(r_max) and bins > 0):
         raise InputError(f"r_max ({r_max}) and bins ({bins}) must be positive")
     edges = np.linspace(0.0, r_max, bins + 1)
     shells = 4.0 / 3.0 * math.pi * np.diff(edges**3)
-    g_sum, count_sum, n_frames = np.zeros(bins), np.zeros(bins), 0
+    # Neighbours of an atom, and g(r), summed over frames, by pair.
+    sums: dict[tuple[int, int] | None, tuple[Array, Array]] = {}
+    n_frames = 0
     for frame in frames:
-        first, second = _selections(frame, pair)
-        counts = _distance_counts(frame, first, second, edges)
-        density = len(second) / frame.volume_a3
-        g_sum += counts / (len(first) * density * shells)
-        count_sum += counts / len(first)
+        kinds, numbers = np.unique(frame.types, return_inverse=True)
+        populations = np.bincount(numbers)
+        counts = _distance_counts(frame, numbers, edges)
+        pairs: list[tuple[tuple[int, int] | None, Array, int, int]] = [
+            ((int(a), int(b)), counts[i, j], populations[i], populations[j])
+            for i, a in enumerate(kinds)
+            for j, b in enumerate(kinds)
+        ]
+        n_atoms = len(frame.types)
+        pairs.append((None, counts.sum(axis=(0, 1)), n_atoms, n_atoms))
+        for pair, found, n_first, n_second in pairs:
+            neighbours = found / n_first
+            g = neighbours / (n_second / frame.volume_a3 * shells)
+            before = sums.get(pair, (np.zeros(bins), np.zeros(bins)))
+            sums[pair] = (before[0] + neighbours, before[1] + g)
         n_frames += 1
     if n_frames == 0:
         raise InputError("there are no frames to take a distribution from")
-    return RadialDistribution(
-        r_a=0.5 * (edges[1:] + edges[:-1]),
-        g=g_sum / n_frames,
-        coordination=np.cumsum(count_sum / n_frames),
-        n_frames=n_frames,
-        pair=pair,
-    )
+    return {
+        pair: RadialDistribution(
+            r_a=0.5 * (edges[1:] + edges[:-1]),
+            g=g / n_frames,
+            coordination=np.cumsum(neighbours / n_frames),
+            n_frames=n_frames,
+            pair=pair,
+        )
+        for pair, (neighbours, g) in sums.items()
+    }
 
 
 def mean_squared_displacement(positions: Array) -> Array:
@@ -288,48 +319,29 @@ def _autocorrelation_sums(values: Array) -> Array:
     return np.asarray(np.fft.irfft(spectrum * np.conj(spectrum), size)[:n])
 
 
-def _selections(
-    frame: Frame, pair: tuple[int, int] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    if pair is None:
-        every = np.arange(len(frame.types))
-        return every, every
-    chosen = [np.flatnonzero(frame.types == kind) for kind in pair]
-    for kind, atoms in zip(pair, chosen, strict=True):
-        if len(atoms) == 0:
-            raise InputError(
-                f"there are no atoms of type {kind}",
-                evidence={"types": np.unique(frame.types).tolist()},
-            )
-    return chosen[0], chosen[1]
+def _distance_counts(frame: Frame, numbers: NDArray[np.int64], edges: Array) -> Array:
+    """Count neighbours by types and distance, all images within the last edge.
 
+    Returns
+    -------
+    numpy.ndarray
+        ``(n_types, n_types, n_bins) float64``.
+    """
+    from pymatgen.optimization.neighbors import find_points_in_spheres
 
-def _distance_counts(
-    frame: Frame,
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-    edges: Array,
-) -> Array:
-    """Count neighbours by distance: all images within the last edge."""
-    matrix, r_max = frame.matrix, float(edges[-1])
-    fractional = frame.positions @ np.linalg.inv(matrix)
-    fractional -= np.floor(fractional)
-    # With differences brought to at most half an edge, image n is at least n - 1/2
-    # widths away.
-    reach = np.ceil(r_max / perpendicular_widths(matrix) + 0.5).astype(int) - 1
-    grids = np.meshgrid(*[np.arange(-n, n + 1) for n in reach], indexing="ij")
-    shifts = np.stack(grids, axis=-1).reshape(-1, 3)
-    bins = len(edges) - 1
-    counts = np.zeros(bins)
-    targets = fractional[second]
-    per_width = bins / r_max
-    for atom in first:
-        delta = targets - fractional[atom]
-        delta -= np.rint(delta)
-        vectors = (delta[:, None, :] + shifts[None, :, :]).reshape(-1, 3) @ matrix
-        squared = np.einsum("ij,ij->i", vectors, vectors)
-        # The atom itself, at distance exactly zero, is no neighbour.
-        near = squared[(squared < r_max**2) & (squared > 1e-12)]
-        index = np.minimum((np.sqrt(near) * per_width).astype(np.int64), bins - 1)
-        counts += np.bincount(index, minlength=bins)
-    return counts
+    positions = np.ascontiguousarray(frame.positions)
+    r_max, bins, n_types = float(edges[-1]), len(edges) - 1, int(numbers.max()) + 1
+    first, second, _, distances = find_points_in_spheres(
+        positions,
+        positions,
+        r_max,
+        np.ones(3, dtype=np.int64),
+        np.ascontiguousarray(frame.matrix),
+        1e-8,
+    )
+    # The atom itself, at distance exactly zero, is no neighbour.
+    near = (distances > 1e-6) & (distances < r_max)
+    place = np.minimum((distances[near] * (bins / r_max)).astype(np.int64), bins - 1)
+    pair = numbers[first[near]] * n_types + numbers[second[near]]
+    counts = np.bincount(pair * bins + place, minlength=n_types * n_types * bins)
+    return counts.reshape(n_types, n_types, bins).astype(np.float64)
