@@ -1,7 +1,7 @@
 """Fixtures, and the skips of tests whose service is missing.
 
 ``NANO_OS_TEST_MONGODB_URI`` names a server for the ``mongodb`` tests, and
-``NANO_OS_TEST_DATA`` a folder with structure files for the import tests.
+``NANO_OS_TEST_DATA`` a file of real structures for the import tests.
 ``NANO_OS_TEST_REQUIRE`` lists markers, separated by commas, whose tests must run: a
 missing service is then a failure, so that CI cannot pass by skipping.
 """
@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +25,6 @@ from nanoos_fw.parallel import Resources, launch_command
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _HOME = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
@@ -85,19 +83,12 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
-def _no_browser() -> str | None:
-    if any(shutil.which(name) for name in BROWSERS):
-        return None
-    return f"none of {', '.join(BROWSERS)} is on PATH"
-
-
 _MISSING: dict[str, Callable[[], str | None]] = {
     "mongodb": functools.cache(_no_mongodb),
     "mpi": functools.cache(_no_mpi),
     "lammps": functools.cache(_no_lammps),
     "slurm": functools.cache(_no_slurm),
     "gpu": functools.cache(_no_gpu),
-    "browser": functools.cache(_no_browser),
 }
 
 
@@ -111,24 +102,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"required by NANO_OS_TEST_REQUIRE: {reason}", pytrace=False)
         if reason:
             pytest.skip(reason)
-
-
-@pytest.fixture
-def browser() -> str:
-    """Path of a Chromium; use it together with the marker ``browser``."""
-    for name in BROWSERS:
-        if path := shutil.which(name):
-            return path
-    pytest.skip("no Chromium")
-
-
-@pytest.fixture(scope="session")
-def structure_data() -> Path:
-    """Folder with real structure files (``NANO_OS_TEST_DATA``)."""
-    folder = os.environ.get("NANO_OS_TEST_DATA")
-    if not folder:
-        pytest.skip("NANO_OS_TEST_DATA names no folder with structure files")
-    return Path(folder)
 
 
 # -------------------------------------------------------------------- databases
