@@ -105,7 +105,7 @@ from nanoos_fw.parallel import run_rank_program
 
 def program(config, work_dir, comm, stop):
     class OnRank1(type(stop)):
-        left = 22  # in the third epoch of the second member
+        left = 11  # in the third or fourth epoch
         @property
         def requested(self):
             self.left -= 1
@@ -116,8 +116,12 @@ run_rank_program(program)
 """
 
 
-def test_stopping_on_one_rank_and_resuming_changes_nothing(dataset_dir, tmp_path):
-    changes = {"ensemble_size": 2}
+# One member: both ranks share its batches. Two: each rank fits one.
+@pytest.mark.parametrize("members", [1, 2])
+def test_stopping_on_one_rank_and_resuming_changes_nothing(
+    dataset_dir, tmp_path, members
+):
+    changes = {"ensemble_size": members}
     whole = train(dataset_dir, tmp_path / "whole", 2, **changes)
     work_dir = tmp_path / "parts"
     work_dir.mkdir()
@@ -135,9 +139,19 @@ def test_stopping_on_one_rank_and_resuming_changes_nothing(dataset_dir, tmp_path
     with pytest.raises(OutOfTimeError) as stopped:
         launch_ranks("stopper", work_dir / RANK_CONFIG, resources=Resources(ranks=2))
     assert stopped.value.resumable
+    records = [json.loads(path.read_text()) for path in work_dir.glob("member*.json")]
+    assert len(records) == members
+    assert 0 < min(record["epochs"] for record in records) < 5
     resumed = train(dataset_dir, work_dir, 2, **changes)
     assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
     assert resumed.curves == whole.curves
+
+
+def test_teams_of_one_rank_give_the_model_of_one_rank(dataset_dir, tmp_path):
+    one = train(dataset_dir, tmp_path / "1", 1, ensemble_size=3, epochs=2)
+    three = train(dataset_dir, tmp_path / "3", 3, ensemble_size=3, epochs=2)
+    assert three.checkpoint_sha256 == one.checkpoint_sha256
+    assert three.predictions == one.predictions
 
 
 def test_a_deadline_that_has_passed_leaves_a_checkpoint(dataset_dir, tmp_path):
