@@ -12,9 +12,7 @@ import pytest
 from nanoos_fw.cli import main
 
 
-def nanoos(
-    *words: str, cwd: Path, **environ: str
-) -> subprocess.CompletedProcess[str]:
+def nanoos(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as users do; the embedded database needs its own process."""
     return subprocess.run(
         [sys.executable, "-m", "nanoos_fw.cli", *words],
@@ -99,7 +97,8 @@ def test_a_missing_launcher_is_named_before_anything_runs(tmp_path: Path) -> Non
 
 
 def test_a_misspelt_setting_is_named(tmp_path: Path) -> None:
-    assert "NANO_OS_RANK:" in one_message(nanoos("demo", cwd=tmp_path, NANO_OS_RANK="2"))
+    done = nanoos("demo", cwd=tmp_path, NANO_OS_RANK="2")
+    assert "NANO_OS_RANK:" in one_message(done)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
