@@ -268,7 +268,7 @@ def _import_json(report: ImportReport) -> dict[str, Any]:
 
 def _print_import(report: ImportReport, in_set: str) -> None:
     for failure in report.failures:
-        print(f"refused    {failure.label}: {failure.error}")
+        print(f"refused    {failure.source}: {failure.error}")
     for label, key in report.duplicates[:_SHOWN_ENTRIES]:
         print(f"duplicate  {label} (structure {key[:12]})")
     more = len(report.duplicates) - _SHOWN_ENTRIES
