@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
+from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn import (
     Architecture,
@@ -28,7 +28,6 @@ from nanoos_fw.ml.cgcnn import (
     predict_table,
     save_checkpoint,
 )
-from nanoos_fw.ml.checkpoints import Checkpoints
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
 from nanoos_fw.ml.metrics import (
     calibrate,
@@ -36,12 +35,12 @@ from nanoos_fw.ml.metrics import (
     fit_element_reference,
     regression_metrics,
 )
+from nanoos_fw.ml.teams import Workplace, fit_members
 from nanoos_fw.parallel import (
     Communicator,
     Resources,
     StopRequest,
     launch_ranks,
-    report_progress,
     run_rank_program,
 )
 from nanoos_fw.provenance import (
@@ -109,9 +108,9 @@ class TrainingConfig(BaseModel):
     target: str = Field(min_length=1)
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=32, ge=2)
-    learning_rate: float = Field(default=5e-3, gt=0.0)
+    learning_rate: float = Field(default=3e-3, gt=0.0)
     hidden_dim: int = Field(default=64, ge=1)
-    num_layers: int = Field(default=3, ge=1)
+    num_layers: int = Field(default=2, ge=1)
     readout_dim: int = Field(default=128, ge=1)
     gaussian_step: float = Field(default=0.2, gt=0.0)
     ensemble_size: int = Field(default=5, ge=1)
@@ -282,6 +281,8 @@ def main(
     """Train on all ranks; the body of the rank program."""
     import torch
 
+    from nanoos_fw.ml.fitting import Fit
+
     start = time.time()
     torch.set_num_threads(int(config["threads"]))
     training = TrainingConfig(**config["config"])
@@ -315,7 +316,17 @@ def main(
         n_train=len(data.train),
         precision=training.precision,
     )
-    fits = _fit_members(training, card, data, work_dir, comm, stop)
+    key = content_key(
+        "training",
+        {"config": training.model_dump(mode="json"), "dataset": dataset.dataset_hash},
+    )
+    fits = fit_members(
+        training,
+        lambda member, team: Fit(
+            training, card.architecture, atom_features(), data, member, team
+        ),
+        Workplace(work_dir, key, comm, stop),
+    )
     result: dict[str, Any] = {}
     if comm.rank == 0:
         result = _finish(training, card, dataset, table, reference, fits, work_dir)
@@ -383,122 +394,6 @@ def _fit_data(
         scale=std,
     )
     return data, mean, std
-
-
-def _fit_members(
-    training: TrainingConfig,
-    card: ModelCard,
-    data: FitData,
-    work_dir: Path,
-    comm: Communicator,
-    stop: StopRequest,
-) -> list[Fit]:
-    """Fit all members; return them on rank 0, an empty list on the others."""
-    from nanoos_fw.ml.fitting import Fit
-
-    key = content_key(
-        "training",
-        {"config": training.model_dump(mode="json"), "dataset": card.dataset_hash},
-    )
-    team, first, step = _team(comm, training.ensemble_size)
-    checkpoints = Checkpoints(work_dir, key, team)
-    atom_table = atom_features()
-    mine = range(first, training.ensemble_size, step)
-    fitted: dict[int, Fit] = {}
-    stopped: OutOfTimeError | None = None
-    for place, member in enumerate(mine):
-        fit = Fit(training, card.architecture, atom_table, data, member, team)
-        checkpoints.load(fit)
-
-        def tell(epochs: int, text: str, place: int = place) -> None:
-            # Of this team's members; the others are about as far.
-            if comm.rank == 0:
-                done = place * training.epochs + epochs
-                report_progress(work_dir, done, len(mine) * training.epochs, text)
-
-        try:
-            _fit_one(fit, checkpoints, stop, tell)
-        except OutOfTimeError as error:
-            stopped = error
-            break
-        fitted[member] = fit
-    if comm.any(stopped is not None):
-        raise stopped or OutOfTimeError(
-            "training stopped on other ranks",
-            advice="rerun to resume from the checkpoint",
-        )
-    return _collect(
-        fitted if team.rank == 0 else {},
-        lambda member: Fit(
-            training, card.architecture, atom_table, data, member, Communicator()
-        ),
-        comm,
-    )
-
-
-def _team(comm: Communicator, n_members: int) -> tuple[Communicator, int, int]:
-    """Divide the ranks into teams that fit different members at the same time.
-
-    Members need no messages between them, so there are as many teams as divide the
-    ranks evenly and have a member to fit. The ranks of a team share each batch.
-
-    Returns
-    -------
-    team, first, step
-        This rank's communicator, and the members it fits: first, first + step ...
-    """
-    teams = max(n for n in range(1, n_members + 1) if comm.size % n == 0)
-    if teams == 1:
-        return comm, 0, 1
-    index = comm.rank % teams
-    return Communicator(comm.mpi.Split(index, comm.rank)), index, teams
-
-
-def _fit_one(
-    fit: Fit,
-    checkpoints: Checkpoints,
-    stop: StopRequest,
-    tell: Callable[[int, str], None],
-) -> None:
-    """Run the epochs of one member that are left."""
-    every, history = fit.config.checkpoint_every, fit.history
-    while not fit.done:
-        if not fit.run_epoch(lambda: fit.comm.any(stop.requested)):
-            checkpoints.save(fit)
-            raise OutOfTimeError(
-                f"training stopped ({stop.reason}) in epoch {history.epochs + 1} of "
-                f"member {fit.member + 1}",
-                evidence={"member": fit.member, "epochs": history.epochs},
-                advice="rerun to resume from the checkpoint",
-            )
-        if fit.done or history.epochs % every == 0:
-            checkpoints.save(fit)
-        text = f"member {fit.member + 1}, epoch {history.epochs}"
-        if history.val_mae:
-            text += f", validation MAE {history.val_mae[-1]:.4g}"
-        tell(history.epochs, text)
-
-
-def _collect(
-    fitted: Mapping[int, Fit], empty: Callable[[int], Fit], comm: Communicator
-) -> list[Fit]:
-    """Bring the members of all teams to rank 0, with their best weights in place."""
-    states = comm.gather(
-        [(member, fit.state(), vars(fit.history)) for member, fit in fitted.items()]
-    )
-    if states is None:
-        return []
-    fits = []
-    for member, state, history in sorted(
-        (entry for team in states for entry in team), key=lambda entry: entry[0]
-    ):
-        fit = fitted[member] if member in fitted else empty(member)
-        fit.restore(state)
-        for name, value in history.items():
-            setattr(fit.history, name, value)
-        fit.use_best()
-        fits.append(fit)
-    return fits
 
 
 def _finish(

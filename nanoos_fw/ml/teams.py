@@ -1,0 +1,163 @@
+"""Teams of ranks that fit the members of an ensemble at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanoos_fw.errors import OutOfTimeError
+from nanoos_fw.ml.checkpoints import Checkpoints
+from nanoos_fw.parallel import Communicator, StopRequest, report_progress
+
+if TYPE_CHECKING:
+    from nanoos_fw.ml.fitting import Fit
+    from nanoos_fw.ml.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and by whom a training is done.
+
+    Parameters
+    ----------
+    work_dir
+        Holds checkpoints and progress.
+    key
+        Of configuration and dataset: whose checkpoints count.
+    comm
+        All ranks.
+    stop
+        When to stop.
+    """
+
+    work_dir: Path
+    key: str
+    comm: Communicator
+    stop: StopRequest
+
+
+def fit_members(
+    training: TrainingConfig,
+    new_fit: Callable[[int, Communicator], Fit],
+    place: Workplace,
+) -> list[Fit]:
+    """Fit all members of an ensemble on all ranks.
+
+    Parameters
+    ----------
+    training
+        Size of the ensemble, epochs, checkpoints.
+    new_fit
+        Makes the fit of a member on the ranks of a team.
+    place
+        Directory, ranks and clock.
+
+    Returns
+    -------
+    list of Fit
+        With their best weights in place on rank 0, empty on the others.
+
+    Raises
+    ------
+    OutOfTimeError
+        On all ranks, if a team stopped; its checkpoint is on disk.
+    """
+    comm = place.comm
+    team, first, step = _team(comm, training.ensemble_size)
+    checkpoints = Checkpoints(place.work_dir, place.key, team)
+    mine = range(first, training.ensemble_size, step)
+    fitted: dict[int, Fit] = {}
+    stopped: OutOfTimeError | None = None
+    for turn, member in enumerate(mine):
+        fit = new_fit(member, team)
+        checkpoints.load(fit)
+
+        def tell(epochs: int, text: str, turn: int = turn) -> None:
+            # Of this team's members; the others are about as far.
+            if comm.rank == 0:
+                done = turn * training.epochs + epochs
+                report_progress(place.work_dir, done, len(mine) * training.epochs, text)
+
+        try:
+            _fit_one(fit, checkpoints, place.stop, tell)
+        except OutOfTimeError as error:
+            stopped = error
+            break
+        fitted[member] = fit
+    if comm.any(stopped is not None):
+        raise stopped or OutOfTimeError(
+            "training stopped on other ranks",
+            advice="rerun to resume from the checkpoint",
+        )
+    mine_only = fitted if team.rank == 0 else {}
+    return _collect(mine_only, lambda member: new_fit(member, Communicator()), comm)
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _team(comm: Communicator, n_members: int) -> tuple[Communicator, int, int]:
+    """Divide the ranks into teams that fit different members at the same time.
+
+    Members need no messages between them, so there are as many teams as divide the
+    ranks evenly and have a member to fit. The ranks of a team share each batch.
+
+    Returns
+    -------
+    team, first, step
+        This rank's communicator, and the members it fits: first, first + step ...
+    """
+    teams = max(n for n in range(1, n_members + 1) if comm.size % n == 0)
+    if teams == 1:
+        return comm, 0, 1
+    index = comm.rank % teams
+    return Communicator(comm.mpi.Split(index, comm.rank)), index, teams
+
+
+def _fit_one(
+    fit: Fit,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    tell: Callable[[int, str], None],
+) -> None:
+    """Run the epochs of one member that are left."""
+    every, history = fit.config.checkpoint_every, fit.history
+    while not fit.done:
+        if not fit.run_epoch(lambda: fit.comm.any(stop.requested)):
+            checkpoints.save(fit)
+            raise OutOfTimeError(
+                f"training stopped ({stop.reason}) in epoch {history.epochs + 1} of "
+                f"member {fit.member + 1}",
+                evidence={"member": fit.member, "epochs": history.epochs},
+                advice="rerun to resume from the checkpoint",
+            )
+        if fit.done or history.epochs % every == 0:
+            checkpoints.save(fit)
+        text = f"member {fit.member + 1}, epoch {history.epochs}"
+        if history.val_mae:
+            text += f", validation MAE {history.val_mae[-1]:.4g}"
+        tell(history.epochs, text)
+
+
+def _collect(
+    fitted: Mapping[int, Fit], empty: Callable[[int], Fit], comm: Communicator
+) -> list[Fit]:
+    """Bring the members of all teams to rank 0, with their best weights in place."""
+    states = comm.gather(
+        [(member, fit.state(), vars(fit.history)) for member, fit in fitted.items()]
+    )
+    if states is None:
+        return []
+    fits = []
+    for member, state, history in sorted(
+        (entry for team in states for entry in team), key=lambda entry: entry[0]
+    ):
+        fit = fitted[member] if member in fitted else empty(member)
+        fit.restore(state)
+        for name, value in history.items():
+            setattr(fit.history, name, value)
+        fit.use_best()
+        fits.append(fit)
+    return fits
