@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HOME"] = home.name
     for name in list(os.environ):
         if name.startswith("NANO_OS_") and not name.startswith("NANO_OS_TEST_"):
-            if name in {"NANO_OS_MPI_LAUNCHER", "NANO_OS_LAMMPS_COMMAND"}:
-                continue  # the site's, without which nothing starts
+            if name == "NANO_OS_MPI_LAUNCHER":
+                continue  # the site's, without which no rank starts
             del os.environ[name]
     for name in ("FW_CONFIG_FILE", "MONGOMOCK_SERVERSTORE_FILE"):
         os.environ.pop(name, None)

