@@ -78,13 +78,20 @@ def evaluation_part(
         targets=np.array([row["target"] for row in rows]),
         predictions=np.array([row["mean"] for row in rows]),
         uncertainties=None if None in stds else np.array(stds),
-        uncertainty_name=f"standard deviation over {members} ensemble members",
+        uncertainty_name=_uncertainty_name(members, details["uncertainty_scale"]),
         mean_predictor=baselines.pop(
             "mean", NotAvailable(reason="the training did not state it")
         ),
         baselines=tuple(baselines.values()),
         formulas=tuple(formulas.get(row["structure_id"], "?") for row in rows),
     )
+
+
+def _uncertainty_name(members: int, scale: float | None) -> str:
+    name = f"standard deviation over {members} ensemble members"
+    if scale is None or scale == 1.0:
+        return name
+    return f"{name}, times {scale:.2f} to fit the errors on the validation part"
 
 
 def _scores(name: str, metrics: Mapping[str, Any]) -> Scores:
