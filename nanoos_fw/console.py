@@ -90,7 +90,9 @@ class CampaignProgress(logging.Handler):
             self._line(record.getMessage())
 
     def _line(self, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False)
+        # Log lines are not folded: what reads a log folds them itself.
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bars(console: Console) -> Progress:

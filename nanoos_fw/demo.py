@@ -8,11 +8,14 @@ formation energy and ranks the rest; LAMMPS checks the best.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from nanoos_fw import operations
 from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
@@ -74,7 +77,7 @@ def demo_plan(name: str, work_root: Path, report: Path) -> CampaignPlan:
                 num_steps=7500,
                 thermo_every=20,
                 dump_every=50,
-                supercell_min_atoms=250,
+                supercell_min_atoms=500,
             )
         ),
     )
@@ -163,7 +166,9 @@ def progress(launchpad: Any, name: str) -> tuple[int, int]:
 def summary(launchpad: Any, plan: CampaignPlan, outcome: Outcome) -> list[str]:
     """Return what the end of the demonstration tells, line by line."""
     data = collect_report(launchpad.db, plan.name)
-    lines = ["", *textwrap.wrap(findings.abstract(data).striptags(), 88), ""]
+    # A terminal has no subscripts: keep L1_0 from becoming L10.
+    abstract = re.sub(r"\b([A-Z]\d)<sub>", r"\1_<sub>", str(findings.abstract(data)))
+    lines = ["", *textwrap.wrap(Markup(abstract).striptags(), 88), ""]
     if isinstance(data.ranking, Ranking):
         lines.append("rank  candidate           predicted         LAMMPS  eV/atom")
         lines += [_line(row) for row in data.ranking.candidates[: plan.top_k]]

@@ -151,7 +151,8 @@ class LAMMPSEngine:
             directory / SIMULATION,
             {"key": content_key("simulation", identity), **simulation},
         )
-        logger.info("%d atoms in a box of %s Å", len(cell), box.lengths)
+        lengths = " × ".join(f"{length:.2f}" for length in box.lengths)
+        logger.info("%d atoms in a box of %s Å", len(cell), lengths)
         return directory
 
     def execute(
