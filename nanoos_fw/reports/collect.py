@@ -42,7 +42,7 @@ from nanoos_fw.stores.models import ModelRecord, ModelRegistry
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StoredStructure, StructureStore
 
-_ROWS = 50
+_ROWS = 20
 _TIE_RULE = "equal predictions are ordered by the content key of the structure"
 
 
