@@ -6,6 +6,7 @@ workflows in databases.
 """
 
 from nanoos_fw.firetasks.campaign import WriteReportTask
+from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask
 from nanoos_fw.firetasks.md import (
     AnalyzeTrajectoryTask,
     RelaxStructuresTask,
@@ -13,7 +14,6 @@ from nanoos_fw.firetasks.md import (
 )
 from nanoos_fw.firetasks.ml import (
     BuildDatasetTask,
-    FeaturizeStructuresTask,
     RankCandidatesTask,
     ScreenCandidatesTask,
     TrainModelTask,

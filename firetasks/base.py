@@ -19,6 +19,7 @@ from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import embedded_file, load_launchpad, open_database
+from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.simulations import SimulationStore
@@ -54,6 +55,7 @@ class Workplace:
 
     database: Any
     structures: StructureStore
+    features: FeatureStore
     simulations: SimulationStore
     models: ModelRegistry
     campaigns: CampaignStore
@@ -133,6 +135,7 @@ class NanoTask(FiretaskBase):
         return Workplace(
             database=database,
             structures=StructureStore(database),
+            features=FeatureStore(database),
             simulations=SimulationStore(database),
             models=ModelRegistry(database),
             campaigns=CampaignStore(database),

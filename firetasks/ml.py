@@ -1,15 +1,15 @@
-"""Firetasks of the learning side: featurize, dataset, train, screen, rank."""
+"""Firetasks of the learning side: dataset, train, screen, rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import RelaxationMethod
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
@@ -17,12 +17,7 @@ from nanoos_fw.ml.datasets import (
     open_dataset,
     write_dataset,
 )
-from nanoos_fw.ml.features import (
-    FEATURE_VERSION,
-    extract_structure_features,
-    graph_from_repr,
-)
-from nanoos_fw.ml.graphs import pack_graph
+from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
 from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
 from nanoos_fw.parallel import locked
@@ -30,81 +25,9 @@ from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.labels import formation_energies
 from nanoos_fw.stores.models import ModelRecord, Prediction
-from nanoos_fw.stores.structures import Features
 
 FORMATION_ENERGY = "formation_energy_per_atom"
-# Features are written in batches of this size: what a kill can lose.
-_FEATURE_BATCH = 100
 _MAX_LISTED = 50
-
-
-class FeatureParameters(Parameters):
-    """What decides the features of a structure, besides the code version."""
-
-    cutoff_radius: float = Field(default=8.0, gt=0, description="Å")
-    max_neighbors: int | None = Field(default=12, ge=1)
-
-
-class FeaturizeParameters(Parameters):
-    """Parameters of FeaturizeStructuresTask."""
-
-    structures: tuple[str, ...] = Field(min_length=1)
-    features: FeatureParameters = FeatureParameters()
-    force_recompute: bool = False
-
-
-class FeaturizeStructuresTask(NanoTask):
-    """Compute the features that the store does not have.
-
-    A structure that cannot be featurized is quarantined with the reason and does not
-    stop the others.
-    """
-
-    _fw_name = "{{nanoos_fw.firetasks.FeaturizeStructuresTask}}"
-    parameters_model = FeaturizeParameters
-    parameters: FeaturizeParameters
-
-    def run(self, place: Workplace) -> dict[str, Any]:
-        """Featurize what is missing, in batches."""
-        keys = self.parameters.structures
-        features = self.parameters.features
-        described = features.model_dump(mode="json")
-        known: dict[str, str] = {}
-        if not self.parameters.force_recompute:
-            known = place.structures.feature_state(keys, described, FEATURE_VERSION)
-        missing = [key for key in keys if key not in known]
-        for start in range(0, len(missing), _FEATURE_BATCH):
-            batch = missing[start : start + _FEATURE_BATCH]
-            computed, failures = featurize(place, batch, features)
-            place.structures.put_features(
-                computed, failures, described, FEATURE_VERSION
-            )
-        state = place.structures.feature_state(keys, described, FEATURE_VERSION)
-        return {
-            "structures": len(keys),
-            "hit": len(known),
-            "computed": len(missing),
-            "quarantined": sum(status == "quarantined" for status in state.values()),
-        }
-
-
-def featurize(
-    place: Workplace, keys: Iterable[str], parameters: FeatureParameters
-) -> tuple[list[Features], dict[str, NanoOSError]]:
-    """Return features, and the errors of the structures that have none."""
-    computed: list[Features] = []
-    failures: dict[str, NanoOSError] = {}
-    for key, stored in place.structures.get_many(list(keys)).items():
-        try:
-            graph_repr, scalars = extract_structure_features(
-                stored.structure, **parameters.model_dump()
-            )
-        except NanoOSError as error:
-            failures[key] = error
-            continue
-        packed = pack_graph(graph_from_repr(graph_repr))
-        computed.append(Features(structure=key, graph=packed, scalars=scalars))
-    return computed, failures
 
 
 class BuildDatasetParameters(Parameters):
@@ -148,7 +71,7 @@ class BuildDatasetTask(NanoTask):
                 evidence={"first": labels.pending[:5]},
                 advice="rerun the fireworks that label them",
             )
-        features = place.structures.features(
+        features = place.features.get(
             list(labels.energies),
             parameters.features.model_dump(mode="json"),
             FEATURE_VERSION,
@@ -278,7 +201,7 @@ class ScreenCandidatesTask(NanoTask):
         keys = parameters.structures
         known = {row.structure for row in place.models.predictions(reference, keys)}
         missing = [key for key in keys if key not in known]
-        features = place.structures.features(
+        features = place.features.get(
             missing, parameters.features.model_dump(mode="json"), FEATURE_VERSION
         )
         written = 0

@@ -31,8 +31,8 @@ from nanoos_fw.firetasks import (
     WriteReportTask,
 )
 from nanoos_fw.firetasks.base import NanoTask, Parameters
+from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import MDMethod, RelaxationMethod
-from nanoos_fw.firetasks.ml import FeatureParameters
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key

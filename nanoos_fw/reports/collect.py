@@ -36,6 +36,7 @@ from nanoos_fw.reports.page import render_report
 from nanoos_fw.reports.panels import evaluation_part, md_panel, training_part
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import get_artifact
+from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import FormationEnergies, formation_energies
 from nanoos_fw.stores.launches import failed_fireworks, stage_times
 from nanoos_fw.stores.models import ModelRecord, ModelRegistry
@@ -335,7 +336,8 @@ class _Collector:
         return failed
 
     def _quarantined(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return self.structures.quarantined(keys, self.plan["features"], FEATURE_VERSION)
+        features = FeatureStore(self.database)
+        return features.quarantined(keys, self.plan["features"], FEATURE_VERSION)
 
     def _failures(self) -> tuple[Failure, ...]:
         failures: list[Failure] = []

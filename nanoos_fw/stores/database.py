@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.provenance import sha256_bytes, write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
 EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
@@ -32,7 +32,11 @@ _ARTIFACTS = "artifacts"
 # so the database decides every race.
 INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     "structures": ((("sets",), False), (("chemical_system",), False)),
-    "structure_features": ((("structure", "parameters", "version"), True),),
+    "structure_features": (
+        (("structure", "parameters", "version"), True),
+        (("parameters", "version", "status"), False),
+        (("version",), False),
+    ),
     "simulations": ((("structure", "method"), False),),
     "models": (
         (("name", "version"), True),
@@ -148,25 +152,38 @@ def open_database(launchpad: Any) -> Any:
     Raises
     ------
     StoreError
-        If the database was written by a newer release.
+        If the database has the schema of another release, newer or older.
     """
     database = launchpad.db
     with store_errors("prepare the database"):
-        schema = database["nanoos_schema"].find_one({"_id": "schema"})
-        found = SCHEMA_VERSION if schema is None else int(schema["version"])
-        if found > SCHEMA_VERSION:
+        found = schema_version(database)
+        if found is not None and found > SCHEMA_VERSION:
             raise StoreError(
                 f"the database has schema {found}, this release knows {SCHEMA_VERSION}",
                 advice="upgrade nanoos_fw on this machine",
             )
-        ensure_indexes(database)
-        if schema is None:
-            database["nanoos_schema"].update_one(
-                {"_id": "schema"},
-                {"$setOnInsert": {"version": SCHEMA_VERSION}},
-                upsert=True,
+        if found is not None and found < SCHEMA_VERSION:
+            raise StoreError(
+                f"the database has schema {found}, this release needs {SCHEMA_VERSION}",
+                advice="run 'nanoos db migrate' while no campaign is running",
             )
+        ensure_indexes(database)
+        if found is None:
+            set_schema_version(database, SCHEMA_VERSION)
     return database
+
+
+def schema_version(database: Any) -> int | None:
+    """Return the schema version of the database; None if no release has opened it."""
+    document = database["nanoos_schema"].find_one({"_id": "schema"})
+    return None if document is None else int(document["version"])
+
+
+def set_schema_version(database: Any, version: int) -> None:
+    """Note the schema version, which its documents have."""
+    database["nanoos_schema"].update_one(
+        {"_id": "schema"}, {"$set": {"version": version}}, upsert=True
+    )
 
 
 def ensure_indexes(database: Any) -> None:
@@ -200,17 +217,19 @@ def upsert_many(
     same content between look-up and insert, which is as good.
     """
     from pymongo import UpdateOne
-    from pymongo.errors import BulkWriteError
+    from pymongo.errors import BulkWriteError, DuplicateKeyError
 
     if not upserts:
         return set()
     if type(collection).__module__.startswith("mongomock"):
         # mongomock 4.3 does not know the bulk operations of pymongo >= 4.9.
-        answers = [
-            collection.update_one(query, update, upsert=True)
-            for query, update in upserts
-        ]
-        return {i for i, a in enumerate(answers) if a.upserted_id is not None}
+        created = set()
+        for index, (query, update) in enumerate(upserts):
+            with suppress(DuplicateKeyError):
+                answer = collection.update_one(query, update, upsert=True)
+                if answer.upserted_id is not None:
+                    created.add(index)
+        return created
     operations = [UpdateOne(query, update, upsert=True) for query, update in upserts]
     duplicate = 11000
     try:

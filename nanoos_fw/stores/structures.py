@@ -1,7 +1,8 @@
-"""Structures by content hash, and their cached features."""
+"""Structures by content hash."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,16 @@ from nanoos_fw.crystals import (
     structure_key,
     summarize,
 )
-from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
-from nanoos_fw.provenance import content_key, sha256_bytes, utc_now
+from nanoos_fw.errors import InputError
+from nanoos_fw.provenance import utc_now
 from nanoos_fw.stores.database import store_errors, upsert_many
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 _BATCH = 1000
+_KEYS_PER_QUERY = 5000
+_KEY_START = re.compile(r"[0-9a-f]{6,40}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ class StoredStructure:
 
 
 @dataclass(frozen=True)
+class StructureLabels:
+    """What came with a structure, without its sites.
+
+    Parameters
+    ----------
+    created
+        When it was stored, ISO 8601 in UTC.
+    """
+
+    key: str
+    label: str
+    properties: dict[str, float]
+    n_sites: int
+    created: str
+
+
+@dataclass(frozen=True)
 class AddResult:
     """Keys in the order given, and which of them were new."""
 
@@ -68,21 +88,11 @@ class AddResult:
     added: list[bool]
 
 
-@dataclass(frozen=True)
-class Features:
-    """Cached features of one structure: a packed graph and named scalars."""
-
-    structure: str
-    graph: bytes
-    scalars: dict[str, float]
-
-
 class StructureStore:
-    """The collections ``structures`` and ``structure_features``."""
+    """The collection ``structures``."""
 
     def __init__(self, database: Any) -> None:
         self._structures = database["structures"]
-        self._features = database["structure_features"]
 
     def add(self, entries: Iterable[NewStructure], *, in_set: str) -> AddResult:
         """Store structures once each and put them into a named set.
@@ -129,11 +139,88 @@ class StructureStore:
                 {"_id": {"$in": list(keys)}}, {"$addToSet": {"sets": in_set}}
             )
 
-    def keys(self, in_set: str) -> list[str]:
-        """Return the keys of a set, sorted."""
+    def keys(self, in_set: str | None = None) -> list[str]:
+        """Return the keys of a set, or of all structures, sorted."""
+        query = {} if in_set is None else {"sets": in_set}
         with store_errors("list structures"):
-            cursor = self._structures.find({"sets": in_set}, {"_id": 1})
+            cursor = self._structures.find(query, {"_id": 1})
             return sorted(document["_id"] for document in cursor)
+
+    def sets(self) -> list[str]:
+        """Return the names of all sets, sorted."""
+        with store_errors("list sets"):
+            return sorted(self._structures.distinct("sets"))
+
+    def find_keys(self, names: Sequence[str]) -> list[str]:
+        """Return the keys that keys, unique beginnings of keys, or labels mean.
+
+        Raises
+        ------
+        InputError
+            If a name means no structure, or more than one.
+        """
+        keys = []
+        for name in names:
+            query: dict[str, Any] = {"$or": [{"_id": name}, {"label": name}]}
+            if _KEY_START.fullmatch(name):
+                beyond = name + "g"  # the digit after f
+                query["$or"].append({"_id": {"$gte": name, "$lt": beyond}})
+            with store_errors("look for a structure"):
+                found = [d["_id"] for d in self._structures.find(query, {"_id": 1})]
+            if name in found:
+                found = [name]
+            if len(found) != 1:
+                raise InputError(
+                    f"{name!r} is the key or label of {len(found)} structures",
+                    evidence={"structures": sorted(found)[:10]},
+                    advice=("give more of the key" if found else "see 'nanoos import'"),
+                )
+            keys.append(found[0])
+        return list(dict.fromkeys(keys))
+
+    def encoded(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return stored structures as ``crystals.encode_structure`` left them.
+
+        Raises
+        ------
+        InputError
+            If a key is unknown; names the first ones.
+        """
+        documents = self._fields(keys, ("structure",))
+        return {key: document["structure"] for key, document in documents.items()}
+
+    def sizes(self, keys: Sequence[str]) -> dict[str, int]:
+        """Return the number of sites by key; raises like :meth:`encoded`."""
+        documents = self._fields(keys, ("n_sites",))
+        return {key: int(document["n_sites"]) for key, document in documents.items()}
+
+    def labels(self, keys: Sequence[str]) -> dict[str, StructureLabels]:
+        """Return what datasets need of structures; raises like :meth:`encoded`."""
+        fields = ("label", "properties", "n_sites", "created")
+        return {
+            key: StructureLabels(
+                key=key,
+                label=document["label"],
+                properties=dict(document["properties"]),
+                n_sites=int(document["n_sites"]),
+                created=str(document["created"]),
+            )
+            for key, document in self._fields(keys, fields).items()
+        }
+
+    def _fields(
+        self, keys: Sequence[str], fields: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        with store_errors("read structures"):
+            for start in range(0, len(keys), _KEYS_PER_QUERY):
+                part = list(keys[start : start + _KEYS_PER_QUERY])
+                cursor = self._structures.find(
+                    {"_id": {"$in": part}}, dict.fromkeys(fields, 1)
+                )
+                found.update((document["_id"], document) for document in cursor)
+        _refuse_missing(keys, found)
+        return {key: found[key] for key in keys}
 
     def get_many(self, keys: Sequence[str]) -> dict[str, StoredStructure]:
         """Return stored structures by key.
@@ -146,13 +233,7 @@ class StructureStore:
         with store_errors("read structures"):
             documents = list(self._structures.find({"_id": {"$in": list(keys)}}))
         found = {document["_id"]: _stored(document) for document in documents}
-        missing = [key for key in keys if key not in found]
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(keys)} structures are not in the store",
-                evidence={"first": missing[:5]},
-                advice="import them with 'nanoos import'",
-            )
+        _refuse_missing(keys, found)
         return {key: found[key] for key in keys}
 
     def count(self, in_set: str | None = None) -> int:
@@ -161,111 +242,15 @@ class StructureStore:
             query = {} if in_set is None else {"sets": in_set}
             return int(self._structures.count_documents(query))
 
-    # ----------------------------------------------------------------- features
 
-    def feature_state(
-        self, keys: Sequence[str], parameters: Mapping[str, Any], version: int
-    ) -> dict[str, str]:
-        """Return ``ok`` or ``quarantined`` for the keys that have an entry."""
-        query = {
-            "structure": {"$in": list(keys)},
-            "parameters": parameters_key(parameters),
-            "version": version,
-        }
-        with store_errors("read features"):
-            cursor = self._features.find(query, {"structure": 1, "status": 1})
-            return {document["structure"]: document["status"] for document in cursor}
-
-    def put_features(
-        self,
-        features: Sequence[Features],
-        failures: Mapping[str, NanoOSError],
-        parameters: Mapping[str, Any],
-        version: int,
-    ) -> None:
-        """Store features, and quarantine structures that have none, once per key."""
-        identity = {"parameters": parameters_key(parameters), "version": version}
-        # All fields are set each time: an entry that was quarantined becomes whole.
-        entries: dict[str, dict[str, Any]] = {
-            entry.structure: {
-                "status": "ok",
-                "graph": entry.graph,
-                "sha256": sha256_bytes(entry.graph),
-                "scalars": entry.scalars,
-                "error": None,
-            }
-            for entry in features
-        }
-        for key, error in failures.items():
-            entries[key] = {
-                "status": "quarantined",
-                "graph": None,
-                "sha256": None,
-                "scalars": None,
-                "error": error.to_dict(),
-            }
-        with store_errors("store features"):
-            upsert_many(
-                self._features,
-                [
-                    ({"structure": key, **identity}, {"$set": entry})
-                    for key, entry in entries.items()
-                ],
-            )
-
-    def features(
-        self, keys: Sequence[str], parameters: Mapping[str, Any], version: int
-    ) -> dict[str, Features]:
-        """Return the features that are there and good, by structure key.
-
-        Raises
-        ------
-        CorruptArtifactError
-            If a graph fails its checksum.
-        """
-        query = {
-            "structure": {"$in": list(keys)},
-            "parameters": parameters_key(parameters),
-            "version": version,
-            "status": "ok",
-        }
-        with store_errors("read features"):
-            documents = list(self._features.find(query))
-        found = {}
-        for document in documents:
-            graph = bytes(document["graph"])
-            if sha256_bytes(graph) != document["sha256"]:
-                raise CorruptArtifactError(
-                    f"the features of structure {document['structure']} fail their "
-                    "checksum",
-                    advice="featurize again with force_recompute",
-                )
-            found[document["structure"]] = Features(
-                structure=document["structure"],
-                graph=graph,
-                scalars=dict(document["scalars"]),
-            )
-        return {key: found[key] for key in keys if key in found}
-
-    def quarantined(
-        self, keys: Sequence[str], parameters: Mapping[str, Any], version: int
-    ) -> dict[str, dict[str, Any]]:
-        """Return why structures have no features, by structure key."""
-        query = {
-            "structure": {"$in": list(keys)},
-            "parameters": parameters_key(parameters),
-            "version": version,
-            "status": "quarantined",
-        }
-        with store_errors("read features"):
-            return {
-                d["structure"]: dict(d["error"]) for d in self._features.find(query)
-            }
-
-
-def parameters_key(parameters: Mapping[str, Any]) -> str:
-    """Return the key under which features of these parameters are cached."""
-    return content_key("feature_parameters", dict(parameters))
+def _refuse_missing(keys: Sequence[str], found: Mapping[str, Any]) -> None:
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(keys)} structures are not in the store",
+            evidence={"first": missing[:5]},
+            advice="import them with 'nanoos import'",
+        )
 
 
 def _document(entry: NewStructure) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nanoos_fw.stores.database import (
 from nanoos_fw.stores.labels import formation_energies
 from nanoos_fw.stores.models import ModelRegistry, Prediction
 from nanoos_fw.stores.simulations import Simulation, SimulationStore
-from nanoos_fw.stores.structures import Features, NewStructure, StructureStore
+from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 
 @pytest.fixture(
@@ -119,28 +119,6 @@ def test_a_structure_is_stored_once(database: Any) -> None:
 def test_an_unknown_structure_is_named(database: Any) -> None:
     with pytest.raises(InputError, match="1 of 1 structures"):
         StructureStore(database).get_many(["nowhere"])
-
-
-def test_features_are_kept_by_parameters_and_version(database: Any) -> None:
-    store = StructureStore(database)
-    narrow, wide = {"cutoff_radius": 5.0}, {"cutoff_radius": 8.0}
-    entry = Features("key", b"graph", {"density": 8.9})
-    store.put_features([entry], {"bad": InputError("atoms overlap")}, narrow, 1)
-    store.put_features([entry], {}, narrow, 1)
-    assert database["structure_features"].count_documents({}) == 2
-    assert store.feature_state(["key", "bad", "new"], narrow, 1) == {
-        "key": "ok",
-        "bad": "quarantined",
-    }
-    assert store.feature_state(["key"], wide, 1) == {}
-    assert store.feature_state(["key"], narrow, 2) == {}
-    assert store.features(["bad", "key"], narrow, 1) == {"key": entry}
-    assert store.quarantined(["bad"], narrow, 1)["bad"]["kind"] == "input"
-    database["structure_features"].update_one(
-        {"structure": "key"}, {"$set": {"graph": b"grapf"}}
-    )
-    with pytest.raises(CorruptArtifactError):
-        store.features(["key"], narrow, 1)
 
 
 def test_a_simulation_is_written_once(database: Any) -> None:

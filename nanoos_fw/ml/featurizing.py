@@ -1,0 +1,379 @@
+"""Featurization in a child process that may die: its structure is quarantined.
+
+Most structures take a millisecond, and a few take for ever or all memory (a cell of
+a hundred thousand sites, a cutoff far too large). No Python code can stop a compiled
+neighbour search, so the guard is the kernel's:
+
+* time: the child sets an interval timer before each structure and leaves SIGALRM to
+  its default action, which ends the process even inside compiled code, and even when
+  its parent is gone;
+* memory: ``RLIMIT_DATA`` makes an allocation beyond the limit fail, and before that
+  the expected number of neighbours, from cutoff and density, is compared with it.
+
+The parent sees the pipe close, knows which structure the child was at, and starts
+another child for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanoos_fw.errors import (
+    InputError,
+    LaunchError,
+    NanoOSError,
+    OutOfMemoryError,
+    OutOfTimeError,
+    error_from_dict,
+)
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+# Peak of building a graph of a large cell, per expected neighbour: arrays of the
+# search, and their sorted copies.
+_BYTES_PER_EDGE = 400
+# Of a broken pipe: so that an unlucky kill from outside quarantines nothing.
+_TRIES = 2
+_MIB = 1024 * 1024
+
+
+class FeatureGuard(BaseModel):
+    """What one structure may use before it is quarantined."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timeout_s: float = Field(default=120.0, gt=0)
+    memory_mb: int = Field(default=2048, ge=64, description="MiB")
+
+
+@dataclass(frozen=True)
+class Featurized:
+    """The outcome of one structure: packed graph and scalars, or an error."""
+
+    key: str
+    graph: bytes
+    scalars: dict[str, float]
+    error: NanoOSError | None = None
+
+
+def expected_edges(
+    n_sites: int, volume_a3: float, cutoff_radius: float, max_neighbors: int | None
+) -> float:
+    """Return how many neighbours a search meets if atoms fill the cell evenly.
+
+    With ``max_neighbors`` the search begins with a sphere of 2k + 1 neighbours.
+    """
+    per_atom = 4 / 3 * math.pi * cutoff_radius**3 * n_sites / volume_a3
+    if max_neighbors is not None:
+        per_atom = min(per_atom, 2 * max_neighbors + 1)
+    return n_sites * per_atom
+
+
+class FeaturizingChild:
+    """A child process that featurizes structures one after the other.
+
+    Starts with the first batch and again after a death; a context manager.
+
+    Parameters
+    ----------
+    parameters
+        Arguments of :func:`nanoos_fw.ml.features.extract_structure_features`.
+    guard
+        Limits of one structure.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], guard: FeatureGuard) -> None:
+        self._parameters = dict(parameters)
+        self._guard = guard
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def __enter__(self) -> FeaturizingChild:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def featurize(
+        self, structures: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[Featurized]:
+        """Featurize encoded structures, in their order, whatever happens to some.
+
+        Parameters
+        ----------
+        structures
+            ``crystals.encode_structure`` by key.
+
+        Raises
+        ------
+        LaunchError
+            If the child cannot start.
+        """
+        left = dict(structures)
+        deaths: dict[str, int] = {}
+        while left and not self._closed:
+            process = self._started()
+            stdin, stdout = _pipes(process)
+            with contextlib.suppress(BrokenPipeError):
+                pickle.dump(left, stdin)
+                stdin.flush()
+            while left:
+                key = next(iter(left))
+                try:
+                    answer = pickle.load(stdout)
+                except (EOFError, pickle.UnpicklingError):
+                    died = self._died(key)
+                    deaths[key] = deaths.get(key, 0) + 1
+                    if isinstance(died, LaunchError) and deaths[key] < _TRIES:
+                        break
+                    del left[key]
+                    yield Featurized(key, b"", {}, died)
+                    break
+                del left[key]
+                yield _outcome(key, answer)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, or None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def close(self) -> None:
+        """End the child, for good: a batch that runs in another thread ends too."""
+        self._closed = True
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        _let_go(process)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None:
+            return self._process
+        # One thread: workers are processes, and thread stacks count as memory.
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "NUMBA_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=Path("/"),
+        )
+        self._process = process
+        stdin, stdout = _pipes(process)
+        try:
+            pickle.dump((self._parameters, self._guard.model_dump()), stdin)
+            stdin.flush()
+            pickle.load(stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            self.close()
+            raise LaunchError(
+                "the featurizing process did not start",
+                evidence={"exit_code": process.returncode},
+                advice="see what it printed above; memory_mb may be too low",
+            ) from error
+        return process
+
+    def _died(self, key: str) -> NanoOSError:
+        """Return what ended the child while it was at a structure."""
+        process, guard = self._process, self._guard
+        self._process = None
+        if process is None:
+            return LaunchError("the featurizing process is gone")
+        code = _let_go(process)
+        evidence = {"structure": key, "exit_code": code}
+        if code == -signal.SIGALRM:
+            return OutOfTimeError(
+                f"featurizing took over {guard.timeout_s:g} s",
+                evidence=evidence,
+                advice="lower cutoff_radius, or retry with a longer timeout_s",
+            )
+        return LaunchError(
+            f"the featurizing process died: {_how(code)}",
+            evidence=evidence,
+            advice="featurize this structure alone; report it if it dies again",
+        )
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> int:
+    """Close the pipes of a process that ends, and return its exit code."""
+    for pipe in _pipes(process):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+    return process.wait()
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
+    if process.stdin is None or process.stdout is None:
+        raise LaunchError("the featurizing process has no pipes")
+    return process.stdin, process.stdout  # type: ignore[return-value]
+
+
+def _outcome(key: str, answer: tuple[bytes, dict[str, float], Any]) -> Featurized:
+    graph, scalars, error = answer
+    return Featurized(
+        key, graph, scalars, None if error is None else error_from_dict(error)
+    )
+
+
+# ------------------------------------------------------------------ in the child
+
+
+def _main() -> None:
+    # What a library prints must not come between the answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    parameters, limits = pickle.load(sys.stdin.buffer)
+    guard = FeatureGuard(**limits)
+    _warm_up(parameters)
+    limit = _MemoryLimit(guard.memory_mb * _MIB)
+
+    def answer(value: Any) -> None:
+        pickle.dump(value, answers)
+        answers.flush()
+
+    try:
+        answer("ready")
+        while True:
+            for encoded in pickle.load(sys.stdin.buffer).values():
+                signal.setitimer(signal.ITIMER_REAL, guard.timeout_s)
+                try:
+                    with limit:
+                        result = _featurize(encoded, parameters, guard)
+                except MemoryError:
+                    result = (b"", {}, _too_large(guard, {}).to_dict())
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+                answer(result)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent is done, or gone
+
+
+def _featurize(
+    encoded: Mapping[str, Any], parameters: Mapping[str, Any], guard: FeatureGuard
+) -> tuple[bytes, dict[str, float], dict[str, Any] | None]:
+    """Return packed graph, scalars and error of one structure."""
+    from nanoos_fw.crystals import decode_structure
+
+    try:
+        structure = decode_structure(encoded)
+        return (*_packed(structure, parameters, guard), None)
+    except NanoOSError as error:
+        return b"", {}, error.to_dict()
+    except MemoryError:
+        raise
+    except Exception as error:  # of the science libraries: this structure's alone
+        unexpected = InputError(
+            f"featurizing failed: {type(error).__name__}: {str(error)[:300]}",
+            advice="featurize this structure alone to see the traceback",
+        )
+        return b"", {}, unexpected.to_dict()
+
+
+def _packed(
+    structure: Structure, parameters: Mapping[str, Any], guard: FeatureGuard
+) -> tuple[bytes, dict[str, float]]:
+    from nanoos_fw.ml.features import extract_structure_features, graph_from_repr
+    from nanoos_fw.ml.graphs import pack_graph
+
+    volume = float(structure.volume)
+    if volume > 0 and math.isfinite(volume):
+        edges = expected_edges(
+            len(structure),
+            volume,
+            float(parameters["cutoff_radius"]),
+            parameters.get("max_neighbors"),
+        )
+        if edges * _BYTES_PER_EDGE > guard.memory_mb * _MIB:
+            raise _too_large(
+                guard, {"n_sites": len(structure), "expected_neighbors": round(edges)}
+            )
+    graph_repr, scalars = extract_structure_features(structure, **parameters)
+    return pack_graph(graph_from_repr(graph_repr)), scalars
+
+
+def _too_large(guard: FeatureGuard, evidence: dict[str, Any]) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"featurizing needs more than {guard.memory_mb} MiB",
+        evidence={**evidence, "memory_mb": guard.memory_mb},
+        advice="lower cutoff_radius, or retry with more memory_mb",
+    )
+
+
+def _warm_up(parameters: Mapping[str, Any]) -> None:
+    """Import, read tables and compile before any structure's time runs."""
+    from pymatgen.core import Lattice, Structure
+
+    from nanoos_fw.ml.features import extract_structure_features
+
+    copper = Structure(Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]])
+    with contextlib.suppress(NanoOSError):  # a cutoff that is too short, say
+        extract_structure_features(copper, **parameters)
+
+
+class _MemoryLimit:
+    """Let the process take so much beyond what it has now, inside of the block.
+
+    Outside there is no limit, so that what went wrong can be told.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        # Not Linux: the estimate alone guards.
+        self._bounds: tuple[int, int] | None = None
+        status = Path("/proc/self/status")
+        if status.exists():
+            lines = status.read_text().splitlines()
+            line = next(line for line in lines if line.startswith("VmData:"))
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            limit = int(line.split()[1]) * 1024 + n_bytes
+            if hard != resource.RLIM_INFINITY:
+                limit = min(limit, hard)
+            self._bounds = (limit, hard)
+
+    def __enter__(self) -> None:
+        if self._bounds is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, self._bounds)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bounds is not None:
+            hard = self._bounds[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+if __name__ == "__main__":
+    _main()
