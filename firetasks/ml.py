@@ -23,10 +23,10 @@ from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.database import put_artifact
+from nanoos_fw.stores.datasets import FORMATION_ENERGY
 from nanoos_fw.stores.labels import formation_energies
 from nanoos_fw.stores.models import ModelRecord, Prediction
 
-FORMATION_ENERGY = "formation_energy_per_atom"
 _MAX_LISTED = 50
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import math
@@ -13,7 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
@@ -22,6 +28,13 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.graphs import CrystalGraph, pack_graph, unpack_graph
+from nanoos_fw.ml.splits import (
+    Leakage,
+    SplitStrategy,
+    find_leakage,
+    reduced_formulas,
+    split_rows,
+)
 from nanoos_fw.provenance import (
     content_key,
     read_json,
@@ -38,6 +51,7 @@ OUTLIER = "outlier"
 """Part of rows that the interquartile filter took out of the training part."""
 
 _SCHEMA_VERSION = 1
+_LATER_FIELDS = ("split", "n_folds", "fold")
 _SHARDS = (
     "numbers",
     "degrees",
@@ -67,6 +81,12 @@ class DatasetConfig(BaseModel):
         out none. Validation and test keep every row: they judge the model.
     unit
         Unit of the target; None looks it up in ``nanoos_fw.units``.
+    split
+        ``random``; ``composition`` keeps all rows of a reduced formula in one part;
+        ``kfold`` and ``composition-kfold`` make the ``fold``-th of ``n_folds`` equal
+        shares the test part (``test_fraction`` is not used) and divide the rest in
+        the proportion of ``train_fraction`` to ``val_fraction``; ``time`` trains on
+        the oldest rows and tests on the newest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +99,9 @@ class DatasetConfig(BaseModel):
     min_samples: int = Field(default=10, ge=1)
     iqr_factor: float | None = Field(default=None, gt=0.0)
     unit: str | None = None
+    split: SplitStrategy = "random"
+    n_folds: int = Field(default=5, ge=2)
+    fold: int = Field(default=0, ge=0)
     schema_version: int = Field(default=_SCHEMA_VERSION, ge=1, le=_SCHEMA_VERSION)
 
     @model_validator(mode="after")
@@ -88,7 +111,19 @@ class DatasetConfig(BaseModel):
             raise ValueError(
                 f"train, val and test fractions add up to {total:.6g}, not 1"
             )
+        if self.fold >= self.n_folds:
+            raise ValueError(f"fold {self.fold} is not below n_folds {self.n_folds}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys of datasets and plans hash this: what is at its default is left out,
+        # as it was before there was a choice.
+        values: dict[str, Any] = handler(self)
+        for name in _LATER_FIELDS:
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +148,8 @@ class Dataset:
         Lowest and highest target kept in the training part, or None without filter.
     dataset_hash
         Key of all that a training can depend on.
+    times
+        When each row came to be, ISO 8601 in UTC; None if that is not known.
     """
 
     config: DatasetConfig
@@ -124,6 +161,7 @@ class Dataset:
     target_std: float
     outlier_bounds: tuple[float, float] | None
     dataset_hash: str
+    times: tuple[str, ...] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -157,6 +195,7 @@ class Dataset:
             targets=self.targets[rows],
             parts=(part,) * len(rows),
             graphs=self.graphs.select(rows),
+            times=None if self.times is None else tuple(self.times[r] for r in rows),
         )
 
 
@@ -173,6 +212,8 @@ def build_regression_dataset(
     graphs: Mapping[str, CrystalGraph | bytes],
     targets: Mapping[str, float],
     config: DatasetConfig,
+    *,
+    times: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Make a dataset of graphs and targets.
 
@@ -184,6 +225,9 @@ def build_regression_dataset(
         Target by structure id.
     config
         Split, filter, target.
+    times
+        When each structure came to be, ISO 8601 in UTC, by structure id: what the
+        split by time goes by.
 
     Returns
     -------
@@ -226,7 +270,9 @@ def build_regression_dataset(
         digests.append(sha256_bytes(data))
         # From the bytes, so that packed and unpacked input give the same dataset.
         opened.append(unpack_graph(data))
-    return _assemble(ids, values, GraphTable.from_graphs(opened), digests, config)
+    moments = None if times is None else tuple(times.get(name, "") for name in ids)
+    table = GraphTable.from_graphs(opened)
+    return _assemble(ids, values, table, digests, config, moments)
 
 
 def split_train_val(
@@ -242,15 +288,28 @@ def split_train_val(
         Split anew by this one; None keeps the split of the dataset.
     """
     if config is not None and config != dataset.config:
-        digests = _graph_digests(dataset.graphs)
+        digests = graph_digests(dataset.graphs)
         dataset = _assemble(
-            dataset.ids, dataset.targets, dataset.graphs, digests, config
+            dataset.ids, dataset.targets, dataset.graphs, digests, config, dataset.times
         )
     return TrainValSplit(*(dataset.part(part) for part in PARTS))
 
 
+def check_leakage(dataset: Dataset) -> Leakage:
+    """Return the structures and formulas that are in more than one part."""
+    return find_leakage(
+        dataset.ids,
+        dataset.parts,
+        graph_digests(dataset.graphs),
+        reduced_formulas(dataset.graphs),
+    )
+
+
 def export_dataset_to_pandas(dataset: Dataset) -> Any:
-    """Return a ``pandas.DataFrame``: id, part, target, atoms, edges, elements.
+    """Return a ``pandas.DataFrame`` with one row per structure.
+
+    Columns: id, part, target, its unit, atoms, edges, elements, reduced formula.
+    ``attrs`` has the units by column, and the dataset's hash.
 
     Raises
     ------
@@ -273,16 +332,23 @@ def export_dataset_to_pandas(dataset: Dataset) -> Any:
         )
         for row in range(dataset.num_samples)
     ]
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "structure_id": list(dataset.ids),
             "part": list(dataset.parts),
             dataset.config.target_property: np.array(dataset.targets),
+            "unit": dataset.unit,
             "n_atoms": np.diff(starts),
             "n_edges": np.diff(dataset.graphs.edge_start),
             "elements": elements,
+            "formula": reduced_formulas(dataset.graphs),
         }
     )
+    frame.attrs.update(
+        units={dataset.config.target_property: dataset.unit},
+        dataset_hash=dataset.dataset_hash,
+    )
+    return frame
 
 
 # --------------------------------------------------------------------------- files
@@ -321,6 +387,8 @@ def write_dataset(dataset: Dataset, directory: Path) -> dict[str, Any]:
         "targets": dataset.targets.tolist(),
         "files": files,
     }
+    if dataset.times is not None:
+        manifest["times"] = list(dataset.times)
     manifest["manifest_sha256"] = content_key("dataset manifest", manifest)
     write_json(directory / MANIFEST, manifest)
     return manifest
@@ -367,6 +435,7 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
             )
         arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
     bounds = manifest["outlier_bounds"]
+    times = manifest.get("times")
     return Dataset(
         config=DatasetConfig(**manifest["config"]),
         ids=tuple(manifest["ids"]),
@@ -381,6 +450,7 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
         target_std=manifest["target_std"],
         outlier_bounds=None if bounds is None else (bounds[0], bounds[1]),
         dataset_hash=manifest["dataset_hash"],
+        times=None if times is None else tuple(times),
     )
 
 
@@ -393,7 +463,8 @@ def _packed(graph: CrystalGraph | bytes) -> bytes:
     return pack_graph(opened)
 
 
-def _graph_digests(table: GraphTable) -> list[str]:
+def graph_digests(table: GraphTable) -> list[str]:
+    """Return the SHA-256 of the packed graph of each row."""
     digests = []
     for row in range(len(table)):
         batch = table.batch([row])
@@ -414,8 +485,9 @@ def _assemble(
     graphs: GraphTable,
     digests: list[str],
     config: DatasetConfig,
+    times: tuple[str, ...] | None,
 ) -> Dataset:
-    parts = _split(ids, config)
+    parts = split_rows(ids, graphs, times, config)
     train = np.array([part == "train" for part in parts])
     bounds = None
     if config.iqr_factor is not None:
@@ -453,32 +525,8 @@ def _assemble(
         target_std=std,
         outlier_bounds=bounds,
         dataset_hash=key,
+        times=times,
     )
-
-
-def _split(ids: tuple[str, ...], config: DatasetConfig) -> list[str]:
-    """Deal ids out by a hash of seed and id.
-
-    A structure keeps its place in the hash order when others are added, so growing
-    a dataset moves few rows from one part to another.
-    """
-    order = sorted(
-        range(len(ids)),
-        key=lambda row: hashlib.sha256(f"{config.seed}:{ids[row]}".encode()).digest(),
-    )
-    n_test = round(config.test_fraction * len(ids))
-    n_val = round(config.val_fraction * len(ids))
-    if len(ids) - n_test - n_val < 1:
-        raise InputError(
-            f"{len(ids)} rows leave none to train on",
-            advice="label more structures or raise train_fraction",
-        )
-    parts = ["train"] * len(ids)
-    for row in order[:n_test]:
-        parts[row] = "test"
-    for row in order[n_test : n_test + n_val]:
-        parts[row] = "val"
-    return parts
 
 
 def _npy(array: NDArray[Any]) -> bytes:
