@@ -95,13 +95,62 @@ class CampaignProgress(logging.Handler):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _bars(console: Console) -> Progress:
+class CountProgress:
+    """Show how many of a known number are done, and when the rest will be.
+
+    A bar on a terminal; elsewhere a line at most every ten seconds.
+    """
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console = console
+        self._title, self._total = title, total
+        self._bars: Progress | None = None
+        self._bar: TaskID | None = None
+        self._start: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[CountProgress]:
+        """Show the progress while the block runs."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with _bars(self._console, eta=True) as bars:
+            self._bars = bars
+            self._bar = bars.add_task(self._title, total=self._total)
+            try:
+                yield self
+            finally:
+                self._bars = None
+
+    def update(self, done: int) -> None:
+        """Show that so many are done."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, done)  # what was there before says nothing of speed
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, completed=done)
+        elif now - self._last_line > _LINE_EVERY_S:
+            self._last_line = now
+            line = f"{self._title}: {done} of {self._total}{self._left(now, done)}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, now: float, done: int) -> str:
+        began, before = self._start or (now, done)
+        if done <= before:
+            return ""
+        seconds = (now - began) / (done - before) * (self._total - done)
+        return f", about {seconds:.0f} s left"
+
+
+def _bars(console: Console, *, eta: bool = False) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
     )
 
     return Progress(
@@ -109,6 +158,7 @@ def _bars(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if eta else []),
         console=console,
     )
 

@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
+from nanoos_fw.cli import databases, datasets, features
+from nanoos_fw.cli.common import (
+    add_launchpad,
+    launchpad_of,
+    open_launchpad,
+    save_if_embedded,
+)
 from nanoos_fw.errors import InputError, NanoOSError
 
 if TYPE_CHECKING:
@@ -91,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only submit to the MongoDB server of -l, to run with rlaunch or qlaunch",
     )
     demo.add_argument("--name", default="demo", help="campaign (default: %(default)s)")
-    _add_launchpad(demo)
+    add_launchpad(demo)
     demo.set_defaults(command=_demo)
 
     structures = commands.add_parser(
@@ -110,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         help="named set of the structures (default: %(default)s)",
     )
     structures.add_argument("--json", action="store_true", help="print JSON")
-    _add_launchpad(structures)
+    add_launchpad(structures)
     structures.set_defaults(command=_import)
 
     status = commands.add_parser("status", help="count the fireworks of a campaign")
     status.add_argument("campaign", nargs="?", help="without it: list the campaigns")
     status.add_argument("--json", action="store_true", help="print JSON")
-    _add_launchpad(status)
+    add_launchpad(status)
     status.set_defaults(command=_status)
 
     report = commands.add_parser(
@@ -126,36 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="file to write"
     )
-    _add_launchpad(report)
+    add_launchpad(report)
     report.set_defaults(command=_report)
 
     models = commands.add_parser("models", help="list the registered models")
     models.add_argument("--json", action="store_true", help="print JSON")
-    _add_launchpad(models)
+    add_launchpad(models)
     models.set_defaults(command=_models)
+
+    features.add_commands(commands)
+    datasets.add_commands(commands)
+    databases.add_commands(commands)
     return parser
-
-
-def _add_launchpad(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-l",
-        "--launchpad",
-        type=Path,
-        help=(
-            "my_launchpad.yaml, or the folder of a demonstration; default: "
-            "NANO_OS_LAUNCHPAD, then the file FireWorks finds"
-        ),
-    )
-
-
-def _open(arguments: argparse.Namespace, settings: Settings) -> Any:
-    """Return the launchpad that -l, the settings or FireWorks name."""
-    from nanoos_fw.stores.database import load_launchpad, open_embedded
-
-    path: Path | None = arguments.launchpad or settings.launchpad
-    if path is not None and path.is_dir():
-        return open_embedded(path)
-    return load_launchpad(path)
 
 
 # ------------------------------------------------------------------------- commands
@@ -176,7 +165,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _demo_submit(arguments: argparse.Namespace, settings: Settings) -> int:
-    launchpad = _open(arguments, settings)
+    launchpad = open_launchpad(arguments, settings)
     from nanoos_fw import demo
 
     work_root = settings.work_dir.resolve()
@@ -226,13 +215,11 @@ def _demo_embedded(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from nanoos_fw.settings import load_settings
-
-    launchpad = _open(arguments, load_settings())
+    launchpad = launchpad_of(arguments)
     from rich.console import Console
 
     from nanoos_fw.operations import import_structures
-    from nanoos_fw.stores.database import embedded_file, open_database, save_embedded
+    from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
 
     store = StructureStore(open_database(launchpad))
@@ -244,8 +231,7 @@ def _import(arguments: argparse.Namespace) -> int:
             in_set=arguments.in_set,
             on_entry=lambda r: status.update(f"{r.total} entries read"),
         )
-    if embedded_file():
-        save_embedded(launchpad)
+    save_if_embedded(launchpad)
     if arguments.json:
         print(json.dumps(_import_json(report), indent=1))
     else:
@@ -281,9 +267,7 @@ def _print_import(report: ImportReport, in_set: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from nanoos_fw.settings import load_settings
-
-    launchpad = _open(arguments, load_settings())
+    launchpad = launchpad_of(arguments)
     from nanoos_fw.stores.campaigns import CampaignStore
     from nanoos_fw.stores.launches import failed_fireworks, stage_counts
 
@@ -309,9 +293,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from nanoos_fw.settings import load_settings
-
-    launchpad = _open(arguments, load_settings())
+    launchpad = launchpad_of(arguments)
     from nanoos_fw.reports import write_report
     from nanoos_fw.stores.database import open_database
 
@@ -321,9 +303,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from nanoos_fw.settings import load_settings
-
-    launchpad = _open(arguments, load_settings())
+    launchpad = launchpad_of(arguments)
     from nanoos_fw.stores.models import ModelRegistry
 
     records = ModelRegistry(launchpad.db).list_models()
@@ -337,7 +317,3 @@ def _models(arguments: argparse.Namespace) -> int:
     if not records:
         print("no model is registered")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

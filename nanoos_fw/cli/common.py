@@ -1,0 +1,59 @@
+"""What the commands share: the launchpad they work on, and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanoos_fw.settings import Settings
+
+
+def add_launchpad(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the database."""
+    parser.add_argument(
+        "-l",
+        "--launchpad",
+        type=Path,
+        help=(
+            "my_launchpad.yaml, or the folder of a demonstration; default: "
+            "NANO_OS_LAUNCHPAD, then the file FireWorks finds"
+        ),
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option for output that programs read."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def open_launchpad(arguments: argparse.Namespace, settings: Settings) -> Any:
+    """Return the launchpad that -l, the settings or FireWorks name."""
+    from nanoos_fw.stores.database import load_launchpad, open_embedded
+
+    path: Path | None = arguments.launchpad or settings.launchpad
+    if path is not None and path.is_dir():
+        return open_embedded(path)
+    return load_launchpad(path)
+
+
+def launchpad_of(arguments: argparse.Namespace) -> Any:
+    """Return the launchpad, with the settings in effect."""
+    from nanoos_fw.settings import load_settings
+
+    return open_launchpad(arguments, load_settings())
+
+
+def save_if_embedded(launchpad: Any) -> None:
+    """Write an embedded database to its file; a server has written it already."""
+    from nanoos_fw.stores.database import embedded_file, save_embedded
+
+    if embedded_file():
+        save_embedded(launchpad)
