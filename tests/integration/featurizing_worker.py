@@ -1,0 +1,21 @@
+"""A worker for the chaos test: ``python featurizing_worker.py URI DATABASE``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    import pymongo
+
+    from nanoos_fw.firetasks import featurization
+    from nanoos_fw.stores.structures import StructureStore
+
+    uri, name = sys.argv[1:]
+    database = pymongo.MongoClient(uri)[name]
+    featurization._BATCH_STRUCTURES = 20  # many moments at which to be killed
+    featurization.compute_features(database, StructureStore(database).keys("chaos"))
+
+
+if __name__ == "__main__":
+    main()
