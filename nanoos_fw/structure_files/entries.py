@@ -105,10 +105,10 @@ def as_error(error: Exception, path: str) -> NanoOSError:
             f"{path} is damaged or cut short: {_short(error)}",
             advice="copy or download it again",
         )
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} does not exist")
     if isinstance(error, OSError):
-        return InputError(f"{path} cannot be read: {error.strerror}")
+        missing = isinstance(error, FileNotFoundError)
+        why = "does not exist" if missing else f"cannot be read: {error.strerror}"
+        return InputError(f"{path} {why}")
     if isinstance(error, UnicodeDecodeError):
         return InputError(
             f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x})",
