@@ -127,6 +127,21 @@ def test_a_broken_embedded_database_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "database.json").read_text() == '{"fireworks": '
 
 
+def test_a_server_cannot_be_named_inside_an_embedded_folder(tmp_path: Path) -> None:
+    """FireWorks takes the FW_config.yaml of the current folder, whatever -l says."""
+    database = tmp_path / "database.json"
+    database.write_text("{}")
+    config = f"MONGOMOCK_SERVERSTORE_FILE: {database}\n"
+    (tmp_path / "FW_config.yaml").write_text(config)
+    server = launchpad(tmp_path, "host: localhost\nport: 27017\nname: x\n")
+    done = nanoos("status", "-l", server, cwd=tmp_path)
+    assert "configured for the embedded database" in one_message(done)
+    (tmp_path / "my_launchpad.yaml").unlink()
+    inside = nanoos("status", cwd=tmp_path)
+    assert inside.returncode == 0, inside.stderr
+    assert inside.stdout.strip().endswith("none")
+
+
 def test_entries_that_cannot_be_used_do_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "database.json").write_text("{}")
