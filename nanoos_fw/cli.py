@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="in_set",
         help="named set of the structures (default: %(default)s)",
     )
+    structures.add_argument(
+        "--target",
+        default="target",
+        help="name of the property in the second column of id_prop.csv "
+        "(default: %(default)s)",
+    )
     structures.add_argument("--json", action="store_true", help="print JSON")
     _add_launchpad(structures)
     structures.set_defaults(command=_import)
@@ -242,6 +248,7 @@ def _import(arguments: argparse.Namespace) -> int:
             store,
             arguments.paths,
             in_set=arguments.in_set,
+            id_prop_target=arguments.target,
             on_entry=lambda r: status.update(f"{r.total} entries read"),
         )
     if embedded_file():
