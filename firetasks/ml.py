@@ -232,8 +232,11 @@ class ScreenCandidatesTask(NanoTask):
 
 def load_model(place: Workplace, record: ModelRecord) -> Any:
     """Return a registered model, ready to predict, from verified weights."""
+    import torch
+
     from nanoos_fw.ml.cgcnn import CGCNNModel
 
+    torch.set_num_threads(place.resources.threads)  # not all cores of a shared node
     path = place.work_dir("models", record.sha256) / "weights.safetensors"
     place.models.write_weights(record, path)
     model = CGCNNModel(record.name, record.target)

@@ -65,7 +65,7 @@ class CampaignProgress(logging.Handler):
                 self._campaign_bar, completed=done, description=f"campaign: {stage}"
             )
             if self._child_bar is not None:
-                self._bars.update(self._child_bar, visible=False)
+                self._bars.reset(self._child_bar, visible=False)
         else:
             self._line(f"{stage}: {done} of {self._total} fireworks completed")
 

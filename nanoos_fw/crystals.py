@@ -134,8 +134,8 @@ def _atomic_numbers(structure: Structure) -> NDArray[np.uint8]:
                 else "give a chemical element"
             )
             raise InputError(
-                f"site {index} of {_formula(structure)} holds {name}, which has no "
-                "atomic number of its own",
+                f"site {index} holds {name}, which is no element with an atomic number "
+                "of its own",
                 evidence={"site": index, "species": str(specie)},
                 advice=advice,
             )

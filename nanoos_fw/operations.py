@@ -48,6 +48,7 @@ def import_structures(
     paths: Iterable[Path],
     *,
     in_set: str,
+    id_prop_target: str = "target",
     on_entry: Callable[[ImportReport], None] = lambda _: None,
 ) -> ImportReport:
     """Read structure files into the store, entry by entry.
@@ -61,6 +62,8 @@ def import_structures(
         Files or folders, see ``structure_files.read_structures``.
     in_set
         Named set the structures are put into; duplicates too.
+    id_prop_target
+        Name of the property in the ``id_prop.csv`` of a CGCNN folder.
     on_entry
         Called after each batch, for progress.
     """
@@ -88,7 +91,7 @@ def import_structures(
         batch.clear()
 
     for path in paths:
-        for entry in read_structures(path):
+        for entry in read_structures(path, id_prop_target=id_prop_target):
             if isinstance(entry, EntryFailure):
                 report.failures.append(entry)
             else:

@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="in_set",
         help="named set of the structures (default: %(default)s)",
     )
+    structures.add_argument(
+        "--target",
+        default="target",
+        help="name of the property in the second column of id_prop.csv "
+        "(default: %(default)s)",
+    )
     structures.add_argument("--json", action="store_true", help="print JSON")
     add_launchpad(structures)
     structures.set_defaults(command=_import)
@@ -229,6 +235,7 @@ def _import(arguments: argparse.Namespace) -> int:
             store,
             arguments.paths,
             in_set=arguments.in_set,
+            id_prop_target=arguments.target,
             on_entry=lambda r: status.update(f"{r.total} entries read"),
         )
     save_if_embedded(launchpad)

@@ -71,8 +71,18 @@ def load_launchpad(path: Path | None) -> Any:
     from fireworks.core.launchpad import LaunchPad
     from pymongo.errors import ConfigurationError, InvalidURI
 
+    embedded = embedded_file()  # set by FireWorks, too, from a FW_config.yaml
+    if embedded is not None:
+        if path is not None:
+            raise InputError(
+                f"{path} cannot be used: FireWorks is configured for the embedded "
+                f"database {embedded}",
+                advice=f"leave the folder of that FW_config.yaml, or unset "
+                f"{EMBEDDED_VARIABLE}",
+            )
+        return _load_embedded(embedded)
     location = path or fw_config.LAUNCHPAD_LOC
-    if location is None and not embedded_file():
+    if location is None:
         raise InputError(
             "no my_launchpad.yaml was found",
             advice=(
@@ -80,11 +90,11 @@ def load_launchpad(path: Path | None) -> Any:
                 "NANO_OS_LAUNCHPAD"
             ),
         )
-    data = _read_launchpad_file(Path(location)) if location else {}
+    data = _read_launchpad_file(Path(location))
     options = dict(data.get("mongoclient_kwargs") or {})
     host = str(data.setdefault("host", "localhost"))
     # An option given to the client would beat the same one in the user's URI.
-    if not embedded_file() and "serverselectiontimeoutms" not in host.lower():
+    if "serverselectiontimeoutms" not in host.lower():
         options.setdefault("serverSelectionTimeoutMS", _SELECTION_TIMEOUT_MS)
     data["mongoclient_kwargs"] = options
     data.setdefault("strm_lvl", "WARNING")
@@ -120,8 +130,6 @@ def check_connection(launchpad: Any) -> None:
     """
     from pymongo.errors import PyMongoError
 
-    if embedded_file():
-        return
     try:
         launchpad.connection.admin.command("ping")
     except PyMongoError as error:
@@ -340,6 +348,10 @@ def open_embedded(folder: Path, *, create: bool = False) -> Any:
                 advice=f"set {EMBEDDED_VARIABLE}={path} before starting Python",
             )
         os.environ[EMBEDDED_VARIABLE] = str(path)
+    return _load_embedded(path)
+
+
+def _load_embedded(path: Path) -> Any:
     from bson.errors import BSONError
     from fireworks.core.launchpad import LaunchPad
 

@@ -105,18 +105,23 @@ def as_error(error: Exception, path: str) -> NanoOSError:
             f"{path} is damaged or cut short: {_short(error)}",
             advice="copy or download it again",
         )
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} does not exist")
     if isinstance(error, OSError):
-        return InputError(f"{path} cannot be read: {error.strerror}")
+        missing = isinstance(error, FileNotFoundError)
+        why = "does not exist" if missing else f"cannot be read: {error.strerror}"
+        return InputError(f"{path} {why}")
     if isinstance(error, UnicodeDecodeError):
         return InputError(
             f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x})",
             advice="convert it, for example with 'iconv -f latin1 -t utf-8'",
         )
+    if isinstance(error, ValueError):  # parsers say with it what is wrong
+        return InputError(
+            f"cannot make a crystal of this entry of {path}: {_short(error)}"
+        )
     return InputError(
-        f"cannot make a crystal of this entry of {path}: "
-        f"{type(error).__name__}: {_short(error)}"
+        f"this entry of {path} is damaged or not of its format",
+        evidence={"parser": f"{type(error).__name__}: {_short(error)}"},
+        advice="open it in an editor or a structure viewer",
     )
 
 

@@ -127,6 +127,21 @@ def test_a_broken_embedded_database_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "database.json").read_text() == '{"fireworks": '
 
 
+def test_a_server_cannot_be_named_inside_an_embedded_folder(tmp_path: Path) -> None:
+    """FireWorks takes the FW_config.yaml of the current folder, whatever -l says."""
+    database = tmp_path / "database.json"
+    database.write_text("{}")
+    config = f"MONGOMOCK_SERVERSTORE_FILE: {database}\n"
+    (tmp_path / "FW_config.yaml").write_text(config)
+    server = launchpad(tmp_path, "host: localhost\nport: 27017\nname: x\n")
+    done = nanoos("status", "-l", server, cwd=tmp_path)
+    assert "configured for the embedded database" in one_message(done)
+    (tmp_path / "my_launchpad.yaml").unlink()
+    inside = nanoos("status", cwd=tmp_path)
+    assert inside.returncode == 0, inside.stderr
+    assert inside.stdout.strip().endswith("none")
+
+
 def test_entries_that_cannot_be_used_do_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "database.json").write_text("{}")
@@ -154,3 +169,32 @@ def test_entries_that_cannot_be_used_do_not_stop_the_rest(tmp_path: Path) -> Non
     assert again.returncode == 0
     assert "0 added" in again.stdout
     assert "1 duplicates" in again.stdout
+
+
+def test_the_property_of_a_cgcnn_folder_gets_its_name(tmp_path: Path) -> None:
+    from pymatgen.core import Lattice, Structure
+
+    from nanoos_fw.stores.structures import StructureStore
+
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "database.json").write_text("{}")
+    folder = tmp_path / "gaps"
+    folder.mkdir()
+    salt = Structure(Lattice.cubic(4.1), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    (folder / "a1.cif").write_text(salt.to(fmt="cif"))
+    (folder / "id_prop.csv").write_text("a1,5.25\nmissing,1.0\n")
+    done = nanoos("import", "gaps", "--target", "bandgap", "-l", "db", cwd=tmp_path)
+    assert done.returncode == 1  # one CIF is missing, and said to be
+    assert "missing" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("2 entries: 1 added")
+    import mongomock
+    from bson import json_util
+
+    stored = json_util.loads((tmp_path / "db" / "database.json").read_text())
+    database = mongomock.MongoClient()["x"]
+    for _, document in stored["fireworks"]["structures"]["documents"]:
+        database["structures"].insert_one(document)
+    (key,) = StructureStore(database).keys("imported")
+    entry = StructureStore(database).get_many([key])[key]
+    assert entry.properties == {"bandgap": 5.25}
+    assert entry.formula == "CsCl"
