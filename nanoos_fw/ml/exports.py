@@ -1,18 +1,68 @@
-"""Datasets as tables for other programs: CSV, JSON lines, Parquet."""
+"""Datasets as tables for other programs: pandas, CSV, JSON lines, Parquet."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanoos_fw.errors import InputError, MissingDependencyError
-from nanoos_fw.ml.datasets import Dataset, export_dataset_to_pandas
+from nanoos_fw.ml.datasets import Dataset
+from nanoos_fw.ml.splits import reduced_formulas
 from nanoos_fw.provenance import write_atomic
 
 FORMATS = (".csv", ".jsonl", ".parquet")
+
+
+def export_dataset_to_pandas(dataset: Dataset) -> Any:
+    """Return a ``pandas.DataFrame`` with one row per structure.
+
+    Columns: id, part, target, its unit, atoms, edges, elements, reduced formula.
+    ``attrs`` has the units by column, and the dataset's hash.
+
+    Raises
+    ------
+    MissingDependencyError
+        If pandas is not installed.
+    """
+    try:
+        pd = importlib.import_module("pandas")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "exporting to pandas needs pandas", advice="pip install pandas"
+        ) from error
+    from pymatgen.core.periodic_table import Element
+
+    starts = dataset.graphs.atom_start
+    elements = [
+        " ".join(
+            Element.from_Z(int(z)).symbol
+            for z in np.unique(dataset.graphs.numbers[starts[row] : starts[row + 1]])
+        )
+        for row in range(dataset.num_samples)
+    ]
+    frame = pd.DataFrame(
+        {
+            "structure_id": list(dataset.ids),
+            "part": list(dataset.parts),
+            dataset.config.target_property: np.array(dataset.targets),
+            "unit": dataset.unit,
+            "n_atoms": np.diff(starts),
+            "n_edges": np.diff(dataset.graphs.edge_start),
+            "elements": elements,
+            "formula": reduced_formulas(dataset.graphs),
+        }
+    )
+    frame.attrs.update(
+        units={dataset.config.target_property: dataset.unit},
+        dataset_hash=dataset.dataset_hash,
+    )
+    return frame
 
 
 def export_dataset(dataset: Dataset, path: Path) -> int:

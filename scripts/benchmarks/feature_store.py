@@ -25,6 +25,7 @@ import numpy as np
 import pymongo
 from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.errors import NanoOSError
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.ml.features import (
     FEATURE_VERSION,
@@ -96,9 +97,13 @@ def chunks(keys: Sequence[str]) -> list[list[str]]:
 
 
 def measure(database: Any, structures: list[Structure], repeats: int) -> dict[str, Any]:
-    packed, documents = {}, {}
+    packed, documents, refused = {}, {}, 0
     for number, structure in enumerate(structures):
-        graph_repr, scalars = extract_structure_features(structure, **DESCRIBED)
+        try:
+            graph_repr, scalars = extract_structure_features(structure, **DESCRIBED)
+        except NanoOSError:  # an isolated site, say
+            refused += 1
+            continue
         graph = pack_graph(graph_from_repr(graph_repr))
         packed[f"s{number:06d}"] = Features(f"s{number:06d}", graph, scalars)
         documents[f"s{number:06d}"] = naive(graph_repr, scalars)
@@ -168,6 +173,7 @@ def measure(database: Any, structures: list[Structure], repeats: int) -> dict[st
     )  # fmt: skip
     return {
         "structures": len(keys),
+        "refused": refused,
         "sites": n_sites,
         "parameters": DESCRIBED,
         "repeats": repeats,

@@ -13,11 +13,11 @@ from nanoos_fw.ml.datasets import (
     PARTS,
     DatasetConfig,
     build_regression_dataset,
-    export_dataset_to_pandas,
     open_dataset,
     split_train_val,
     write_dataset,
 )
+from nanoos_fw.ml.exports import export_dataset_to_pandas
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 
 N = 40
