@@ -71,7 +71,7 @@ class BuildDatasetTask(NanoTask):
                 evidence={"first": labels.pending[:5]},
                 advice="rerun the fireworks that label them",
             )
-        features = place.features.get(
+        features = place.features.graphs(
             list(labels.energies),
             parameters.features.model_dump(mode="json"),
             FEATURE_VERSION,
@@ -79,7 +79,7 @@ class BuildDatasetTask(NanoTask):
         # Sorted keys: the dataset must not depend on the order of the database.
         usable = sorted(features)
         dataset = build_regression_dataset(
-            {key: features[key].graph for key in usable},
+            {key: features[key] for key in usable},
             {key: labels.energies[key] for key in usable},
             parameters.dataset,
         )
@@ -201,13 +201,13 @@ class ScreenCandidatesTask(NanoTask):
         keys = parameters.structures
         known = {row.structure for row in place.models.predictions(reference, keys)}
         missing = [key for key in keys if key not in known]
-        features = place.features.get(
+        features = place.features.graphs(
             missing, parameters.features.model_dump(mode="json"), FEATURE_VERSION
         )
         written = 0
         if features:
             model = load_model(place, record)
-            graphs = ((key, entry.graph) for key, entry in features.items())
+            graphs = features.items()
             for rows in predict_in_chunks(model, graphs):
                 written += place.models.put_predictions(
                     reference,

@@ -128,10 +128,7 @@ def build_train_val_datasets(
             advice=f"imported properties: {', '.join(names[:10]) or 'none'}",
         )
     store, labelled = FeatureStore(database), sorted(targets)
-    graphs = {
-        key: entry.graph
-        for key, entry in store.get(labelled, features, FEATURE_VERSION).items()
-    }
+    graphs = store.graphs(labelled, features, FEATURE_VERSION)
     lacking = [key for key in labelled if key not in graphs]
     status = store.status(lacking, features, FEATURE_VERSION)
     without = {key: entry.reason or entry.state for key, entry in status.items()}

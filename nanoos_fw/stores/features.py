@@ -221,19 +221,33 @@ class FeatureStore:
         """
         found = {}
         for document in self._entries(keys, None, parameters, version, {"status": _OK}):
-            key = document["structure"]
-            # Entries of schema 1 do not have the field.
-            if document.get("artifact"):
-                graph = get_artifact(self._database, document["sha256"])
-            else:
-                graph = bytes(document["graph"])
-            if sha256_bytes(graph) != document["sha256"]:
-                raise CorruptArtifactError(
-                    f"the features of structure {key} fail their checksum",
-                    advice=f"run 'nanoos features compute --force {key}'",
-                )
+            key, graph = self._graph(document)
             found[key] = Features(key, graph, dict(document["scalars"]))
         return {key: found[key] for key in keys if key in found}
+
+    def graphs(
+        self, keys: Sequence[str], parameters: Mapping[str, Any], version: int
+    ) -> dict[str, bytes]:
+        """Return the packed graphs alone, like :meth:`get` and in half its time."""
+        fields = {"structure": 1, "graph": 1, "sha256": 1, "artifact": 1}
+        extra = {"status": _OK}
+        entries = self._entries(keys, fields, parameters, version, extra)
+        found = dict(map(self._graph, entries))
+        return {key: found[key] for key in keys if key in found}
+
+    def _graph(self, document: Mapping[str, Any]) -> tuple[str, bytes]:
+        """Return the key and the verified graph of an entry."""
+        key = document["structure"]
+        if document["artifact"]:
+            graph = get_artifact(self._database, document["sha256"])
+        else:
+            graph = bytes(document["graph"])
+        if sha256_bytes(graph) != document["sha256"]:
+            raise CorruptArtifactError(
+                f"the features of structure {key} fail their checksum",
+                advice=f"run 'nanoos features compute --force {key}'",
+            )
+        return key, graph
 
     def _entries(
         self,

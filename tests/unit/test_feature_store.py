@@ -75,6 +75,7 @@ def test_features_are_kept_by_parameters_and_version(database: Any) -> None:
     assert store.state(["key"], WIDE, 1) == {}
     assert store.state(["key"], NARROW, 2) == {}
     assert store.get(["bad", "key"], NARROW, 1) == {"key": entry}
+    assert store.graphs(["bad", "key"], NARROW, 1) == {"key": b"graph"}
     assert store.quarantined(["bad"], NARROW, 1)["bad"]["kind"] == "input"
     database["structure_features"].update_one(
         {"structure": "key"}, {"$set": {"graph": b"grapf"}}
