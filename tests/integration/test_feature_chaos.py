@@ -21,7 +21,7 @@ from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 WORKER = Path(__file__).with_name("featurizing_worker.py")
-WORKERS, KILLS, STRUCTURES = 4, 4, 3000
+WORKERS, KILLS, STRUCTURES = 4, 5, 8000
 KILL_EVERY_S, LIMIT_S = 2.5, 150.0
 
 
@@ -72,8 +72,8 @@ def test_killed_workers_leave_every_structure_once(mongodb_database: Any) -> Non
                 worker.kill()
             worker.wait()
     assert [worker.returncode for worker in workers] == [0] * WORKERS
-    # At least one of the kills came in the middle of the work.
-    assert any(0 < done < STRUCTURES for done in done_at_kill), done_at_kill
+    # Enough of the kills came in the middle of the work.
+    assert sum(0 < done < STRUCTURES for done in done_at_kill) >= 2, done_at_kill
     found = [d["structure"] for d in collection.find({}, {"structure": 1})]
     assert sorted(found) == sorted(keys)
     described = FeatureParameters().model_dump(mode="json")
