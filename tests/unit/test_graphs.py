@@ -122,7 +122,8 @@ def model_view(graph) -> list[tuple]:
     for atom in range(graph.n_atoms):
         mine = graph.edge_index[0] == atom
         neighbors = zip(
-            np.round(graph.distances[mine], 3).tolist(),
+            # Shifted, since 1.9525 Å would round to either side of its boundary.
+            np.round(graph.distances[mine] + 1.23e-4, 3).tolist(),
             graph.numbers[graph.edge_index[1][mine]].tolist(),
             strict=True,
         )
