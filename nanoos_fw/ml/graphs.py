@@ -8,6 +8,7 @@ Conventions of every array here and downstream: an *edge* goes from a centre ato
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import warnings
@@ -22,15 +23,14 @@ from numpy.typing import NDArray
 from nanoos_fw.crystals import decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.lattices import CLOSE, FLAT, ISOLATED, NOT_FINITE, TOO_MANY
-from nanoos_fw.ml.neighbors import list_nearest, order_of_edges, shells_of
+from nanoos_fw.ml.neighbors import NeighborList, list_nearest, order_of_edges, shells_of
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 _HEAVIEST = 118
 # Bounds the memory of one call of the search; larger calls are no faster.
-_ATOMS_AT_ONCE = 1024
-_Arrays = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
+_CRYSTALS_AT_ONCE = 64
 _MAX_DEGREE = np.iinfo(np.uint16).max
 
 # Packed form: this header, then Z u1, degree u2, neighbour i2 or i4, distance f4, and
@@ -107,6 +107,31 @@ class CrystalGraph:
     def degrees(self) -> NDArray[np.int64]:
         """Neighbours of each atom, ``(n_atoms,) int64``."""
         return np.bincount(self.edge_index[0], minlength=self.n_atoms)
+
+
+@dataclass(frozen=True, eq=False)
+class CrystalArrays:
+    """Several crystals in flat arrays.
+
+    Parameters
+    ----------
+    numbers
+        ``(n_atoms,) uint8``, atomic numbers.
+    lattices
+        ``(n_crystals, 3, 3) float64``, rows are lattice vectors in Å.
+    frac_coords
+        ``(n_atoms, 3) float64``.
+    atom_start
+        ``(n_crystals + 1,) int64``.
+    positions
+        ``(n_crystals,) int64``, where each came from, since some may have been refused.
+    """
+
+    numbers: NDArray[np.uint8]
+    lattices: NDArray[np.float64]
+    frac_coords: NDArray[np.float64]
+    atom_start: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
 def build_graph(
@@ -235,26 +260,63 @@ def build_graphs(
     _check_parameters(cutoff_radius, max_neighbors)
     graphs: list[CrystalGraph | None] = []
     errors: dict[int, InputError | CorruptArtifactError] = {}
-    waiting: list[tuple[int, _Arrays]] = []
-    n_atoms = 0
+    source = iter(crystals)
+    while some := list(itertools.islice(source, _CRYSTALS_AT_ONCE)):
+        begin = len(graphs)
+        graphs += [None] * len(some)
+        flat, refused = read_arrays(some)
+        errors.update({begin + at: error for at, error in refused.items()})
+        _build_some(flat, cutoff_radius, max_neighbors, begin, graphs, errors)
+    return graphs, dict(sorted(errors.items()))
+
+
+def read_arrays(
+    crystals: Iterable[Structure | Mapping[str, Any]],
+) -> tuple[CrystalArrays, dict[int, InputError | CorruptArtifactError]]:
+    """Return crystals as flat arrays, and why some have none, by position."""
+    positions: list[int] = []
+    numbers: list[NDArray[np.uint8]] = []
+    lattices: list[NDArray[np.float64]] = []
+    frac_coords: list[NDArray[np.float64]] = []
+    errors: dict[int, InputError | CorruptArtifactError] = {}
     for position, crystal in enumerate(crystals):
-        graphs.append(None)
         try:
             if isinstance(crystal, Mapping):
-                arrays = decode_arrays(crystal)
+                own, lattice, coords = decode_arrays(crystal)
             else:
-                numbers = _numbers(crystal)
-                arrays = (numbers, crystal.lattice.matrix, crystal.frac_coords)
+                own = _numbers(crystal)
+                lattice, coords = crystal.lattice.matrix, crystal.frac_coords
         except (InputError, CorruptArtifactError) as error:
             errors[position] = error
             continue
-        waiting.append((position, arrays))
-        n_atoms += len(arrays[0])
-        if n_atoms >= _ATOMS_AT_ONCE:
-            _build_waiting(waiting, cutoff_radius, max_neighbors, graphs, errors)
-            waiting, n_atoms = [], 0
-    _build_waiting(waiting, cutoff_radius, max_neighbors, graphs, errors)
-    return graphs, errors
+        positions.append(position)
+        numbers.append(own)
+        lattices.append(lattice)
+        frac_coords.append(coords)
+    atom_start = np.zeros(len(numbers) + 1, dtype=np.int64)
+    np.cumsum([len(own) for own in numbers], out=atom_start[1:])
+    flat = CrystalArrays(
+        numbers=np.concatenate([np.empty(0, np.uint8), *numbers]),
+        lattices=np.array(lattices, dtype=np.float64).reshape(-1, 3, 3),
+        frac_coords=np.concatenate([np.empty((0, 3)), *frac_coords]),
+        atom_start=atom_start,
+        positions=np.array(positions, dtype=np.int64),
+    )
+    return flat, errors
+
+
+def graph_error(
+    flat: CrystalArrays, found: NeighborList, row: int, cutoff_radius: float
+) -> InputError:
+    """Return why a row of flat crystals has no graph."""
+    own = slice(int(flat.atom_start[row]), int(flat.atom_start[row + 1]))
+    return _error_of(
+        int(found.status[row]),
+        found.detail[row],
+        flat.numbers[own],
+        flat.lattices[row],
+        cutoff_radius,
+    )
 
 
 def nearest_neighbors(graph: CrystalGraph, max_neighbors: int) -> CrystalGraph:
@@ -502,54 +564,45 @@ def _build(
     )
 
 
-def _build_waiting(
-    waiting: list[tuple[int, _Arrays]],
+def _build_some(
+    flat: CrystalArrays,
     cutoff_radius: float,
     max_neighbors: int | None,
+    begin: int,
     graphs: list[CrystalGraph | None],
     errors: dict[int, InputError | CorruptArtifactError],
 ) -> None:
-    """Build some graphs with one call, and put them where they belong."""
-    if not waiting:
-        return
-    sizes = [len(arrays[0]) for _, arrays in waiting]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    lattices = np.array([arrays[1] for _, arrays in waiting], dtype=np.float64)
+    """Build graphs with one call, and put them where they belong."""
     found = list_nearest(
-        lattices,
-        np.concatenate([arrays[2] for _, arrays in waiting]),
-        np.concatenate([arrays[0] for _, arrays in waiting]),
-        starts,
+        flat.lattices,
+        flat.frac_coords,
+        flat.numbers,
+        flat.atom_start,
         cutoff_radius,
         max_neighbors,
     )
-    n_atoms = int(starts[-1])
-    local = np.arange(n_atoms, dtype=np.int32)
-    local -= np.repeat(starts[:-1], sizes).astype(np.int32)
+    starts = flat.atom_start
+    local = np.arange(len(flat.numbers), dtype=np.int32)
+    local -= np.repeat(starts[:-1], np.diff(starts)).astype(np.int32)
     edge_index = np.empty((2, len(found.neighbors)), dtype=np.int32)
     edge_index[0] = np.repeat(local, found.degrees)
     edge_index[1] = found.neighbors
     edge_start = np.concatenate([[0], np.cumsum(found.degrees)])[starts].tolist()
-    for row, (position, (numbers, _, _)) in enumerate(waiting):
+    atom_start = starts.tolist()
+    for row, position in enumerate(flat.positions.tolist()):
         if found.status[row]:
-            errors[position] = _error_of(
-                int(found.status[row]),
-                found.detail[row],
-                numbers,
-                lattices[row],
-                cutoff_radius,
-            )
+            errors[begin + position] = graph_error(flat, found, row, cutoff_radius)
             continue
         # Copies: a graph must not keep its whole batch in memory.
         mine = slice(edge_start[row], edge_start[row + 1])
-        graphs[position] = CrystalGraph(
-            numbers=numbers,
+        graphs[begin + position] = CrystalGraph(
+            numbers=flat.numbers[atom_start[row] : atom_start[row + 1]].copy(),
             edge_index=edge_index[:, mine].copy(),
             distances=found.distances[mine].copy(),
             cutoff_radius=float(cutoff_radius),
             max_neighbors=max_neighbors,
             offsets=found.offsets[mine].copy(),
-            lattice=lattices[row].copy(),
+            lattice=flat.lattices[row].copy(),
         )
 
 
