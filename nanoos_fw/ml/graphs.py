@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -439,25 +439,84 @@ def unpack_graph(data: bytes) -> CrystalGraph:
         If the bytes are no packed graph, are of another version, or fail the
         checksum.
     """
+    head = read_header(data)
+    (a0, _), (a1, _), (a2, _), (a3, a4) = head.parts
+    n_atoms, n_edges = head.n_atoms, head.n_edges
+    index = "<i4" if head.wide_index else "<i2"
+    edge_index = np.empty((2, n_edges), dtype=np.int32)
+    degrees = np.frombuffer(data, "<u2", n_atoms, a1)
+    edge_index[0] = np.arange(n_atoms, dtype=np.int32).repeat(degrees)
+    edge_index[1] = np.frombuffer(data, index, n_edges, a2)
+    offsets = lattice = None
+    if head.flags & _GEOMETRY:
+        width = "<i2" if head.flags & _WIDE_OFFSETS else "i1"
+        kept = np.frombuffer(data, width, 3 * n_edges, a4)
+        offsets = kept.astype(np.int32).reshape(-1, 3)
+        lattice = np.frombuffer(data, "<f8", 9, len(data) - 72).astype(np.float64)
+        lattice = lattice.reshape(3, 3)
+    return CrystalGraph(
+        numbers=np.frombuffer(data, np.uint8, n_atoms, a0).copy(),
+        edge_index=edge_index,
+        distances=np.frombuffer(data, "<f4", n_edges, a3).astype(np.float64),
+        cutoff_radius=head.cutoff_radius,
+        max_neighbors=head.max_neighbors,
+        offsets=offsets,
+        lattice=lattice,
+    )
+
+
+class PackedHeader(NamedTuple):
+    """What the first bytes of a packed graph say, checked.
+
+    Parameters
+    ----------
+    n_atoms, n_edges, cutoff_radius, max_neighbors
+        As in :class:`CrystalGraph`.
+    flags
+        Bits of the format.
+    parts
+        Begin and end of numbers, degrees, neighbours and distances.
+    """
+
+    n_atoms: int
+    n_edges: int
+    cutoff_radius: float
+    max_neighbors: int | None
+    flags: int
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def wide_index(self) -> bool:
+        """Neighbours have 4 bytes instead of 2."""
+        return bool(self.flags & _WIDE_INDEX)
+
+
+def read_header(data: bytes) -> PackedHeader:
+    """Check a packed graph and return its header.
+
+    Raises
+    ------
+    CorruptArtifactError
+        As :func:`unpack_graph`.
+    """
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise CorruptArtifactError(
             f"{len(data)} bytes are not a packed crystal graph",
             evidence={"starts_with": bytes(data[:4]).hex()},
             advice="featurize the structure again",
         )
-    *fields, checksum = _HEADER.unpack_from(data)
-    _, version, flags, max_neighbors, n_atoms, n_edges, cutoff_radius = fields
-    dtypes: list[tuple[str, int]] = [
-        ("u1", n_atoms),
-        ("<u2", n_atoms),
-        ("<i4" if flags & _WIDE_INDEX else "<i2", n_edges),
-        ("<f4", n_edges),
-    ]
+    _, version, flags, max_neighbors, n_atoms, n_edges, cutoff_radius, checksum = (
+        _HEADER.unpack_from(data)
+    )
+    a1 = _HEADER.size + n_atoms
+    a2 = a1 + 2 * n_atoms
+    a3 = a2 + (4 if flags & _WIDE_INDEX else 2) * n_edges
+    size = a4 = a3 + 4 * n_edges
     if flags & _GEOMETRY:
-        dtypes.append(("<i2" if flags & _WIDE_OFFSETS else "i1", 3 * n_edges))
-        dtypes.append(("<f8", 9))
-    size = _HEADER.size + sum(np.dtype(kind).itemsize * n for kind, n in dtypes)
-    computed = zlib.crc32(data[_HEADER.size :], zlib.crc32(_HEADER.pack(*fields, 0)))
+        size += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
+    # The checksum covers the header with its own field zero.
+    computed = zlib.crc32(data[: _HEADER.size - 4] + bytes(4))
+    computed = zlib.crc32(memoryview(data)[_HEADER.size :], computed)
     if version != _PACK_VERSION or size != len(data) or computed != checksum:
         raise CorruptArtifactError(
             "a packed crystal graph does not match its header",
@@ -469,21 +528,13 @@ def unpack_graph(data: bytes) -> CrystalGraph:
             },
             advice="featurize the structure again",
         )
-    arrays: list[NDArray[Any]] = []
-    position = _HEADER.size
-    for kind, count in dtypes:
-        arrays.append(np.frombuffer(data, dtype=kind, count=count, offset=position))
-        position += np.dtype(kind).itemsize * count
-    centre = np.repeat(np.arange(n_atoms, dtype=np.int32), arrays[1])
-    with_geometry = bool(flags & _GEOMETRY)
-    return CrystalGraph(
-        numbers=arrays[0].astype(np.uint8),
-        edge_index=np.stack([centre, arrays[2].astype(np.int32)]),
-        distances=arrays[3].astype(np.float64),
-        cutoff_radius=cutoff_radius,
-        max_neighbors=max_neighbors or None,
-        offsets=arrays[4].astype(np.int32).reshape(-1, 3) if with_geometry else None,
-        lattice=arrays[5].astype(np.float64).reshape(3, 3) if with_geometry else None,
+    return PackedHeader(
+        n_atoms,
+        n_edges,
+        cutoff_radius,
+        max_neighbors or None,
+        flags,
+        ((_HEADER.size, a1), (a1, a2), (a2, a3), (a3, a4)),
     )
 
 
