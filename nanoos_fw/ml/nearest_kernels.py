@@ -35,7 +35,7 @@ from nanoos_fw.ml.neighbor_kernels import (
 __all__ = ["expand", "list_all", "list_sorted"]
 
 # From this many sites on, sites are sorted into bins.
-_BINNED_SITES = 40
+_BINNED_SITES = 14
 _INSERTION = 32
 
 
@@ -221,7 +221,7 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
         binned = n >= _BINNED_SITES
         if binned:
             starts, sites, sorted_pos = fill_bins(
-                n, frac, pos, cell, start_radius * 0.5, bins
+                n, frac, pos, cell, start_radius * 1.3, bins
             )
         else:
             starts, sites = np.empty(0, np.int64), np.empty(0, np.int64)

@@ -40,16 +40,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # wide by this costs nothing: every point in it is measured.
 _STEP = 1e-9
 # From this many sites on, sites are sorted into bins.
-_BINNED_SITES = 20
+_BINNED_SITES = 14
 
 
 def jit(function: _F) -> _F:
     """Compile a function on its first call; keep the machine code on disk."""
     try:
-        return cast("_F", numba.njit(cache=True)(function))
+        return cast("_F", numba.njit(cache=True, error_model="numpy")(function))
     except RuntimeError:
         # Neither the package's folder nor the user's cache can be written to.
-        return cast("_F", numba.njit()(function))
+        return cast("_F", numba.njit(error_model="numpy")(function))
 
 
 compiled_prepare_cell = jit(prepare_cell)
@@ -160,7 +160,7 @@ def gather_bins(
     Distances of all candidates first, then their comparison, then the output: loops
     without branches that a processor could guess wrong.
     """
-    squared, segment, segments, hits = scratch
+    squared, segment, segments, moves, hits = scratch
     l00, l10, l11 = cell[0], cell[1], cell[2]
     l20, l21, l22 = cell[3], cell[4], cell[5]
     n0, n1, n2 = bins[0], bins[1], bins[2]
@@ -212,38 +212,40 @@ def gather_bins(
                     for p in range(begin, end):
                         if sites[p] == i:
                             squared[count + p - begin] = np.inf
-                segments[runs, 0] = begin - count
-                segments[runs, 1] = s0
-                segments[runs, 2] = s1
-                segments[runs, 3] = s2
+                moves[runs] = shift
+                segments[runs, 0] = s0
+                segments[runs, 1] = s1
+                segments[runs, 2] = s2
                 runs += 1
                 count = stop
     m = 0
-    for q in range(count):
+    for q in range(np.uint64(count)):
         hits[m] = q
         m += squared[q] < limit
     if base + m > found_j.shape[0]:
         return -1
-    for h in range(m):
+    start = np.uint64(base)
+    for h in range(np.uint64(m)):
         q = hits[h]
-        run = segment[q]
-        e = base + h
-        found_j[e] = sites[q + segments[run, 0]]
-        found_s[e, 0] = segments[run, 1]
-        found_s[e, 1] = segments[run, 2]
-        found_s[e, 2] = segments[run, 3]
+        run = np.uint64(segment[q])
+        e = start + h
+        found_j[e] = sites[q + moves[run]]
+        found_s[e, 0] = segments[run, 0]
+        found_s[e, 1] = segments[run, 1]
+        found_s[e, 2] = segments[run, 2]
         found_d[e] = squared[q]
     return m
 
 
 @jit
 def new_scratch(space):
-    """Return squared distances, their runs, the runs, hits."""
+    """Return squared distances, their runs, the runs, places of sites, hits."""
     return (
         np.empty(space, np.float64),
-        np.empty(space, np.int32),
-        np.empty((space, 4), np.int64),
-        np.empty(space + 1, np.int64),
+        np.empty(space, np.uint32),
+        np.empty((space, 3), np.int32),
+        np.empty(space, np.uint64),
+        np.empty(space + 1, np.uint64),
     )
 
 
@@ -320,7 +322,7 @@ def list_all(lattices, frac_coords, atom_start, cutoff):
         binned = n >= _BINNED_SITES
         if binned:
             starts, sites, sorted_pos = fill_bins(
-                n, frac, pos, cell, cutoff * 0.5, bins
+                n, frac, pos, cell, cutoff * 1.3, bins
             )
         else:
             starts, sites = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -371,13 +373,16 @@ def list_all(lattices, frac_coords, atom_start, cutoff):
                 room = grown
             degrees[first + i] = m
             total += m
-        e = begin
-        for i in range(n):
-            for _ in range(degrees[first + i]):
-                distances[e] = math.sqrt(distances[e])
-                e += 1
+        for e in range(np.uint64(begin), np.uint64(total)):
+            distances[e] = math.sqrt(distances[e])
         if not _home_offsets(
-            n, degrees[first:last], neighbor[begin:], offsets[begin:], shift, transform
+            n,
+            degrees[first:last],
+            neighbor[begin:],
+            offsets[begin:],
+            shift,
+            transform,
+            plain,
         ):
             status[g] = OVERFLOW
             degrees[first:last] = 0
@@ -386,16 +391,13 @@ def list_all(lattices, frac_coords, atom_start, cutoff):
 
 
 @jit
-def _home_offsets(n, degrees, neighbor, offsets, shift, transform):
+def _home_offsets(n, degrees, neighbor, offsets, shift, transform, plain):
     """Turn offsets between wrapped sites into those of the sites as given."""
-    plain = True
+    moved = False
     for i in range(n):
         for k in range(3):
-            plain = plain and shift[i, k] == 0
-    for k in range(3):
-        for h in range(3):
-            plain = plain and transform[k, h] == (1 if k == h else 0)
-    if plain:
+            moved = moved or shift[i, k] != 0
+    if plain and not moved:
         return True
     good = True
     e = 0
@@ -405,6 +407,13 @@ def _home_offsets(n, degrees, neighbor, offsets, shift, transform):
             s0 = offsets[e, 0] - shift[j, 0] + shift[i, 0]
             s1 = offsets[e, 1] - shift[j, 1] + shift[i, 1]
             s2 = offsets[e, 2] - shift[j, 2] + shift[i, 2]
+            if plain:
+                # The steps of wrap_sites are below 1e6 cells.
+                offsets[e, 0] = s0
+                offsets[e, 1] = s1
+                offsets[e, 2] = s2
+                e += 1
+                continue
             for k in range(3):
                 value = s0 * transform[0, k] + s1 * transform[1, k]
                 value += s2 * transform[2, k]
