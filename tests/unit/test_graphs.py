@@ -308,6 +308,23 @@ def test_rows_of_a_table_come_out_in_the_order_asked_for():
     np.testing.assert_array_equal(selected.edge_index, direct.edge_index)
 
 
+@pytest.mark.parametrize("geometry", [True, False])
+def test_a_table_of_packed_graphs_is_that_of_the_graphs(geometry):
+    graphs = [build_graph(s) for s in (perovskite(), fcc_copper(), random_structure(5))]
+    blobs = [pack_graph(graph, geometry=geometry) for graph in graphs]
+    direct, packed = GraphTable.from_graphs(graphs), GraphTable.from_packed(blobs)
+    for name in vars(direct):
+        np.testing.assert_array_equal(getattr(packed, name), getattr(direct, name))
+    assert packed.neighbors.dtype == np.int32
+    broken = bytearray(blobs[1])
+    broken[-1] ^= 1
+    with pytest.raises(CorruptArtifactError):
+        GraphTable.from_packed([blobs[0], bytes(broken)])
+    other = pack_graph(build_graph(fcc_copper(), max_neighbors=6))
+    with pytest.raises(InputError, match="different ways"):
+        GraphTable.from_packed([blobs[0], other])
+
+
 def test_an_empty_batch_is_empty():
     batch = GraphTable.from_graphs([build_graph(fcc_copper())]).batch([])
     assert batch.n_graphs == 0

@@ -1,0 +1,419 @@
+"""Compiled choice and order of nearest neighbours; see :mod:`.neighbor_kernels`."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nanoos_fw.ml.lattices import (
+    CLOSE,
+    CUTOFF_TOLERANCE,
+    ENVIRONMENT_TOLERANCE,
+    ISOLATED,
+    MAX_EDGES,
+    MIN_DISTANCE,
+    OVERFLOW,
+    TIE_TOLERANCE,
+    TOO_MANY,
+)
+from nanoos_fw.ml.neighbor_kernels import (
+    compiled_prepare_cell,
+    compiled_wrap_sites,
+    expected_edges,
+    fill_bins,
+    fits_int32,
+    gather_bins,
+    gather_pairs,
+    jit,
+    list_all,
+    new_scratch,
+)
+
+__all__ = ["expand", "list_all", "list_sorted"]
+
+# From this many sites on, sites are sorted into bins.
+_BINNED_SITES = 14
+_INSERTION = 32
+
+
+@jit
+def _sort_by_distance(m, found_d, order, keys):
+    """Write the order of increasing distance into ``order[:m]``."""
+    if m <= 2 * _INSERTION:
+        for a in range(m):
+            d = found_d[a]
+            b = a
+            while b > 0 and found_d[order[b - 1]] > d:
+                order[b] = order[b - 1]
+                b -= 1
+            order[b] = a
+        return
+    bits = 1
+    while (1 << bits) < m:
+        bits += 1
+    # Positive doubles sort like the integers of the same bits: put the index in the
+    # lowest bits, sort the integers, then mend what the lost bits decided.
+    view = found_d[:m].view(np.int64)
+    for a in range(m):
+        keys[a] = ((view[a] >> bits) << bits) | a
+    mask = (1 << bits) - 1
+    arranged = np.sort(keys[:m])
+    for a in range(m):
+        index = arranged[a] & mask
+        d = found_d[index]
+        b = a
+        while b > 0 and found_d[order[b - 1]] > d:
+            order[b] = order[b - 1]
+            b -= 1
+        order[b] = index
+
+
+@jit
+def _before(e, f, rank, site, offsets):
+    """Compare edges by rank (element, environment), site, cell."""
+    if rank[e] != rank[f]:
+        return rank[e] < rank[f]
+    if site[e] != site[f]:
+        return site[e] < site[f]
+    for k in range(3):
+        if offsets[e, k] != offsets[f, k]:
+            return offsets[e, k] < offsets[f, k]
+    return False
+
+
+@jit
+def _sort_shell(order, first, last, rank, site, offsets):
+    """Sort ``order[first:last]``: by insertion, or as a heap where there are many."""
+    n = last - first
+    if n <= _INSERTION:
+        for a in range(first + 1, last):
+            e = order[a]
+            b = a
+            while b > first and _before(e, order[b - 1], rank, site, offsets):
+                order[b] = order[b - 1]
+                b -= 1
+            order[b] = e
+        return
+    for top in range(n // 2 - 1, -n, -1):
+        if top >= 0:
+            root, end = top, n
+        else:
+            end = n + top
+            order[first], order[first + end] = order[first + end], order[first]
+            root = 0
+        while True:
+            child = 2 * root + 1
+            if child >= end:
+                break
+            if child + 1 < end and _before(
+                order[first + child], order[first + child + 1], rank, site, offsets
+            ):
+                child += 1
+            if not _before(
+                order[first + root], order[first + child], rank, site, offsets
+            ):
+                break
+            order[first + root], order[first + child] = (
+                order[first + child],
+                order[first + root],
+            )
+            root = child
+
+
+@jit
+def _has_ties(n, numbers, atom_edges, site, shell):
+    """Tell whether two different sites of one element share a shell."""
+    for i in range(n):
+        for e in range(atom_edges[i] + 1, atom_edges[i + 1]):
+            f = e - 1
+            while f >= atom_edges[i] and shell[f] == shell[e]:
+                if site[f] != site[e] and numbers[site[f]] == numbers[site[e]]:
+                    return True
+                f -= 1
+    return False
+
+
+@jit
+def _classify(n, numbers, atom_edges, site, far, classes):
+    """Write the class of each atom's environment."""
+    environment = np.empty(n, np.float64)
+    for i in range(n):
+        value = 0.0
+        for e in range(atom_edges[i], atom_edges[i + 1]):
+            value += numbers[site[e]] * math.exp(-far[e])
+        environment[i] = value
+    by_value = np.argsort(environment)
+    number = 0
+    for a in range(1, n):
+        step = environment[by_value[a]] - environment[by_value[a - 1]]
+        if step > ENVIRONMENT_TOLERANCE:
+            number += 1
+        classes[by_value[a]] = number
+
+
+@jit
+def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
+    """List the k nearest (0: all) in the order of nanoos_fw.ml.graphs."""
+    n_cells = lattices.shape[0]
+    n_atoms = frac_coords.shape[0]
+    largest = 0
+    for g in range(n_cells):
+        largest = max(largest, atom_start[g + 1] - atom_start[g])
+    frac = np.empty((largest, 3), np.float64)
+    pos = np.empty((largest, 3), np.float64)
+    shift = np.empty((largest, 3), np.int64)
+    cell = np.empty(6, np.float64)
+    transform = np.empty((3, 3), np.int64)
+    bins = np.empty(3, np.int64)
+    scratch = new_scratch(512)
+    degrees = np.zeros(n_atoms, np.int64)
+    status = np.zeros(n_cells, np.int64)
+    detail = np.zeros((n_cells, 3), np.float64)
+    room = n_atoms * k if k > 0 else expected_edges(lattices, atom_start, cutoff)
+    neighbor = np.empty(room, np.int32)
+    offsets = np.empty((room, 3), np.int32)
+    distances = np.empty(room, np.float64)
+    # Of one atom: what is within the radius.
+    wide = 256
+    found_j = np.empty(wide, np.int64)
+    found_s = np.empty((wide, 3), np.int64)
+    found_d = np.empty(wide, np.float64)
+    order = np.empty(wide, np.int64)
+    keys = np.empty(wide, np.int64)
+    # Of one structure: what is up to the end of the shell of the k-th neighbour.
+    kept = 2 * max(k, 16) * max(largest, 1)
+    site = np.empty(kept, np.int64)
+    far = np.empty(kept, np.float64)
+    cells = np.empty((kept, 3), np.int64)
+    shell = np.empty(kept, np.int64)
+    rank = np.empty(kept, np.int64)
+    sequence = np.empty(kept, np.int64)
+    atom_edges = np.empty(largest + 1, np.int64)
+    classes = np.empty(largest, np.int64)
+    total = 0
+    for g in range(n_cells):
+        first, last = atom_start[g], atom_start[g + 1]
+        n = last - first
+        code, volume, plain = compiled_prepare_cell(lattices[g], cell, transform)
+        if code == 0:
+            code = compiled_wrap_sites(
+                frac_coords[first:last], cell, transform, plain, frac, pos, shift
+            )
+        if code == 0 and k == 0:
+            expected = n * n * 4.18879020478639 * cutoff**3 / volume
+            if expected > MAX_EDGES:
+                code = TOO_MANY
+                detail[g, 2] = expected
+        if code == 0 and cell[0] < MIN_DISTANCE and cell[0] <= cutoff:
+            code = CLOSE
+            detail[g, 2] = cell[0]
+        status[g] = code
+        if code != 0:
+            continue
+        start_radius = cutoff
+        if k > 0:
+            # A sphere that holds 2k + 1 sites on average nearly always holds k.
+            guess = ((2 * k + 1) * volume / n * 0.75 / math.pi) ** (1.0 / 3.0)
+            start_radius = min(cutoff, guess)
+        binned = n >= _BINNED_SITES
+        if binned:
+            starts, sites, sorted_pos = fill_bins(
+                n, frac, pos, cell, start_radius * 1.3, bins
+            )
+        else:
+            starts, sites = np.empty(0, np.int64), np.empty(0, np.int64)
+            sorted_pos = np.empty((3, 0), np.float64)
+        used = 0
+        atom_edges[0] = 0
+        for i in range(n):
+            radius = start_radius
+            while True:
+                limit = radius * radius + CUTOFF_TOLERANCE
+                if binned:
+                    m = gather_bins(
+                        i,
+                        pos,
+                        cell,
+                        limit,
+                        bins,
+                        starts,
+                        sites,
+                        sorted_pos,
+                        scratch,
+                        0,
+                        found_j,
+                        found_s,
+                        found_d,
+                    )
+                else:
+                    m = gather_pairs(
+                        i, n, pos, cell, limit, 0, found_j, found_s, found_d
+                    )
+                if m == -2:
+                    scratch = new_scratch(2 * scratch[0].shape[0])
+                    continue
+                if m < 0:
+                    wide *= 2
+                    found_j = np.empty(wide, np.int64)
+                    found_s = np.empty((wide, 3), np.int64)
+                    found_d = np.empty(wide, np.float64)
+                    order = np.empty(wide, np.int64)
+                    keys = np.empty(wide, np.int64)
+                    continue
+                if m < k and radius < cutoff:
+                    radius = min(cutoff, 1.3 * radius)
+                    continue
+                _sort_by_distance(m, found_d, order, keys)
+                stop = m
+                if 0 < k <= m:
+                    stop = k
+                    end = math.sqrt(found_d[order[k - 1]])
+                    while stop < m:
+                        following = math.sqrt(found_d[order[stop]])
+                        if following - end > TIE_TOLERANCE:
+                            break
+                        end = following
+                        stop += 1
+                    if radius < cutoff and end >= radius - 2 * TIE_TOLERANCE:
+                        radius = min(cutoff, 1.3 * radius)
+                        continue
+                break
+            if m == 0:
+                status[g] = ISOLATED
+                detail[g, 0] = i
+                break
+            if found_d[order[0]] < MIN_DISTANCE * MIN_DISTANCE:
+                status[g] = CLOSE
+                detail[g, 0] = i
+                detail[g, 1] = found_j[order[0]]
+                detail[g, 2] = math.sqrt(found_d[order[0]])
+                break
+            if used + stop > kept:
+                grown = max(2 * kept, used + stop)
+                site = _grown(site, used, grown)
+                far = _grown(far, used, grown)
+                shell = _grown(shell, used, grown)
+                rank = np.empty(grown, np.int64)
+                sequence = np.empty(grown, np.int64)
+                new_cells = np.empty((grown, 3), np.int64)
+                new_cells[:used] = cells[:used]
+                cells = new_cells
+                kept = grown
+            previous = 0.0
+            number = 0
+            for a in range(stop):
+                e = order[a]
+                d = math.sqrt(found_d[e])
+                if a > 0 and d - previous > TIE_TOLERANCE:
+                    number += 1
+                previous = d
+                j = found_j[e]
+                site[used] = j
+                far[used] = d
+                shell[used] = number
+                s0 = found_s[e, 0] - shift[j, 0] + shift[i, 0]
+                s1 = found_s[e, 1] - shift[j, 1] + shift[i, 1]
+                s2 = found_s[e, 2] - shift[j, 2] + shift[i, 2]
+                if plain:
+                    cells[used, 0] = s0
+                    cells[used, 1] = s1
+                    cells[used, 2] = s2
+                else:
+                    for h in range(3):
+                        cells[used, h] = (
+                            s0 * transform[0, h]
+                            + s1 * transform[1, h]
+                            + s2 * transform[2, h]
+                        )
+                used += 1
+            atom_edges[i + 1] = used
+        if status[g] != 0:
+            continue
+        # Environments decide only between sites of one element in one shell.
+        classes[:n] = 0
+        own = numbers[first:last]
+        if k > 0 and _has_ties(n, own, atom_edges, site, shell):
+            _classify(n, own, atom_edges, site, far, classes)
+        for e in range(used):
+            j = site[e]
+            rank[e] = (numbers[first + j] << 40) + classes[j]
+            sequence[e] = e
+        begin = total
+        if k == 0 and total + used > room:
+            grown = max(2 * room, total + used)
+            neighbor = _grown(neighbor, total, grown)
+            distances = _grown(distances, total, grown)
+            new_offsets = np.empty((grown, 3), np.int32)
+            new_offsets[:total] = offsets[:total]
+            offsets = new_offsets
+            room = grown
+        good = True
+        for i in range(n):
+            e, end_of_atom = atom_edges[i], atom_edges[i + 1]
+            while e < end_of_atom:
+                f = e + 1
+                while f < end_of_atom and shell[f] == shell[e]:
+                    f += 1
+                if f - e > 1:
+                    _sort_shell(sequence, e, f, rank, site, cells)
+                e = f
+            count = end_of_atom - atom_edges[i]
+            if 0 < k < count:
+                count = k
+            for a in range(count):
+                e = sequence[atom_edges[i] + a]
+                neighbor[total] = site[e]
+                distances[total] = far[e]
+                for h in range(3):
+                    good = good and fits_int32(cells[e, h])
+                    offsets[total, h] = cells[e, h]
+                total += 1
+            degrees[first + i] = count
+        if not good:
+            status[g] = OVERFLOW
+            degrees[first:last] = 0
+            total = begin
+    return degrees, neighbor[:total], offsets[:total], distances[:total], status, detail
+
+
+@jit
+def _grown(values, used, size):
+    bigger = np.empty(size, values.dtype)
+    bigger[:used] = values[:used]
+    return bigger
+
+
+@jit
+def expand(distances, steps, bell, out):
+    """Fill ``out[e, m]`` with exp(-(distances[e] / step - m)²), steps = 1 / step.
+
+    With u the distance to the nearest centre in steps, and n counted from there,
+    exp(-(u - n)²) = exp(-u²) exp(2 u)^n exp(-n²), and bell holds exp(-n²): two
+    exponentials for each distance instead of one for each centre.
+    """
+    n_centers = out.shape[1]
+    reach = bell.shape[0] - 1
+    for e in range(distances.shape[0]):
+        t = distances[e] * steps
+        nearest = math.floor(t + 0.5)
+        u = t - nearest
+        peak = math.exp(-u * u)
+        ratio = math.exp(2.0 * u)
+        for m in range(n_centers):
+            out[e, m] = 0.0
+        value = peak
+        for n in range(reach + 1):
+            m = nearest + n
+            if 0 <= m < n_centers:
+                out[e, m] = value * bell[n]
+            value *= ratio
+        value = peak
+        back = 1.0 / ratio
+        for n in range(1, reach + 1):
+            value *= back
+            m = nearest - n
+            if 0 <= m < n_centers:
+                out[e, m] = value * bell[n]
