@@ -53,11 +53,11 @@ def _sort_by_distance(m, found_d, order, keys):
     if m <= 2 * _INSERTION:
         for a in range(np.uint64(m)):
             key = (view[a] & ~mask) | np.int64(a)
-            b = a
-            while b > 0 and keys[b - _ONE] > key:
-                keys[b] = keys[b - _ONE]
-                b -= _ONE
-            keys[b] = key
+            place = np.uint64(a)
+            while place > 0 and keys[place - _ONE] > key:
+                keys[place] = keys[place - _ONE]
+                place -= _ONE
+            keys[place] = key
     else:
         for a in range(m):
             keys[a] = (view[a] & ~mask) | a
