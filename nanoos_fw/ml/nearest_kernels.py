@@ -37,32 +37,33 @@ __all__ = ["expand", "list_all", "list_sorted"]
 # From this many sites on, sites are sorted into bins.
 _BINNED_SITES = 14
 _INSERTION = 32
+_ONE = np.uint64(1)
 
 
 @jit
 def _sort_by_distance(m, found_d, order, keys):
     """Write the order of increasing distance into ``order[:m]``."""
-    if m <= 2 * _INSERTION:
-        for a in range(m):
-            d = found_d[a]
-            b = a
-            while b > 0 and found_d[order[b - 1]] > d:
-                order[b] = order[b - 1]
-                b -= 1
-            order[b] = a
-        return
     bits = 1
     while (1 << bits) < m:
         bits += 1
+    mask = (1 << bits) - 1
     # Positive doubles sort like the integers of the same bits: put the index in the
     # lowest bits, sort the integers, then mend what the lost bits decided.
-    view = found_d[:m].view(np.int64)
+    view = found_d.view(np.int64)
+    if m <= 2 * _INSERTION:
+        for a in range(np.uint64(m)):
+            key = (view[a] & ~mask) | np.int64(a)
+            place = np.uint64(a)
+            while place > 0 and keys[place - _ONE] > key:
+                keys[place] = keys[place - _ONE]
+                place -= _ONE
+            keys[place] = key
+    else:
+        for a in range(m):
+            keys[a] = (view[a] & ~mask) | a
+        keys[:m] = np.sort(keys[:m])
     for a in range(m):
-        keys[a] = ((view[a] >> bits) << bits) | a
-    mask = (1 << bits) - 1
-    arranged = np.sort(keys[:m])
-    for a in range(m):
-        index = arranged[a] & mask
+        index = keys[a] & mask
         d = found_d[index]
         b = a
         while b > 0 and found_d[order[b - 1]] > d:
@@ -215,8 +216,9 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
             continue
         start_radius = cutoff
         if k > 0:
-            # A sphere that holds 2k + 1 sites on average nearly always holds k.
-            guess = ((2 * k + 1) * volume / n * 0.75 / math.pi) ** (1.0 / 3.0)
+            # Measured: smaller spheres are widened too often, larger ones hold more
+            # sites than need be sorted.
+            guess = ((1.5 * k + 1) * volume / n * 0.75 / math.pi) ** (1.0 / 3.0)
             start_radius = min(cutoff, guess)
         binned = n >= _BINNED_SITES
         if binned:

@@ -135,8 +135,8 @@ def list_nearest(
 
     Notes
     -----
-    The search starts at the radius where ``2 max_neighbors + 1`` sites are expected
-    and widens it for the atoms that have too few.
+    The search starts at the radius where about 1.5 times ``max_neighbors`` sites are
+    expected, and widens it for the atoms that have too few.
     """
     lattices, frac_coords, atom_start = _checked(lattices, frac_coords, atom_start)
     numbers = np.ascontiguousarray(numbers, dtype=np.uint8)
