@@ -39,7 +39,7 @@ class Parameters(BaseModel):
 
 
 @dataclass(frozen=True)
-class Workplace:
+class TaskContext:
     """All that a firetask may use.
 
     Parameters
@@ -106,7 +106,7 @@ class NanoTask(FiretaskBase):
 
     def run_task(self, fw_spec: Mapping[str, Any]) -> FWAction:
         """Run the task and store its small answer with the launch."""
-        stored = self.run(self._workplace(fw_spec))
+        stored = self.run(self._context(fw_spec))
         size = len(json.dumps(stored))
         if size > _MAX_STORED_BYTES:
             raise InputError(
@@ -117,10 +117,10 @@ class NanoTask(FiretaskBase):
         return FWAction(stored_data=stored)
 
     @abstractmethod
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Do the work and return ids, counts and metrics."""
 
-    def _workplace(self, fw_spec: Mapping[str, Any]) -> Workplace:
+    def _context(self, fw_spec: Mapping[str, Any]) -> TaskContext:
         launchpad = getattr(self, "launchpad", None)
         settings = load_settings()
         if launchpad is None:
@@ -132,7 +132,7 @@ class NanoTask(FiretaskBase):
             launchpad = load_launchpad(settings.launchpad)
         database = open_database(launchpad)
         root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
-        return Workplace(
+        return TaskContext(
             database=database,
             structures=StructureStore(database),
             features=FeatureStore(database),

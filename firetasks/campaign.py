@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.provenance import sha256_file
 from nanoos_fw.reports import write_report
 
@@ -24,7 +24,7 @@ class WriteReportTask(NanoTask):
     parameters_model = WriteReportParameters
     parameters: WriteReportParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Write the report and record where it is."""
         campaign = self.parameters.campaign
         path = write_report(place.database, campaign, Path(self.parameters.path))

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from nanoos_fw.errors import NanoOSError
-from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.featurizing import FeatureGuard, Featurized, FeaturizingChild
 from nanoos_fw.stores.features import (
@@ -256,7 +256,7 @@ class FeaturizeStructuresTask(NanoTask):
     parameters_model = FeaturizeParameters
     parameters: FeaturizeParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Featurize what is missing, in micro-batches."""
         parameters = self.parameters
         report = compute_features(

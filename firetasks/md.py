@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from nanoos_fw.errors import InputError, SimulationError
-from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.md.analysis import radial_distributions
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
@@ -38,7 +38,7 @@ class PotentialChoice(Parameters):
     name: Literal["zhou2004"]
     elements: tuple[str, ...] = Field(min_length=1)
 
-    def resolve(self, place: Workplace) -> Potential:
+    def resolve(self, place: TaskContext) -> Potential:
         """Return the potential, its file in the campaign's work root."""
         directory = place.work_dir("potentials", content_key("potential", self.name))
         return zhou2004_potential(self.elements, directory)
@@ -89,7 +89,7 @@ class RelaxStructuresTask(NanoTask):
     parameters_model = RelaxStructuresParameters
     parameters: RelaxStructuresParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Relax what has no result yet."""
         keys = self._keys(place)
         potential = self.parameters.method.potential.resolve(place)
@@ -107,7 +107,7 @@ class RelaxStructuresTask(NanoTask):
             "failed": sum(s.status == "failed" for s in found.values()),
         }
 
-    def _keys(self, place: Workplace) -> tuple[str, ...]:
+    def _keys(self, place: TaskContext) -> tuple[str, ...]:
         parameters = self.parameters
         if parameters.campaign is None:
             return parameters.structures
@@ -116,7 +116,7 @@ class RelaxStructuresTask(NanoTask):
 
     def _relax(
         self,
-        place: Workplace,
+        place: TaskContext,
         potential: Potential,
         method: str,
         keys: tuple[str, ...],
@@ -203,7 +203,7 @@ class _Run:
     potential: Potential
 
 
-def _resolve(place: Workplace, parameters: MDParameters) -> _Run:
+def _resolve(place: TaskContext, parameters: MDParameters) -> _Run:
     """Find the candidate of a rank and its relaxed structure."""
     ranking = place.campaigns.output(parameters.campaign, "ranking")
     if parameters.rank > len(ranking):
@@ -238,7 +238,7 @@ class RunMDTask(NanoTask):
     parameters_model = MDParameters
     parameters: MDParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Run, or continue from the restart file that an earlier launch left."""
         parameters = self.parameters
         run = _resolve(place, parameters)
@@ -256,7 +256,7 @@ class RunMDTask(NanoTask):
             place.simulations.put_many([self._simulate(place, run)])
         return {"structure": run.structure, "method": run.method, "hit": bool(found)}
 
-    def _simulate(self, place: Workplace, run: _Run) -> Simulation:
+    def _simulate(self, place: TaskContext, run: _Run) -> Simulation:
         config = self.parameters.md.config
         work_dir = place.work_dir("md", simulation_key(run.structure, run.method))
         engine = LAMMPSEngine()
@@ -315,7 +315,7 @@ class AnalyzeTrajectoryTask(NanoTask):
     parameters_model = MDParameters
     parameters: MDParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Analyse the production part and store the curves with the run."""
         run = _resolve(place, self.parameters)
         found = place.simulations.find([run.structure], run.method)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.firetasks.base import NanoTask, Parameters, Workplace
+from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import RelaxationMethod
 from nanoos_fw.ml.datasets import (
@@ -48,7 +48,7 @@ class BuildDatasetTask(NanoTask):
     parameters_model = BuildDatasetParameters
     parameters: BuildDatasetParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Build the dataset from formation energies and cached features."""
         parameters = self.parameters
         if parameters.dataset.target_property != FORMATION_ENERGY:
@@ -118,7 +118,7 @@ class TrainModelTask(NanoTask):
     parameters_model = TrainModelParameters
     parameters: TrainModelParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Train, unless the registry has the result, and register."""
         parameters = self.parameters
         dataset_hash = place.campaigns.output(parameters.campaign, "dataset")
@@ -137,7 +137,11 @@ class TrainModelTask(NanoTask):
         return {"model": record.reference, "sha256": record.sha256}
 
     def _train(
-        self, place: Workplace, dataset_dir: Path, dataset_hash: str, training_key: str
+        self,
+        place: TaskContext,
+        dataset_dir: Path,
+        dataset_hash: str,
+        training_key: str,
     ) -> ModelRecord:
         parameters = self.parameters
         dataset = open_dataset(dataset_dir)
@@ -193,7 +197,7 @@ class ScreenCandidatesTask(NanoTask):
     parameters_model = ScreenCandidatesParameters
     parameters: ScreenCandidatesParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Predict what has no row yet, in chunks."""
         parameters = self.parameters
         reference = place.campaigns.output(parameters.campaign, "model")
@@ -230,7 +234,7 @@ class ScreenCandidatesTask(NanoTask):
         }
 
 
-def load_model(place: Workplace, record: ModelRecord) -> Any:
+def load_model(place: TaskContext, record: ModelRecord) -> Any:
     """Return a registered model, ready to predict, from verified weights."""
     import torch
 
@@ -259,7 +263,7 @@ class RankCandidatesTask(NanoTask):
     parameters_model = RankCandidatesParameters
     parameters: RankCandidatesParameters
 
-    def run(self, place: Workplace) -> dict[str, Any]:
+    def run(self, place: TaskContext) -> dict[str, Any]:
         """Rank and record the best; equal predictions are ordered by key."""
         parameters = self.parameters
         reference = place.campaigns.output(parameters.campaign, "model")
