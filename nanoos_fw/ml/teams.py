@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskContext:
+class FitContext:
     """Where and by whom a training is done.
 
     Parameters
@@ -41,7 +41,7 @@ class TaskContext:
 def fit_members(
     training: TrainingConfig,
     new_fit: Callable[[int, Communicator], Fit],
-    place: TaskContext,
+    place: FitContext,
 ) -> list[Fit]:
     """Fit all members of an ensemble on all ranks.
 

@@ -35,7 +35,7 @@ from nanoos_fw.ml.metrics import (
     fit_element_reference,
     regression_metrics,
 )
-from nanoos_fw.ml.teams import TaskContext, fit_members
+from nanoos_fw.ml.teams import FitContext, fit_members
 from nanoos_fw.parallel import (
     Communicator,
     Resources,
@@ -325,7 +325,7 @@ def main(
         lambda member, team: Fit(
             training, card.architecture, atom_features(), data, member, team
         ),
-        TaskContext(work_dir, key, comm, stop),
+        FitContext(work_dir, key, comm, stop),
     )
     result: dict[str, Any] = {}
     if comm.rank == 0:
