@@ -268,15 +268,7 @@ class RankCandidatesTask(NanoTask):
         parameters = self.parameters
         reference = place.campaigns.output(parameters.campaign, "model")
         predictions = place.models.predictions(reference, parameters.structures)
-        ranked = rank_candidates(
-            {
-                "structure_id": row.structure,
-                "mean": row.prediction,
-                "std": row.uncertainty,
-                "out_of_domain": row.out_of_domain,
-            }
-            for row in predictions
-        )
+        ranked = rank_candidates(row.to_row() for row in predictions)
         if len(ranked) < parameters.top_k:
             raise InputError(
                 f"{len(ranked)} candidates are ranked, fewer than top_k = "

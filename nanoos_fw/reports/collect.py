@@ -92,7 +92,7 @@ class _Collector:
             evaluation=self._evaluation(),
             ranking=self._ranking(),
             discovery=self._discovery(),
-            md=self._md(),
+            md=self._md,
             failures=self._failures(),
             provenance=self._provenance(),
         )
@@ -145,15 +145,7 @@ class _Collector:
         if self.model is None:
             return []
         rows = self.models.predictions(self.model.reference, self.screened)
-        return rank_candidates(
-            {
-                "structure_id": row.structure,
-                "mean": row.prediction,
-                "std": row.uncertainty,
-                "out_of_domain": row.out_of_domain,
-            }
-            for row in rows
-        )
+        return rank_candidates(row.to_row() for row in rows)
 
     @property
     def best(self) -> list[str]:
@@ -183,9 +175,9 @@ class _Collector:
             if self.best
             else StageCount(planned=top_k, finished=0)
         )
-        runs = self._md()
+        runs = self._md
         finished = [r for r in runs if isinstance(r, MDPanel)] if runs else []
-        failed = len(self._failed_md())
+        failed = len(self._failed_md)
         return Funnel(
             candidates=len(self.candidates),
             labelled=self._count(self.labelled),
@@ -297,6 +289,7 @@ class _Collector:
             n_failed=len(self.ranked) - len(values),
         )
 
+    @cached_property
     def _md(self) -> tuple[MDPanel | MissingRun, ...] | NotAvailable:
         if not self.best:
             return NotAvailable(reason="the candidates have not been ranked yet")
@@ -326,6 +319,7 @@ class _Collector:
             )
         return tuple(panels) if panels else NotAvailable(reason="none was planned")
 
+    @cached_property
     def _failed_md(self) -> list[tuple[str, dict[str, Any]]]:
         failed = []
         for rank, run in self.outputs.get("md", {}).items():
@@ -348,9 +342,7 @@ class _Collector:
             failures.append(self._failure(stage, key, error))
         for key, error in sorted(self._quarantined(sorted(self.candidates)).items()):
             failures.append(self._failure("featurize", key, error))
-        failures += [
-            self._failure("md", key, error) for key, error in self._failed_md()
-        ]
+        failures += [self._failure("md", key, error) for key, error in self._failed_md]
         for firework in failed_fireworks(self.database, self.campaign):
             failures.append(
                 Failure(

@@ -66,6 +66,15 @@ class Prediction:
     uncertainty: float | None
     out_of_domain: bool
 
+    def to_row(self) -> dict[str, Any]:
+        """Return the row that ``ml.screening.rank_candidates`` ranks."""
+        return {
+            "structure_id": self.structure,
+            "mean": self.prediction,
+            "std": self.uncertainty,
+            "out_of_domain": self.out_of_domain,
+        }
+
 
 class ModelRegistry:
     """The collections ``models``, ``model_aliases`` and ``predictions``."""
