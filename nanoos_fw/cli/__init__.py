@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
-from nanoos_fw.cli import databases, datasets, features
+from nanoos_fw.cli import databases, datasets, features, models
 from nanoos_fw.cli.common import (
     add_launchpad,
     launchpad_of,
@@ -142,13 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     add_launchpad(report)
     report.set_defaults(command=_report)
 
-    models = commands.add_parser("models", help="list the registered models")
-    models.add_argument("--json", action="store_true", help="print JSON")
-    add_launchpad(models)
-    models.set_defaults(command=_models)
-
     features.add_commands(commands)
     datasets.add_commands(commands)
+    models.add_commands(commands)
     databases.add_commands(commands)
     return parser
 
@@ -306,21 +302,4 @@ def _report(arguments: argparse.Namespace) -> int:
 
     path = write_report(open_database(launchpad), arguments.campaign, arguments.output)
     print(path)
-    return 0
-
-
-def _models(arguments: argparse.Namespace) -> int:
-    launchpad = launchpad_of(arguments)
-    from nanoos_fw.stores.models import ModelRegistry
-
-    records = ModelRegistry(launchpad.db).list_models()
-    if arguments.json:
-        print(json.dumps([record.to_dict() for record in records], indent=1))
-        return 0
-    for record in records:
-        test = record.metrics.get("test", {})
-        error = f"test MAE {test['mae']:.4f} {record.unit}" if test else "not tested"
-        print(f"{record.reference:40} {record.model_type:8} {record.target} {error}")
-    if not records:
-        print("no model is registered")
     return 0
