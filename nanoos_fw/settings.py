@@ -41,6 +41,14 @@ class Settings(BaseModel):
     )
     ranks: int = Field(default=2, ge=1, description="MPI ranks of a child program")
     threads: int = Field(default=1, ge=1, description="threads of each rank")
+    lammps_command: str | None = Field(
+        default=None,
+        description="LAMMPS executable to use instead of the Python module",
+    )
+    lammps_potential_dir: Path | None = Field(
+        default=None,
+        description="the site's potential files, searched before LAMMPS' own",
+    )
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
