@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nanoos_fw.errors import InputError
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
+from nanoos_fw.slurm import allocation_times
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import embedded_file, load_launchpad, open_database
 from nanoos_fw.stores.features import FeatureStore
@@ -28,8 +28,9 @@ from nanoos_fw.stores.structures import StructureStore
 # FireWorks keeps stored_data several times over in a launch document (state history,
 # checkpoint, action), so it is for ids, counts and metrics only.
 _MAX_STORED_BYTES = 64 * 1024
-# Time for the checkpoint, the result and the database after the ranks have stopped.
-_STOP_MARGIN_S = 120.0
+# Time for the checkpoint, the result and the database after the ranks have stopped;
+# less in an allocation so short that it would spend its time on stopping.
+_STOP_MARGIN_S, _MIN_STOP_MARGIN_S, _STOP_MARGIN_PART = 120.0, 15.0, 0.15
 
 
 class Parameters(BaseModel):
@@ -147,7 +148,9 @@ class NanoTask(FiretaskBase):
 
 def allocation_deadline() -> float | None:
     """Return the Unix time at which children must stop, from SLURM, or None."""
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not end.isdigit():
+    start, end = allocation_times()
+    if end is None:
         return None
-    return max(float(end) - _STOP_MARGIN_S, time.time())
+    length = end - start if start is not None else float("inf")
+    margin = min(_STOP_MARGIN_S, max(_MIN_STOP_MARGIN_S, length * _STOP_MARGIN_PART))
+    return max(end - margin, time.time())

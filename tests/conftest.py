@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -74,7 +75,23 @@ def _no_lammps() -> str | None:
 
 
 def _no_slurm() -> str | None:
-    return None if shutil.which("sbatch") else "no sbatch on PATH"
+    advice = "as root on Debian or Ubuntu: eval $(scripts/local-slurm start)"
+    if not shutil.which("sbatch"):
+        return f"no sbatch on PATH; {advice}"
+    try:
+        answer = subprocess.run(
+            ["sinfo", "--noheader"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except subprocess.TimeoutExpired:
+        return "sinfo does not answer"
+    if answer.returncode == 0:
+        return None
+    said = answer.stderr.strip().splitlines()[-1:] or ["nothing"]
+    return f"no SLURM controller answers; sinfo says: {said[0]}; {advice}"
 
 
 def _no_gpu() -> str | None:

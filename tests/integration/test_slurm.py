@@ -1,0 +1,201 @@
+"""A real SLURM cluster: the script that starts one, and ranks on two nodes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "local-slurm"
+# Upper bound after which a run counts as hanging; passing runs take seconds.
+HANGING_S = 120.0
+
+SubmitAndWait = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> SubmitAndWait:
+    """Submit a batch script and wait for its end; return job id and output."""
+
+    def run(script: str, *options: str) -> tuple[str, str]:
+        output = tmp_path / "job.out"
+        done = subprocess.run(
+            ["sbatch", "--parsable", "--wait", f"--output={output}", *options],
+            input="#!/bin/bash\n" + textwrap.dedent(script),
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=HANGING_S,
+            cwd=tmp_path,
+        )
+        assert done.stdout, done.stderr
+        return done.stdout.split(";")[0].strip(), output.read_text()
+
+    return run
+
+
+def test_ranks_of_a_firetask_run_on_both_nodes(
+    run_job: SubmitAndWait, tmp_path: Path
+) -> None:
+    (tmp_path / "who.py").write_text(
+        textwrap.dedent(
+            """
+            import os
+            from nanoos_fw.parallel import run_rank_program
+
+            def program(config, work_dir, comm, stop):
+                nodes = comm.gather(os.environ["SLURMD_NODENAME"])
+                return {"nodes": nodes, "size": comm.size}
+
+            run_rank_program(program)
+            """
+        )
+    )
+    (tmp_path / "parent.py").write_text(
+        textwrap.dedent(
+            """
+            import json
+            from pathlib import Path
+            from nanoos_fw.parallel import Resources, launch_ranks
+
+            Path("ranks").mkdir()
+            config = Path("ranks/config.json").resolve()
+            config.write_text("{}")
+            print(json.dumps(launch_ranks("who", config, resources=Resources(ranks=2))))
+            """
+        )
+    )
+
+    _, output = run_job(
+        f"PYTHONPATH={tmp_path} {sys.executable} parent.py",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+    )
+
+    result = json.loads(output.splitlines()[-1])
+    assert result == {"nodes": ["n1", "n2"], "size": 2}, output
+
+
+# ------------------------------------------------------------------ the local cluster
+
+
+def local_slurm(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"}
+    return subprocess.run(
+        [str(SCRIPT), command, str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        env={**env, "LOCAL_SLURM_ACCOUNTING": "no"},
+    )
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the living processes that hold a file of the folder open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            targets = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
+        except OSError:  # ended meanwhile
+            continue
+        if any(target.startswith(f"{folder}/") for target in targets):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def second_cluster(tmp_path: Path) -> Iterator[Path]:
+    """Folder of a cluster of its own, since the test kills its daemons."""
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of SLURM need root")
+    folder = tmp_path / "slurm"
+    yield folder
+    local_slurm("stop", folder)
+
+
+def test_local_cluster_survives_its_daemons_and_leaves_nothing(
+    second_cluster: Path,
+) -> None:
+    started = local_slurm("start", second_cluster)
+    assert started.returncode == 0, started.stderr
+    assert started.stdout == f"export SLURM_CONF={second_cluster}/slurm.conf\n"
+    env = {**os.environ, "SLURM_CONF": f"{second_cluster}/slurm.conf"}
+    subprocess.run(
+        ["sbatch", "--job-name=survivor", "--output=/dev/null", "--wrap=sleep 300"],
+        capture_output=True,
+        check=True,
+        env=env,
+    )
+    job_state = second_cluster / "state" / "job_state"  # written with a delay
+    wait_for(lambda: job_state.exists() and b"survivor" in job_state.read_bytes())
+
+    run = second_cluster / "run"
+    for name in ("slurmctld", "slurmd-n1"):
+        os.kill(int((run / f"{name}.pid").read_text()), signal.SIGKILL)
+    wait_for(lambda: local_slurm("status", second_cluster).returncode == 1)
+    munged = (run / "munged.pid").read_text()
+
+    assert local_slurm("start", second_cluster).returncode == 0
+    assert local_slurm("start", second_cluster).returncode == 0  # nothing to do
+    status = local_slurm("status", second_cluster)
+    assert status.returncode == 0, status.stdout + status.stderr
+    assert (run / "munged.pid").read_text() == munged  # what lived was left alone
+    states = subprocess.run(
+        ["squeue", "--noheader", "--format=%j %T"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    ).stdout
+    assert states == "survivor RUNNING\n"
+
+    stopped = local_slurm("stop", second_cluster)
+    assert stopped.returncode == 0, stopped.stderr
+    assert not second_cluster.exists()
+    assert processes_of(second_cluster) == []
+
+
+def test_local_cluster_refuses_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the daemons of SLURM need root")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for command in ("start", "stop"):
+        answer = local_slurm(command, tmp_path)
+        assert answer.returncode == 1, command
+        assert str(tmp_path) in answer.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + HANGING_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.2)
+
+
+def test_a_job_knows_when_its_allocation_ends(
+    run_job: SubmitAndWait, tmp_path: Path
+) -> None:
+    (tmp_path / "when.py").write_text(
+        "import time\n"
+        "from nanoos_fw.slurm import allocation_times\n"
+        "start, end = allocation_times()\n"
+        "assert start <= time.time() <= end, (start, end)\n"
+        "print('length', round(end - start))\n"
+    )
+
+    _, output = run_job(f"{sys.executable} when.py", "--time=7")
+
+    assert output.splitlines()[-1] == "length 420"

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from nanoos_fw import slurm
+from nanoos_fw.errors import LaunchError, MissingDependencyError
+from nanoos_fw.firetasks.base import allocation_deadline
+from nanoos_fw.slurm import allocation_times, run_slurm
+
+FakeCommand = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommand:
+    """Put a shell script in front of PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "_known_times", {})
+
+    def write(name: str, body: str) -> Path:
+        program = folder / name
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        return program
+
+    return write
+
+
+def test_an_error_of_slurm_is_told_in_its_own_words(fake_command: FakeCommand) -> None:
+    fake_command("sbatch", "echo 'sbatch: error: invalid partition: gpuu' >&2; exit 1")
+    with pytest.raises(LaunchError, match="invalid partition: gpuu"):
+        run_slurm(["sbatch"])
+
+
+def test_a_silent_controller_is_an_error_and_not_a_wait_for_ever(
+    fake_command: FakeCommand,
+) -> None:
+    fake_command("squeue", "exec sleep 60")
+    with pytest.raises(LaunchError, match="did not answer"):
+        run_slurm(["squeue"], timeout_s=0.2)
+
+
+def test_a_missing_command_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="sacct"):
+        run_slurm(["sacct"])
+
+
+def test_the_allocation_ends_when_its_environment_says() -> None:
+    env = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_START_TIME": "1000",
+        "SLURM_JOB_END_TIME": "4600",
+    }
+    assert allocation_times(env) == (1000.0, 4600.0)
+    assert allocation_times({}) == (None, None)
+
+
+def test_an_older_slurm_is_asked_once(
+    fake_command: FakeCommand, tmp_path: Path
+) -> None:
+    calls = tmp_path / "calls"
+    fake_command(
+        "squeue",
+        f'echo "$@" >> {calls}; echo "2026-03-01T10:00:00 2026-03-01T12:00:00"',
+    )
+    expected = tuple(datetime(2026, 3, 1, hour).timestamp() for hour in (10, 12))
+    assert allocation_times({"SLURM_JOB_ID": "42"}) == expected
+    assert allocation_times({"SLURM_JOB_ID": "42"}) == expected
+    assert calls.read_text().splitlines() == ["--noheader --format=%S %e --jobs=42"]
+
+
+def test_a_job_without_limit_has_no_end(fake_command: FakeCommand) -> None:
+    fake_command("squeue", 'echo "2026-03-01T10:00:00 N/A"')
+    start, end = allocation_times({"SLURM_JOB_ID": "43"})
+    assert start is not None
+    assert end is None
+
+
+@pytest.mark.parametrize(("length", "margin"), [(60, 15), (400, 60), (86400, 120)])
+def test_the_margin_before_the_end_suits_the_allocation(
+    monkeypatch: pytest.MonkeyPatch, length: int, margin: int
+) -> None:
+    now = int(time.time())
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(now))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + length))
+    assert allocation_deadline() == now + length - margin
+
+
+def test_a_deadline_in_the_past_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "1000")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "4600")
+    deadline = allocation_deadline()
+    assert deadline is not None
+    assert abs(deadline - time.time()) < 60
