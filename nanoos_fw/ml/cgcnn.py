@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,14 @@ from nanoos_fw.errors import (
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import element_table, graph_from_repr
 from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.uncertainty import (
+    DEFAULT_COVERAGE,
+    Predictions,
+    Uncertainty,
+    UncertaintyCard,
+    has_dropout,
+    thinned,
+)
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -108,6 +117,9 @@ class ModelCard(BaseModel):
         Factor from the spread of the members to the uncertainty, fitted on the
         validation part so that 68 % of its errors are smaller: ensembles alone are
         overconfident.
+    uncertainty
+        Intervals and domain; their arrays are in the same file. None for weights
+        that came without calibration.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -126,6 +138,7 @@ class ModelCard(BaseModel):
     n_train: int
     precision: Literal["float32", "float64"] = "float32"
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
+    uncertainty: UncertaintyCard | None = None
 
 
 class CGCNNModel:
@@ -160,6 +173,7 @@ class CGCNNModel:
         self.checkpoint_sha256: str | None = None
         self._members: list[CrystalGraphNetwork] = []
         self._reference = np.zeros(119)
+        self._uncertainty: Uncertainty | None = None
 
     @property
     def n_members(self) -> int:
@@ -219,6 +233,7 @@ class CGCNNModel:
             )
         self._members = _build_members(card, tensors, name)
         self._reference = tensors[_REFERENCE].double().numpy()
+        self._uncertainty = _read_uncertainty(card, tensors, name)
         self.card, self.architecture = card, card.architecture
         self.checkpoint_sha256 = digest
         return self
@@ -229,17 +244,28 @@ class CGCNNModel:
         numbers = np.unique(_as_graph(graph).numbers)
         return [_symbol(int(z)) for z in numbers if int(z) not in seen]
 
-    def predict(self, graph_repr: AnyGraph) -> dict[str, Any]:
+    def predict(
+        self, graph_repr: AnyGraph, *, coverage: float = DEFAULT_COVERAGE
+    ) -> dict[str, Any]:
         """Predict the target of one structure.
+
+        Parameters
+        ----------
+        graph_repr
+            The structure's graph in any of its forms.
+        coverage
+            Probability with which the interval is to hold the truth.
 
         Returns
         -------
         dict
             ``prediction`` (mean of the ensemble) and ``uncertainty`` (calibrated
-            spread of its members, None with one) in ``unit``; ``unit``,
-            ``target_property``, ``model_name``, ``checkpoint_sha256``,
-            ``n_members``; ``out_of_domain`` and ``unseen_elements``: what the
-            network says about an element it never saw is no prediction.
+            spread of its members, or of passes with dropout; None with neither) in
+            ``unit``; ``interval`` (lower and upper end, or None without calibration)
+            and its ``coverage``; ``unit``, ``target_property``, ``model_name``,
+            ``checkpoint_sha256``, ``n_members``; ``out_of_domain``, ``distance`` to
+            the training structures and ``unseen_elements``: what the network says
+            about an element it never saw is no prediction.
 
         Raises
         ------
@@ -249,20 +275,68 @@ class CGCNNModel:
             If the graph was built in another way than those of the training.
         """
         card = self._loaded()
-        graph = _as_graph(graph_repr)
-        mean, std = self.predict_many([graph])
-        unseen = self.unseen_elements(graph)
+        found = self.predict_full([graph_repr], coverage=coverage)
+        mean = float(found.mean[0])
+        half = None if found.half_width is None else float(found.half_width[0])
         return {
-            "prediction": float(mean[0]),
-            "uncertainty": None if std is None else float(std[0]),
+            "prediction": mean,
+            "uncertainty": None if found.std is None else float(found.std[0]),
+            "interval": None if half is None else [mean - half, mean + half],
+            "coverage": coverage,
             "unit": card.unit,
             "target_property": card.target_property,
             "model_name": self.model_name,
             "checkpoint_sha256": self.checkpoint_sha256,
             "n_members": self.n_members,
-            "out_of_domain": bool(unseen),
-            "unseen_elements": unseen,
+            "out_of_domain": bool(found.out_of_domain[0]),
+            "distance": None if found.distance is None else float(found.distance[0]),
+            "unseen_elements": found.unseen_elements[0],
         }
+
+    def predict_full(
+        self,
+        graphs: Sequence[AnyGraph],
+        *,
+        coverage: float = DEFAULT_COVERAGE,
+        batch_size: int = 256,
+    ) -> Predictions:
+        """Predict many structures, with intervals and distance to the training.
+
+        Parameters
+        ----------
+        graphs
+            Graphs in any of their forms.
+        coverage
+            Of the intervals.
+        batch_size
+            Graphs per forward pass.
+        """
+        card = self._loaded()
+        opened = [_as_graph(graph) for graph in graphs]
+        unseen = [self.unseen_elements(graph) for graph in opened]
+        outside = np.array([bool(names) for names in unseen], dtype=bool)
+        members = self.predict_members(opened, batch_size)
+        mean, std = ensemble(members, card.uncertainty_scale)
+        calibration, half_width, distance = self._uncertainty, None, None
+        if calibration is not None and opened:
+            table = GraphTable.from_graphs(opened)
+            raw = None if std is None else std / card.uncertainty_scale
+            if calibration.card.dropout_passes:
+                raw = dropout_spread(
+                    self._members,
+                    card,
+                    self._reference,
+                    table,
+                    passes=calibration.card.dropout_passes,
+                    seed=calibration.card.seed,
+                    batch_size=batch_size,
+                )
+                std = card.uncertainty_scale * raw
+            spread = np.zeros(len(opened)) if raw is None else raw
+            half_width = calibration.half_width(spread, coverage)
+            distance = calibration.distance(table)
+            outside |= distance > calibration.card.domain_threshold
+        return Predictions(mean, std, half_width, coverage, distance, unseen, outside)
 
     def predict_many(
         self, graphs: Sequence[AnyGraph], batch_size: int = 256
@@ -379,6 +453,40 @@ def ensemble(
     return members.mean(axis=0), std
 
 
+def dropout_spread(
+    members: Sequence[CrystalGraphNetwork],
+    card: ModelCard,
+    reference: NDArray[np.float64],
+    table: GraphTable,
+    *,
+    passes: int,
+    seed: int,
+    batch_size: int = 256,
+) -> NDArray[np.float64]:
+    """Return the standard deviation over passes with dropout of all members, ``(n,)``.
+
+    Parameters
+    ----------
+    members, card, reference, table, batch_size
+        As :func:`predict_table`.
+    passes
+        Of each member that has dropout.
+    seed
+        Chooses the masks: equal seeds give equal answers, whatever the batches.
+    """
+    samples = []
+    for index, member in enumerate(members):
+        for number in range(passes if has_dropout([member]) else 1):
+            mask = (seed, index, number)
+            with thinned(member, mask) if has_dropout([member]) else nullcontext():
+                samples.append(
+                    predict_table(
+                        [member], card, reference, table, batch_size=batch_size
+                    )[0]
+                )
+    return np.asarray(np.std(samples, axis=0, ddof=1))
+
+
 def atom_features() -> NDArray[np.float32]:
     """Return the fixed description of the elements, ``(119, n) float32``, row Z.
 
@@ -409,6 +517,7 @@ def save_checkpoint(
     members: Sequence[Mapping[str, Tensor]],
     atom_table: NDArray[np.float32],
     reference: NDArray[np.float64],
+    uncertainty: Uncertainty | None = None,
 ) -> str:
     """Write an ensemble as one safetensors file, atomically, and return its SHA-256.
 
@@ -424,14 +533,21 @@ def save_checkpoint(
         ``(119, n_features)``, the description of the elements.
     reference
         ``(119,)``, element reference in the unit of the target; zeros for none.
+    uncertainty
+        Its card becomes that of ``card``.
     """
     import torch
     from safetensors.torch import save
+
+    if uncertainty is not None:
+        card = card.model_copy(update={"uncertainty": uncertainty.card})
 
     tensors = {
         _ATOM_TABLE: torch.from_numpy(np.array(atom_table, dtype=np.float32)),
         _REFERENCE: torch.from_numpy(np.array(reference, dtype=np.float64)),
     }
+    for name, array in ({} if uncertainty is None else uncertainty.tensors()).items():
+        tensors[name] = torch.from_numpy(np.array(array))
     for index, state in enumerate(members):
         for name, tensor in state.items():
             tensors[f"members.{index}.{name}"] = tensor.detach().clone().contiguous()
@@ -467,6 +583,19 @@ def _read_checkpoint(data: bytes, name: str) -> tuple[ModelCard, dict[str, Tenso
             f"the tensors of {name} do not match their checksum", advice=_FETCH
         )
     return card, tensors
+
+
+def _read_uncertainty(
+    card: ModelCard, tensors: Mapping[str, Tensor], name: str
+) -> Uncertainty | None:
+    if card.uncertainty is None:
+        return None
+    try:
+        return Uncertainty.from_tensors(card.uncertainty, tensors)
+    except KeyError as error:
+        raise CorruptArtifactError(
+            f"{name} has no {error} for its uncertainty", advice=_FETCH
+        ) from error
 
 
 def _digest(card: str, tensors: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 
 if TYPE_CHECKING:
     from nanoos_fw.ml.cgcnn import CGCNNModel
@@ -23,6 +24,8 @@ def predict_in_chunks(
     model: CGCNNModel,
     graphs: Iterable[tuple[str, CrystalGraph | bytes]],
     chunk: int = 256,
+    *,
+    coverage: float = DEFAULT_COVERAGE,
 ) -> Iterator[list[dict[str, Any]]]:
     """Predict candidates a chunk at a time, so that memory does not grow.
 
@@ -34,12 +37,15 @@ def predict_in_chunks(
         Pairs of structure id and graph, packed or not; read lazily.
     chunk
         Candidates per chunk.
+    coverage
+        Probability with which ``mean ± half_width`` is to hold the truth.
 
     Yields
     ------
     list of dict
-        For each candidate, in order: ``structure_id``, ``mean`` and ``std`` (None
-        with one member) in the unit of the target, ``out_of_domain`` and
+        For each candidate, in order: ``structure_id``; ``mean``, ``std`` and
+        ``half_width`` in the unit of the target (None where the model states none);
+        ``distance`` to the training structures, ``out_of_domain`` and
         ``unseen_elements`` (in the structure, not in the training set).
     """
     if chunk < 1:
@@ -51,20 +57,19 @@ def predict_in_chunks(
             unpack_graph(graph) if isinstance(graph, bytes) else graph
             for _, graph in pairs
         ]
-        mean, std = model.predict_many(opened)
-        rows = []
-        for index, (structure_id, graph) in enumerate(zip(ids, opened, strict=True)):
-            unseen = model.unseen_elements(graph)
-            rows.append(
-                {
-                    "structure_id": structure_id,
-                    "mean": float(mean[index]),
-                    "std": None if std is None else float(std[index]),
-                    "out_of_domain": bool(unseen),
-                    "unseen_elements": unseen,
-                }
-            )
-        yield rows
+        found = model.predict_full(opened, coverage=coverage)
+        yield [
+            {
+                "structure_id": structure_id,
+                "mean": float(found.mean[index]),
+                "std": _at(found.std, index),
+                "half_width": _at(found.half_width, index),
+                "distance": _at(found.distance, index),
+                "out_of_domain": bool(found.out_of_domain[index]),
+                "unseen_elements": found.unseen_elements[index],
+            }
+            for index, structure_id in enumerate(ids)
+        ]
 
 
 def rank_candidates(
@@ -92,8 +97,9 @@ def rank_candidates(
     kappa
         Weight of the uncertainty, dimensionless.
     include_out_of_domain
-        Rank candidates with elements the model has never seen. By default they are
-        left out: neither their mean nor their std can be trusted.
+        Rank candidates with elements the model has never seen, or far from all
+        training structures. By default they are left out: neither their mean nor
+        their std can be trusted.
 
     Returns
     -------
@@ -216,6 +222,10 @@ def enrichment_at_k(
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _at(values: NDArray[np.float64] | None, index: int) -> float | None:
+    return None if values is None else float(values[index])
 
 
 def _columns(

@@ -24,6 +24,7 @@ from nanoos_fw.ml.cgcnn import (
     Architecture,
     ModelCard,
     atom_features,
+    dropout_spread,
     ensemble,
     predict_table,
     save_checkpoint,
@@ -36,6 +37,14 @@ from nanoos_fw.ml.metrics import (
     regression_metrics,
 )
 from nanoos_fw.ml.teams import FitContext, fit_members
+from nanoos_fw.ml.uncertainty import (
+    DEFAULT_COVERAGE,
+    DROPOUT_SAMPLES,
+    Spread,
+    Uncertainty,
+    fit_uncertainty,
+    has_dropout,
+)
 from nanoos_fw.parallel import (
     Communicator,
     Resources,
@@ -156,14 +165,16 @@ class TrainingResult(BaseModel):
         Learning curve of each member.
     metrics
         Of the ensemble mean by part: ``n``, ``mse``, ``mae``, ``rmse``, ``r2`` and,
-        with several members, ``within_1_std``, ``within_2_std``; units follow
+        with several members, ``within_1_std``, ``within_2_std``;
+        ``within_interval`` is the share inside the 90 % interval; units follow
         ``unit``.
     baselines
         The same by part for ``mean`` (of the training targets) and ``composition``
         (least squares in the fractions of the elements): what needs no structure.
     predictions
-        For validation and test: rows of ``structure_id``, ``target``, ``mean`` and
-        ``std`` (None with one member).
+        For validation and test: rows of ``structure_id``, ``target``, ``mean``,
+        ``std`` (None with one member and no dropout) and ``half_width`` of the 90 %
+        interval (None without validation rows).
     uncertainty_scale
         See :class:`nanoos_fw.ml.cgcnn.ModelCard`.
     n_parameters
@@ -406,8 +417,18 @@ def _finish(
     work_dir: Path,
 ) -> dict[str, Any]:
     """Write the ensemble and judge it (rank 0)."""
-    members = predict_table([fit.network for fit in fits], card, reference, table)
+    networks = [fit.network for fit in fits]
+    members = predict_table(networks, card, reference, table)
     mean, std = ensemble(members)
+    passes = -(-DROPOUT_SAMPLES // len(networks)) if has_dropout(networks) else 0
+    if passes:
+        std = dropout_spread(
+            networks, card, reference, table, passes=passes, seed=training.seed
+        )
+    uncertainty = _uncertainty(training, dataset, table, mean, std, passes)
+    half_width = uncertainty.half_width(
+        np.zeros(len(mean)) if std is None else std, DEFAULT_COVERAGE
+    )
     val = dataset.rows("val")
     if std is not None and len(val):
         scale = calibrate(dataset.targets[val], mean[val], std[val])
@@ -415,7 +436,9 @@ def _finish(
         std = scale * std
     path = work_dir / CHECKPOINT
     weights = [fit.weights() for fit in fits]
-    digest = save_checkpoint(path, card, weights, atom_features(), reference)
+    digest = save_checkpoint(
+        path, card, weights, atom_features(), reference, uncertainty
+    )
     return {
         "target": training.target,
         "unit": dataset.unit,
@@ -427,7 +450,7 @@ def _finish(
             {"member": fit.member, "epochs": fit.history.epochs, **vars(fit.history)}
             for fit in fits
         ],
-        "metrics": _by_part(dataset, mean, std),
+        "metrics": _by_part(dataset, mean, std, half_width),
         "uncertainty_scale": card.uncertainty_scale,
         "predictions": {
             part: [
@@ -436,6 +459,9 @@ def _finish(
                     "target": float(dataset.targets[row]),
                     "mean": float(mean[row]),
                     "std": None if std is None else float(std[row]),
+                    "half_width": (
+                        None if half_width is None else float(half_width[row])
+                    ),
                 }
                 for row in dataset.rows(part)
             ]
@@ -446,14 +472,43 @@ def _finish(
     }
 
 
+def _uncertainty(
+    training: TrainingConfig,
+    dataset: Dataset,
+    table: GraphTable,
+    mean: NDArray[np.float64],
+    spread: NDArray[np.float64] | None,
+    passes: int,
+) -> Uncertainty:
+    source: Spread = "ensemble" if training.ensemble_size > 1 else "none"
+    if passes:
+        source = "mc_dropout" if source == "none" else "ensemble+mc_dropout"
+    return fit_uncertainty(
+        table,
+        mean - dataset.targets,
+        spread,
+        dataset.rows("train"),
+        dataset.rows("val"),
+        source=source,
+        dropout_passes=passes,
+        seed=training.seed,
+    )
+
+
 def _by_part(
-    dataset: Dataset, mean: NDArray[np.float64], std: NDArray[np.float64] | None
+    dataset: Dataset,
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64] | None,
+    half_width: NDArray[np.float64] | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
     metrics = {}
     for part in PARTS:
         rows = dataset.rows(part)
         error_bar = None if std is None else std[rows]
         metrics[part] = regression_metrics(dataset.targets[rows], mean[rows], error_bar)
+        if half_width is not None and len(rows):
+            held = np.abs(mean[rows] - dataset.targets[rows]) <= half_width[rows]
+            metrics[part]["within_interval"] = float(held.mean())
     return metrics
 
 

@@ -16,6 +16,7 @@ from nanoos_fw.ml.screening import (
     rank_candidates,
     recall_at_k,
 )
+from nanoos_fw.ml.uncertainty import Predictions
 
 
 def row(structure_id, mean, std=0.1, **more):
@@ -106,13 +107,18 @@ class LengthModel:
     def __init__(self):
         self.calls = []
 
-    def predict_many(self, graphs):
-        self.calls.append(len(graphs))
-        mean = np.array([graph.distances.mean() for graph in graphs])
-        return mean, None
-
-    def unseen_elements(self, graph):
-        return ["Po"] if 84 in graph.numbers else []
+    def predict_full(self, graphs, *, coverage):
+        self.calls.append((len(graphs), coverage))
+        unseen = [["Po"] if 84 in graph.numbers else [] for graph in graphs]
+        return Predictions(
+            mean=np.array([graph.distances.mean() for graph in graphs]),
+            std=None,
+            half_width=np.full(len(graphs), 0.5),
+            coverage=coverage,
+            distance=np.array([float(graph.n_atoms) for graph in graphs]),
+            unseen_elements=unseen,
+            out_of_domain=np.array([bool(names) for names in unseen]),
+        )
 
 
 def test_chunks_keep_the_order_and_read_lazily():
@@ -125,13 +131,14 @@ def test_chunks_keep_the_order_and_read_lazily():
             yield f"s{i}", pack_graph(graph) if i % 2 else graph
 
     model = LengthModel()
-    chunks = predict_in_chunks(model, graphs(), chunk=3)
+    chunks = predict_in_chunks(model, graphs(), chunk=3, coverage=0.8)
     first = next(chunks)
-    assert model.calls == [3]
+    assert model.calls == [(3, 0.8)]
     rows = [*first, *(r for chunk in chunks for r in chunk)]
-    assert model.calls == [3, 3, 1]
+    assert model.calls == [(3, 0.8), (3, 0.8), (1, 0.8)]
     assert ids(rows) == [f"s{i}" for i in range(7)]
     assert [r["mean"] for r in rows] == pytest.approx(3 + 0.1 * np.arange(7))
     assert [r["out_of_domain"] for r in rows] == [False] * 6 + [True]
     assert rows[6]["unseen_elements"] == ["Po"]
     assert rows[0]["std"] is None
+    assert (rows[0]["half_width"], rows[0]["distance"]) == (0.5, 1.0)

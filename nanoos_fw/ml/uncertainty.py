@@ -1,0 +1,473 @@
+"""How far a prediction can be trusted: spread, calibrated intervals, distance.
+
+Three answers beside a prediction. The *spread* of an ensemble, or of one network
+with dropout switched on, says where the model is unsure. A *conformal interval* turns
+it into a width that holds the truth with a stated probability, as far as new
+structures are drawn like those of the validation part. The *distance* to the training
+structures says where that premise fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.features import element_table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Spread = Literal["none", "ensemble", "mc_dropout", "ensemble+mc_dropout"]
+
+DEFAULT_COVERAGE = 0.9
+DROPOUT_SAMPLES = 32
+_MAX_SCORES = 8192
+_MAX_REFERENCES = 4096
+_NEIGHBORS = 5
+_IN_DOMAIN = 0.99
+_FLOOR = 0.1
+_SHELL = 12
+_FIRST_SHELL = 1.15
+_ATOMIC = (
+    "electronegativity",
+    "covalent_radius",
+    "group",
+    "period",
+    "ionization_energy",
+    "molar_volume",
+    "melting_point",
+)
+_SCORES, _REFERENCES = "uncertainty.scores", "uncertainty.references"
+_CENTRE, _SCALE = "uncertainty.centre", "uncertainty.scale"
+_BLOCK = 1024
+
+
+class UncertaintyCard(BaseModel):
+    """The numbers of an :class:`Uncertainty` that a model card holds.
+
+    Parameters
+    ----------
+    spread
+        Where the spread comes from.
+    dropout_passes, seed
+        Forward passes of each member with dropout on, and the seed of their masks.
+    floor
+        Added to the spread before errors are divided by it, in the unit of the
+        target: a row whose members happen to agree must not get a width of zero.
+    domain_neighbors, domain_threshold
+        A structure is out of domain if its mean distance to this many nearest
+        training structures is larger than this.
+    n_calibration
+        Validation rows that the intervals go by.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spread: Spread
+    dropout_passes: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+    floor: float = Field(gt=0.0)
+    domain_neighbors: int = Field(ge=1)
+    domain_threshold: float = Field(ge=0.0)
+    n_calibration: int = Field(ge=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions of many structures, in the unit of the target.
+
+    Parameters
+    ----------
+    mean
+        ``(n,)``.
+    std
+        ``(n,)``, calibrated spread; None if the model has none.
+    half_width
+        ``(n,)``: the truth is within ``mean ± half_width`` with probability
+        ``coverage``; None if the model was not calibrated, or on too few rows for
+        this coverage.
+    coverage
+        Asked for.
+    distance
+        ``(n,)``, mean distance to the nearest training structures, in standard
+        deviations of the training part per descriptor; None without reference.
+    unseen_elements
+        Of each structure, the elements that training did not hold.
+    out_of_domain
+        ``(n,) bool``: unseen elements, or too far from the training structures.
+    """
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64] | None
+    half_width: NDArray[np.float64] | None
+    coverage: float
+    distance: NDArray[np.float64] | None
+    unseen_elements: list[list[str]]
+    out_of_domain: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Uncertainty:
+    """What turns the spread of a model into intervals, and knows its domain.
+
+    Parameters
+    ----------
+    card
+        The numbers.
+    scores
+        ``(m,) float64``, sorted: errors of validation rows over (spread + floor).
+    references
+        ``(r, d) float32``, standardized descriptors of training structures.
+    centre, scale
+        ``(d,) float64``, which standardize a descriptor.
+
+    Notes
+    -----
+    Split conformal prediction with normalized scores. With m exchangeable rows the
+    k-th smallest score, k = ceil((m + 1) coverage), bounds that of a new row with a
+    probability of at least ``coverage`` and at most ``coverage + 1/(m + 1)``. The
+    validation part also chose the best epoch, so the errors on it are slightly
+    small; the test part judges what that costs.
+
+    References
+    ----------
+    A. N. Angelopoulos, S. Bates, arXiv:2107.07511 (2021).
+    """
+
+    card: UncertaintyCard
+    scores: NDArray[np.float64]
+    references: NDArray[np.float32]
+    centre: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+    def half_width(
+        self, spread: NDArray[np.float64], coverage: float
+    ) -> NDArray[np.float64] | None:
+        """Return half the width of the interval, ``(n,)``, in the unit of the target.
+
+        None if there are too few calibration rows for the coverage: no finite width
+        could promise it.
+        """
+        factor = conformal_quantile(self.scores, coverage)
+        return None if factor is None else factor * (spread + self.card.floor)
+
+    def distance(self, table: GraphTable) -> NDArray[np.float64]:
+        """Return the mean distance of graphs to the nearest training structures.
+
+        ``(n,)``: root mean square over the descriptors, each in standard deviations
+        of the training part.
+        """
+        vectors = (describe_graphs(table) - self.centre) / self.scale
+        return nearest_distance(
+            vectors.astype(np.float32), self.references, self.card.domain_neighbors
+        )
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays under the names they have in a checkpoint."""
+        return {
+            _SCORES: self.scores,
+            _REFERENCES: self.references,
+            _CENTRE: self.centre,
+            _SCALE: self.scale,
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, card: UncertaintyCard, tensors: Mapping[str, Tensor]
+    ) -> Uncertainty:
+        """Put a stored one together; the tensors may hold others, too.
+
+        Raises
+        ------
+        KeyError
+            If an array is missing.
+        """
+        return cls(
+            card=card,
+            scores=tensors[_SCORES].numpy(),
+            references=tensors[_REFERENCES].numpy(),
+            centre=tensors[_CENTRE].numpy(),
+            scale=tensors[_SCALE].numpy(),
+        )
+
+
+def fit_uncertainty(
+    table: GraphTable,
+    errors: NDArray[np.float64],
+    spread: NDArray[np.float64] | None,
+    train: NDArray[np.int64],
+    val: NDArray[np.int64],
+    *,
+    source: Spread,
+    dropout_passes: int = 0,
+    seed: int = 0,
+) -> Uncertainty:
+    """Calibrate intervals on the validation part and learn the domain of training.
+
+    Parameters
+    ----------
+    table
+        All graphs.
+    errors
+        ``(n,)``, prediction minus truth of each row, in the unit of the target; only
+        those of validation rows are used.
+    spread
+        ``(n,)`` of each row, not scaled, or None: all intervals are then equally
+        wide.
+    train, val
+        Row numbers. Without validation rows there are no intervals.
+    source, dropout_passes, seed
+        See :class:`UncertaintyCard`; the seed also chooses which rows stand for all
+        if there are more than a checkpoint should hold.
+    """
+    rng = np.random.default_rng([seed, 0x0D])
+    if spread is None:
+        spread, floor = np.zeros(len(errors)), 1.0
+    else:
+        # Of training rows, so that it knows nothing of the rows it is judged by.
+        floor = _FLOOR * float(np.median(spread[train]))
+        floor = max(floor, 1e-9 * max(1.0, float(np.abs(errors[train]).max())))
+    scores = np.sort(np.abs(errors[val]) / (spread[val] + floor))
+    if len(scores) > _MAX_SCORES:
+        scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+    vectors = describe_graphs(table.select(np.concatenate([train, val])))
+    known, held = vectors[: len(train)], vectors[len(train) :]
+    centre, scale = known.mean(axis=0), known.std(axis=0)
+    # A descriptor that hardly varies in training still tells when it does elsewhere.
+    scale = np.maximum(scale, 0.01 * np.maximum(np.abs(centre), 1.0))
+    references = ((known - centre) / scale).astype(np.float32)
+    if len(references) > _MAX_REFERENCES:
+        chosen = rng.choice(len(references), _MAX_REFERENCES, replace=False)
+        references = references[np.sort(chosen)]
+    k = max(1, min(_NEIGHBORS, len(references) - 1))
+    if len(val) >= 1.0 / (1.0 - _IN_DOMAIN):
+        judged = ((held - centre) / scale).astype(np.float32)
+        distances = nearest_distance(judged, references, k)
+    else:
+        distances = nearest_distance(references, references, k, skip_self=True)
+    return Uncertainty(
+        card=UncertaintyCard(
+            spread=source,
+            dropout_passes=dropout_passes,
+            seed=seed,
+            floor=floor,
+            domain_neighbors=k,
+            domain_threshold=float(np.quantile(distances, _IN_DOMAIN)),
+            n_calibration=len(scores),
+        ),
+        scores=scores,
+        references=references,
+        centre=centre,
+        scale=scale,
+    )
+
+
+def conformal_quantile(
+    scores: NDArray[np.float64], coverage: float = DEFAULT_COVERAGE
+) -> float | None:
+    """Return the score that a new one stays below with probability ``coverage``.
+
+    Parameters
+    ----------
+    scores
+        ``(m,)``, sorted.
+    coverage
+        Between 0 and 1.
+
+    Returns
+    -------
+    float or None
+        The k-th smallest score, k = ceil((m + 1) coverage); None if k > m.
+    """
+    if not 0.0 < coverage < 1.0:
+        raise InputError(f"coverage must be between 0 and 1, not {coverage}")
+    # 10 * 0.9 may come out above 9; a rank must not depend on that.
+    rank = math.ceil((len(scores) + 1) * coverage - 1e-9)
+    return None if rank > len(scores) else float(scores[rank - 1])
+
+
+def nearest_distance(
+    vectors: NDArray[np.float32],
+    references: NDArray[np.float32],
+    k: int,
+    *,
+    skip_self: bool = False,
+) -> NDArray[np.float64]:
+    """Return the mean distance of each vector to its ``k`` nearest references.
+
+    Parameters
+    ----------
+    vectors, references
+        ``(n, d)`` and ``(r, d)``, standardized.
+    k
+        Number of neighbours.
+    skip_self
+        The vectors are the references: row i does not count for itself.
+
+    Returns
+    -------
+    ``(n,) float64``
+        Euclidean distances over the square root of ``d``.
+    """
+    far = references.astype(np.float64)
+    squares = (far * far).sum(axis=1)
+    k = min(k, len(far) - skip_self)
+    answer = np.zeros(len(vectors))
+    if k < 1:
+        return answer
+    for start in range(0, len(vectors), _BLOCK):
+        near = vectors[start : start + _BLOCK].astype(np.float64)
+        table = (near * near).sum(axis=1)[:, None] + squares - 2.0 * near @ far.T
+        if skip_self:
+            rows = np.arange(len(near))
+            table[rows, rows + start] = np.inf
+        closest = np.partition(table, k - 1, axis=1)[:, :k]
+        answer[start : start + _BLOCK] = np.sqrt(np.maximum(closest, 0.0)).mean(axis=1)
+    return answer / math.sqrt(max(1, far.shape[1]))
+
+
+def describe_graphs(table: GraphTable) -> NDArray[np.float64]:
+    """Return what composition and surroundings of graphs are like, ``(n, 30)``.
+
+    Mean and standard deviation over the atoms of seven properties of the elements;
+    mean and standard deviation over the atoms of the distance d1 to the nearest
+    neighbour (Å), means of the distances to the 2nd to 12th in units of d1, of the
+    number of neighbours within 1.15 d1 among the first twelve, of the share of other
+    elements among those, and of the 12th distance (Å). No answer depends on the
+    choice of cell, its orientation, or the order of sites. Where a neighbour is
+    beyond the cutoff radius, that radius stands for it.
+    """
+    sizes = table.graph_sizes
+    graph = np.repeat(np.arange(len(table)), sizes)
+    numbers = np.asarray(table.numbers, dtype=np.int64)
+    shells, unlike = _shells(table, numbers)
+    nearest = np.maximum(shells[:, :1], 1e-6)
+    ratios = shells / nearest
+    close = ratios <= _FIRST_SHELL
+    n_close = np.maximum(close.sum(axis=1), 1)
+    columns = [
+        *_atomic_columns(numbers, graph, sizes),
+        *_moments(shells[:, 0], graph, sizes),
+        *(_mean(ratios[:, j], graph, sizes) for j in range(1, _SHELL)),
+        _mean(n_close.astype(float), graph, sizes),
+        _mean((unlike & close).sum(axis=1) / n_close, graph, sizes),
+        _mean(shells[:, -1], graph, sizes),
+    ]
+    return np.stack(columns, axis=1)
+
+
+# ------------------------------------------------------------------- dropout, torch
+
+
+def has_dropout(members: Sequence[nn.Module]) -> bool:
+    """Tell whether the networks were trained with dropout."""
+    return any(_dropouts(member) for member in members)
+
+
+@contextmanager
+def thinned(member: nn.Module, seed: Sequence[int]) -> Iterator[None]:
+    """Let a network drop out units in evaluation, the same ones for all structures.
+
+    Each dropout layer gets one mask over its channels, drawn from the seed alone:
+    the answer for a structure depends neither on the others of its batch nor on
+    their order. Everything else (batch normalization) stays in evaluation.
+
+    References
+    ----------
+    Y. Gal, Z. Ghahramani, Proc. 33rd Int. Conf. Mach. Learn., 1050 (2016): a mask is
+    a draw of weights from the approximate posterior.
+    """
+    import torch
+
+    used = [0]
+
+    def hook(index: int, rate: float) -> Any:
+        def apply(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            rng = np.random.default_rng([*seed, index])
+            kept = rng.random(output.shape[-1]) >= rate
+            used[0] += 1
+            mask = torch.from_numpy(kept / (1.0 - rate)).to(output.dtype)
+            return output * mask
+
+        return apply
+
+    member.eval()
+    handles = [
+        layer.register_forward_hook(hook(index, float(layer.p)))
+        for index, layer in enumerate(_dropouts(member))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not used[0]:
+        raise RuntimeError("the network was evaluated without passing a dropout layer")
+
+
+def _dropouts(member: nn.Module) -> list[Any]:
+    from torch import nn
+
+    return [m for m in member.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _mean(
+    values: NDArray[np.float64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    total = np.bincount(graph, weights=values, minlength=len(sizes))
+    return total / np.maximum(sizes, 1)
+
+
+def _moments(
+    values: NDArray[np.float64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    mean = _mean(values, graph, sizes)
+    return mean, np.sqrt(_mean((values - mean[graph]) ** 2, graph, sizes))
+
+
+def _atomic_columns(
+    numbers: NDArray[np.int64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> Iterator[NDArray[np.float64]]:
+    elements = element_table()
+    for name in _ATOMIC:
+        values, known = elements.column(name)
+        filled = np.where(known, values, values[known].mean())
+        yield from _moments(filled[numbers], graph, sizes)
+
+
+def _shells(
+    table: GraphTable, numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the first twelve distances of each atom, and which are to other elements.
+
+    ``(n_atoms, 12) float64`` in Å, rising, and ``(n_atoms, 12) bool``.
+    """
+    degrees = np.asarray(table.degrees, dtype=np.int64)
+    centre = np.repeat(np.arange(len(degrees)), degrees)
+    edges_of = np.diff(table.edge_start)
+    neighbor = np.asarray(table.neighbors, dtype=np.int64) + np.repeat(
+        table.atom_start[:-1], edges_of
+    )
+    distances = np.asarray(table.distances, dtype=np.float64)
+    order = np.lexsort((distances, centre))
+    start = np.cumsum(degrees) - degrees
+    rank = np.arange(len(order)) - start[centre]  # centres come in rising order
+    first = rank < _SHELL
+    chosen, atom, place = order[first], centre[first], rank[first]
+    shells = np.full((len(degrees), _SHELL), float(table.cutoff_radius))
+    shells[atom, place] = distances[chosen]
+    unlike = np.zeros((len(degrees), _SHELL), dtype=bool)
+    unlike[atom, place] = numbers[neighbor[chosen]] != numbers[atom]
+    return shells, unlike
