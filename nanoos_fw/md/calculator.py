@@ -108,13 +108,13 @@ def check_pair_style(lmp: Any, potential: Potential) -> None:
     MissingDependencyError
         If LAMMPS does not have the style.
     """
-    if not lmp.has_style("pair", potential.pair_style):
-        raise MissingDependencyError(
-            f"this LAMMPS (version {lmp.version()}) has no pair style "
-            f"{potential.pair_style!r}",
-            evidence={"packages": list(lmp.installed_packages)},
-            advice="build LAMMPS with the package of this style (MANYBODY for eam)",
-        )
+    for style in potential.pair_styles:
+        if not lmp.has_style("pair", style):
+            raise MissingDependencyError(
+                f"this LAMMPS (version {lmp.version()}) has no pair style {style!r}",
+                evidence={"packages": list(lmp.installed_packages)},
+                advice="build LAMMPS with the package of this style (MANYBODY for eam)",
+            )
 
 
 class LammpsCalculator:

@@ -499,7 +499,7 @@ def _potential(chosen: Any, elements: list[str], directory: Path) -> Potential:
     if chosen is not None:
         raise InputError(
             f"potential must be a Potential or its dictionary, not {chosen!r}",
-            advice="make one with nanoos_fw.md.potentials.file_potential",
+            advice="make one with nanoos_fw.md.recipes.file_potential",
         )
     wanted = set(elements)
     if missing := sorted(wanted - set(ZHOU2004_ELEMENTS)):

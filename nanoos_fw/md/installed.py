@@ -6,6 +6,7 @@ broken library would take the caller down.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -89,10 +90,9 @@ def _installed(command: str | None) -> InstalledLammps:
         value = {
             k: v if isinstance(v, str) else sorted(v) for k, v in asdict(answer).items()
         }
-        try:
+        # A home that cannot be written to: the next process asks again.
+        with contextlib.suppress(OSError):
             write_atomic(cached, json.dumps(value))
-        except OSError:
-            pass  # a home that cannot be written to: asked again by the next process
     return answer
 
 

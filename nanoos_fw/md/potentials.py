@@ -655,7 +655,7 @@ def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
     new["schema_version"] = 2
     style = data["pair_style"]
     if data.get("pairs"):
-        coefficients = [
+        coefficients: list[dict[str, Any]] = [
             {
                 "between": (pair["first"], pair["second"]),
                 "words": (pair["epsilon_ev"], pair["sigma_a"]),

@@ -94,12 +94,47 @@ _QEQ = "qeq/reaxff"
 
 # What may stand in commands of a user beside numbers, styles, files and elements.
 KEYWORDS = frozenset(
-    """
-    arithmetic bspline checkqeq chunksize descriptor dispersion enobonds ewald
-    geometric linear list/blocking lgvdw lookup long maxdisp mincap minhbonds mix mixed
-    model nn no none off on parallelthresh polar_off polar_on quadratic safezone shift
-    sixthpower sna so3 spline tabinner table tail yes
-    """.split()
+    [
+        "arithmetic",
+        "bspline",
+        "checkqeq",
+        "chunksize",
+        "descriptor",
+        "dispersion",
+        "enobonds",
+        "ewald",
+        "geometric",
+        "linear",
+        "list/blocking",
+        "lgvdw",
+        "lookup",
+        "long",
+        "maxdisp",
+        "mincap",
+        "minhbonds",
+        "mix",
+        "mixed",
+        "model",
+        "nn",
+        "no",
+        "none",
+        "off",
+        "on",
+        "parallelthresh",
+        "polar_off",
+        "polar_on",
+        "quadratic",
+        "safezone",
+        "shift",
+        "sixthpower",
+        "sna",
+        "so3",
+        "spline",
+        "tabinner",
+        "table",
+        "tail",
+        "yes",
+    ]
 )
 _TEXT = re.compile(r"[A-Za-z0-9 \t._+/*-]+\Z")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\Z")
@@ -242,9 +277,7 @@ def file_potential(
 
 
 def _file(path: Path) -> PotentialFile:
-    return PotentialFile(
-        name=path.name, path=path.absolute(), sha256=sha256_file(path)
-    )
+    return PotentialFile(name=path.name, path=path.absolute(), sha256=sha256_file(path))
 
 
 def _check_tag(header: FileHeader, units: str, path: Path) -> None:
@@ -257,9 +290,7 @@ def _check_tag(header: FileHeader, units: str, path: Path) -> None:
         )
 
 
-Reader = Callable[
-    [str, Path, str, Path | None, Sequence[str] | None], dict[str, Any]
-]
+Reader = Callable[[str, Path, str, Path | None, Sequence[str] | None], dict[str, Any]]
 
 
 def _setfl(style: str, path: Path, text: str, *_: Any) -> dict[str, Any]:
@@ -287,7 +318,11 @@ def _entries(
 ) -> dict[str, Any]:
     elements, cutoff = read_entries(text, style, wanted)
     term = setfl_term(style, path.name, elements)
-    recipe = {"terms": (term,), "elements": elements, "cutoff_a": cutoff}
+    recipe: dict[str, Any] = {
+        "terms": (term,),
+        "elements": elements,
+        "cutoff_a": cutoff,
+    }
     if style == "comb":
         recipe |= {
             "atom_style": "charge",
@@ -325,9 +360,7 @@ def _reaxff(style: str, path: Path, text: str, *_: Any) -> dict[str, Any]:
         "cutoff_a": high,
         "atom_style": "charge",
         "charges": "equilibrated",
-        "fixes": (
-            PotentialFix(style=_QEQ, arguments=(1, low, high, 1e-6, "reaxff")),
-        ),
+        "fixes": (PotentialFix(style=_QEQ, arguments=(1, low, high, 1e-6, "reaxff")),),
     }
 
 
@@ -645,10 +678,9 @@ def read_script(text: str) -> tuple[str, list[str]]:
     values: dict[str, str] = {}
     pair_style, pair_coeff = "", []
     for line in text.splitlines():
-        line = re.sub(
+        words = re.sub(
             r"\$\{(\w+)\}", lambda m: values.get(m.group(1), m.group(0)), line
-        )
-        words = line.split()
+        ).split()
         if not words:
             continue
         command, rest = words[0], " ".join(words[1:])
@@ -746,9 +778,7 @@ def _between(
     return pair[0], pair[1]
 
 
-def _term_of(
-    rest: list[str], names: Sequence[str], line: str
-) -> tuple[int, list[str]]:
+def _term_of(rest: list[str], names: Sequence[str], line: str) -> tuple[int, list[str]]:
     places = [i for i, name in enumerate(names) if rest and name == rest[0]]
     if not places:
         raise InputError(
@@ -829,4 +859,3 @@ def _charges_of(
     if fixes:
         return "equilibrated"
     return "given" if any("coul" in term.style for term in terms) else "none"
-

@@ -19,10 +19,10 @@ from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.inputs import MDConfig, supercell, write_input
 from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
-    file_potential,
     lennard_jones_potential,
     zhou2004_potential,
 )
+from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.md.relaxation import RelaxationSettings, relax_structures
 from nanoos_fw.md.trajectory import read_frames, read_thermo, segment_files
 from nanoos_fw.parallel import Resources

@@ -16,11 +16,10 @@ from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
     Potential,
     check_safe_name,
-    file_potential,
-    find_potential_file,
     lennard_jones_potential,
     zhou2004_potential,
 )
+from nanoos_fw.md.recipes import file_potential, find_potential_file
 
 # Experimental cohesive energies in eV/atom: C. Kittel, Introduction to Solid State
 # Physics, 8th ed., table 3.1. The fit used other sources, up to 0.2 eV away (Al).
