@@ -68,8 +68,10 @@ class Architecture(BaseModel):
         Length of the atom vectors.
     num_layers
         Gated convolutions.
-    readout_dim
-        Width of the dense layer after pooling.
+    readout_dim, dense_layers
+        Width and number of the dense layers after pooling.
+    n_outputs
+        1 for a number; for classes, one of each.
     gaussian_max, gaussian_step
         Distances are expanded in Gaussians at 0, step ... max (Å).
     gaussian_width
@@ -81,6 +83,8 @@ class Architecture(BaseModel):
     hidden_dim: int = Field(default=64, ge=1)
     num_layers: int = Field(default=3, ge=1)
     readout_dim: int = Field(default=128, ge=1)
+    dense_layers: int = Field(default=1, ge=1)
+    n_outputs: int = Field(default=1, ge=1)
     gaussian_max: float = Field(default=8.0, gt=0.0)
     gaussian_step: float = Field(default=0.2, gt=0.0)
     gaussian_width: float = Field(default=0.2, gt=0.0)
@@ -106,7 +110,8 @@ class ModelCard(BaseModel):
     cutoff_radius, max_neighbors
         How graphs must be built.
     elements
-        Atomic numbers seen in training.
+        Atomic numbers seen in training; of weights that came without this
+        knowledge, those that the element vectors describe.
     dataset_hash
         Dataset the weights come from.
     n_train
@@ -117,9 +122,19 @@ class ModelCard(BaseModel):
         Factor from the spread of the members to the uncertainty, fitted on the
         validation part so that 68 % of its errors are smaller: ensembles alone are
         overconfident.
+<<<<<<< HEAD
     uncertainty
         Intervals and domain; their arrays are in the same file. None for weights
         that came without calibration.
+=======
+    classes
+        Names of the classes; empty for a number. With two, the prediction is the
+        probability of the second.
+    pad_neighbors
+        Atoms with fewer than ``max_neighbors`` get what the published program gave
+        them: the crystal's first atom at cutoff_radius + 1 Å.
+    origin
+        Where imported weights come from; empty for our own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +154,9 @@ class ModelCard(BaseModel):
     precision: Literal["float32", "float64"] = "float32"
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
     uncertainty: UncertaintyCard | None = None
+    classes: tuple[str, ...] = ()
+    pad_neighbors: bool = False
+    origin: dict[str, str | float | int | None] = Field(default_factory=dict)
 
 
 class CGCNNModel:

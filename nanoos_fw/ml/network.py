@@ -202,11 +202,18 @@ class CrystalGraphNetwork(nn.Module):
             GatedConvolution(hidden, len(centers))
             for _ in range(architecture.num_layers)
         )
-        self.dense = nn.Linear(hidden, architecture.readout_dim)
-        self.output = nn.Linear(architecture.readout_dim, 1)
+        width = architecture.readout_dim
+        self.dense = nn.Linear(hidden, width)
+        self.inner = nn.ModuleList(
+            nn.Linear(width, width) for _ in range(architecture.dense_layers - 1)
+        )
+        self.output = nn.Linear(width, architecture.n_outputs)
 
     def forward(self, batch: TensorBatch) -> Tensor:
-        """Return the normalized target of each graph, ``(n_graphs,)``."""
+        """Return the normalized target of each graph, ``(n_graphs,)``.
+
+        With several outputs: one column each, ``(n_graphs, n_outputs)``.
+        """
         # All elements at once: 119 rows are fewer than the atoms of most batches.
         atoms = self.embedding(self.atom_table).index_select(0, batch.numbers)
         shifted = batch.distances.unsqueeze(1) - self.gaussian_centers
@@ -218,6 +225,8 @@ class CrystalGraphNetwork(nn.Module):
         crystals = crystals.index_add(0, batch.graph_index, atoms)
         crystals = crystals / batch.graph_sizes.to(atoms.dtype).unsqueeze(1)
         hidden = functional.softplus(self.dense(functional.softplus(crystals)))
+        for layer in self.inner:
+            hidden = functional.softplus(layer(hidden))
         return cast(Tensor, self.output(hidden)).squeeze(1)
 
     def use_communicator(self, comm: Communicator) -> None:
