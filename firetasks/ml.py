@@ -18,6 +18,7 @@ from nanoos_fw.ml.datasets import (
     write_dataset,
 )
 from nanoos_fw.ml.features import FEATURE_VERSION
+from nanoos_fw.ml.predictors import PropertyModel, open_model
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
 from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
 from nanoos_fw.parallel import locked
@@ -234,18 +235,18 @@ class ScreenCandidatesTask(NanoTask):
         }
 
 
-def load_model(place: TaskContext, record: ModelRecord) -> Any:
+def load_model(place: TaskContext, record: ModelRecord) -> PropertyModel:
     """Return a registered model, ready to predict, from verified weights."""
-    import torch
-
-    from nanoos_fw.ml.cgcnn import CGCNNModel
-
-    torch.set_num_threads(place.resources.threads)  # not all cores of a shared node
     path = place.work_dir("models", record.sha256) / "weights.safetensors"
     place.models.write_weights(record, path)
-    model = CGCNNModel(record.name, record.target)
-    model.load_from_checkpoint(path)
-    return model
+    return open_model(
+        path,
+        model_name=record.name,
+        model_version=record.reference,
+        target_property=record.target,
+        sha256=record.sha256,
+        threads=place.resources.threads,  # not all cores of a shared node
+    )
 
 
 class RankCandidatesParameters(Parameters):

@@ -1,18 +1,15 @@
-"""Crystal graph convolutional networks: ensembles, predictions, checkpoints."""
+"""Crystal graph convolutional networks: ensembles and their predictions."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
@@ -20,143 +17,54 @@ from nanoos_fw.errors import (
     MissingDependencyError,
 )
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.features import element_table, graph_from_repr
+from nanoos_fw.ml.features import graph_from_repr
 from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.inference import FoldedNetwork, fold_network, run_networks
+from nanoos_fw.ml.model_files import (
+    ATOM_TABLE,
+    FETCH,
+    REFERENCE,
+    Architecture,
+    ModelCard,
+    atom_features,
+    read_checkpoint,
+    save_checkpoint,
+)
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     Predictions,
     Uncertainty,
-    UncertaintyCard,
     has_dropout,
     thinned,
 )
-from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
+from nanoos_fw.provenance import sha256_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nanoos_fw.ml.network import CrystalGraphNetwork
+
+__all__ = [
+    "AnyGraph",
+    "Architecture",
+    "CGCNNModel",
+    "ModelCard",
+    "atom_features",
+    "dropout_spread",
+    "ensemble",
+    "predict_table",
+    "save_checkpoint",
+]
 
 AnyGraph = Mapping[str, Any] | CrystalGraph | bytes
 """What a model predicts for: ``graph_repr``, a graph, or a packed graph."""
 
-_FORMAT = "nanoos_fw.cgcnn"
-_CARD, _DIGEST = "card", "card_sha256"
-_ATOM_TABLE, _REFERENCE = "atom_table", "element_reference"
-_FETCH = (
-    "weights are read from safetensors files only, since unpickling a file can run "
-    "code; fetch or train the model again"
-)
-_N_BINS = 10
-_BINNED = (
-    "electronegativity",
-    "covalent_radius",
-    "atomic_radius",
-    "ionization_energy",
-    "molar_volume",
-    "melting_point",
-)
-_N_GROUPS, _N_PERIODS = 18, 7
-
-
-class Architecture(BaseModel):
-    """Sizes of the network.
-
-    Parameters
-    ----------
-    hidden_dim
-        Length of the atom vectors.
-    num_layers
-        Gated convolutions.
-    readout_dim, dense_layers
-        Width and number of the dense layers after pooling.
-    n_outputs
-        1 for a number; for classes, one of each.
-    gaussian_max, gaussian_step
-        Distances are expanded in Gaussians at 0, step ... max (Å).
-    gaussian_width
-        Width w of exp(-(d - mu)² / w²), Å.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    hidden_dim: int = Field(default=64, ge=1)
-    num_layers: int = Field(default=3, ge=1)
-    readout_dim: int = Field(default=128, ge=1)
-    dense_layers: int = Field(default=1, ge=1)
-    n_outputs: int = Field(default=1, ge=1)
-    gaussian_max: float = Field(default=8.0, gt=0.0)
-    gaussian_step: float = Field(default=0.2, gt=0.0)
-    gaussian_width: float = Field(default=0.2, gt=0.0)
-
-    def gaussian_centers(self) -> NDArray[np.float64]:
-        """Return the centres of the Gaussians in Å."""
-        count = int(self.gaussian_max / self.gaussian_step + 0.5)
-        return np.linspace(0.0, self.gaussian_max, count + 1)
-
-
-class ModelCard(BaseModel):
-    """What a checkpoint says about itself.
-
-    Parameters
-    ----------
-    target_property, unit
-        What is predicted.
-    target_mean, target_std
-        Scale of the network's output, in ``unit``; prediction = mean + std * output
-        + mean over atoms of the element reference.
-    n_members
-        Networks in the ensemble.
-    cutoff_radius, max_neighbors
-        How graphs must be built.
-    elements
-        Atomic numbers seen in training; of weights that came without this
-        knowledge, those that the element vectors describe.
-    dataset_hash
-        Dataset the weights come from.
-    n_train
-        Training rows.
-    precision
-        Type of the weights.
-    uncertainty_scale
-        Factor from the spread of the members to the uncertainty, fitted on the
-        validation part so that 68 % of its errors are smaller: ensembles alone are
-        overconfident.
-<<<<<<< HEAD
-    uncertainty
-        Intervals and domain; their arrays are in the same file. None for weights
-        that came without calibration.
-=======
-    classes
-        Names of the classes; empty for a number. With two, the prediction is the
-        probability of the second.
-    pad_neighbors
-        Atoms with fewer than ``max_neighbors`` get what the published program gave
-        them: the crystal's first atom at cutoff_radius + 1 Å.
-    origin
-        Where imported weights come from; empty for our own.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
-    target_property: str
-    unit: str
-    target_mean: float
-    target_std: float
-    n_members: int = Field(ge=1)
-    architecture: Architecture
-    cutoff_radius: float
-    max_neighbors: int | None
-    elements: tuple[int, ...]
-    dataset_hash: str
-    n_train: int
-    precision: Literal["float32", "float64"] = "float32"
-    uncertainty_scale: float = Field(default=1.0, gt=0.0)
-    uncertainty: UncertaintyCard | None = None
-    classes: tuple[str, ...] = ()
-    pad_neighbors: bool = False
-    origin: dict[str, str | float | int | None] = Field(default_factory=dict)
+SYSTEM_MODELS = {
+    "cgcnn_bandgap_v1": ("bandgap", "band-gap.pth.tar"),
+    "cgcnn_formation_energy_v1": (
+        "formation_energy_per_atom",
+        "formation-energy-per-atom.pth.tar",
+    ),
+}
+"""Models that every installation knows: target, and the published weights of each."""
 
 
 class CGCNNModel:
@@ -170,6 +78,12 @@ class CGCNNModel:
         Name of the target.
     hidden_dim, num_layers
         Sizes asked for; a checkpoint brings its own.
+    model_version
+        Version in a registry, such as ``name@3``; without one, predictions name the
+        checksum of the weights.
+    threads
+        Of predictions; None takes ``OMP_NUM_THREADS``, or all cores that this process
+        may use. Does not change the answer.
 
     References
     ----------
@@ -177,31 +91,45 @@ class CGCNNModel:
     B. Lakshminarayanan et al., Adv. Neural Inf. Process. Syst. 30 (2017).
     """
 
+    model_type = "CGCNN"
+
     def __init__(
         self,
         model_name: str,
         target_property: str,
         hidden_dim: int = 64,
         num_layers: int = 3,
+        *,
+        model_version: str | None = None,
+        threads: int | None = None,
     ) -> None:
         self.model_name = model_name
         self.target_property = target_property
         self.architecture = Architecture(hidden_dim=hidden_dim, num_layers=num_layers)
         self.card: ModelCard | None = None
         self.checkpoint_sha256: str | None = None
-        self._members: list[CrystalGraphNetwork] = []
-        self._reference = np.zeros(119)
+        self.threads = threads
+        self._version = model_version
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._folded: list[FoldedNetwork] = []
         self._uncertainty: Uncertainty | None = None
 
     @property
     def n_members(self) -> int:
         """Networks in the ensemble; 0 without weights."""
-        return len(self._members)
+        return 0 if self.card is None else self.card.n_members
 
     @property
     def unit(self) -> str:
         """Unit of predictions."""
         return self._loaded().unit
+
+    @property
+    def model_version(self) -> str | None:
+        """Version in the registry, else the checksum of the weights."""
+        if self._version is not None or self.checkpoint_sha256 is None:
+            return self._version
+        return f"sha256:{self.checkpoint_sha256}"
 
     def load_from_checkpoint(
         self, path: str | Path, *, sha256: str | None = None
@@ -243,18 +171,26 @@ class CGCNNModel:
                 evidence={"sha256": digest, "sha256_expected": sha256},
                 advice="fetch the file again",
             )
-        card, tensors = _read_checkpoint(data, name)
+        card, arrays = read_checkpoint(data, name)
         if card.target_property != self.target_property:
             raise InputError(
                 f"{name} predicts {card.target_property}, not {self.target_property}",
                 advice="load it as a model of its own property",
             )
-        self._members = _build_members(card, tensors, name)
-        self._reference = tensors[_REFERENCE].double().numpy()
-        self._uncertainty = _read_uncertainty(card, tensors, name)
+        self._take(card, arrays, name)
+        self._uncertainty = _read_uncertainty(card, arrays, name)
+        self._arrays = arrays
         self.card, self.architecture = card, card.architecture
         self.checkpoint_sha256 = digest
         return self
+
+    def networks(self) -> list[CrystalGraphNetwork]:
+        """Return the members as networks of torch, for what folded ones cannot do."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        return _build_members(self._loaded(), self._arrays, self.model_name)
 
     def unseen_elements(self, graph: AnyGraph) -> list[str]:
         """Return the elements of a graph that the training set did not hold."""
@@ -281,9 +217,11 @@ class CGCNNModel:
             spread of its members, or of passes with dropout; None with neither) in
             ``unit``; ``interval`` (lower and upper end, or None without calibration)
             and its ``coverage``; ``unit``, ``target_property``, ``model_name``,
-            ``checkpoint_sha256``, ``n_members``; ``out_of_domain``, ``distance`` to
-            the training structures and ``unseen_elements``: what the network says
-            about an element it never saw is no prediction.
+            ``model_version``, ``model_type``, ``checkpoint_sha256``, ``n_members``;
+            ``out_of_domain``, ``distance`` to the training structures and
+            ``unseen_elements``: what the network says about an element it never saw
+            is no prediction. Of classes, ``prediction`` is the probability of the
+            last of ``classes``, and ``predicted_class`` the likelier of two.
 
         Raises
         ------
@@ -296,7 +234,7 @@ class CGCNNModel:
         found = self.predict_full([graph_repr], coverage=coverage)
         mean = float(found.mean[0])
         half = None if found.half_width is None else float(found.half_width[0])
-        return {
+        answer = {
             "prediction": mean,
             "uncertainty": None if found.std is None else float(found.std[0]),
             "interval": None if half is None else [mean - half, mean + half],
@@ -304,12 +242,18 @@ class CGCNNModel:
             "unit": card.unit,
             "target_property": card.target_property,
             "model_name": self.model_name,
+            "model_version": self.model_version,
+            "model_type": self.model_type,
             "checkpoint_sha256": self.checkpoint_sha256,
             "n_members": self.n_members,
             "out_of_domain": bool(found.out_of_domain[0]),
             "distance": None if found.distance is None else float(found.distance[0]),
             "unseen_elements": found.unseen_elements[0],
         }
+        if card.classes:
+            answer["classes"] = list(card.classes)
+            answer["predicted_class"] = card.classes[mean > 0.5]
+        return answer
 
     def predict_full(
         self,
@@ -327,30 +271,31 @@ class CGCNNModel:
         coverage
             Of the intervals.
         batch_size
-            Graphs per forward pass.
+            Graphs per pass of torch, where torch computes.
         """
         card = self._loaded()
-        opened = [_as_graph(graph) for graph in graphs]
-        unseen = [self.unseen_elements(graph) for graph in opened]
+        if not graphs:
+            return _no_predictions(card, coverage, self._uncertainty)
+        table = self.table_of(graphs)
+        unseen = _unseen_by_graph(table, card.elements)
         outside = np.array([bool(names) for names in unseen], dtype=bool)
-        members = self.predict_members(opened, batch_size)
+        members = self.predict_rows(table, batch_size)
         mean, std = ensemble(members, card.uncertainty_scale)
         calibration, half_width, distance = self._uncertainty, None, None
-        if calibration is not None and opened:
-            table = GraphTable.from_graphs(opened)
+        if calibration is not None:
             raw = None if std is None else std / card.uncertainty_scale
             if calibration.card.dropout_passes:
                 raw = dropout_spread(
-                    self._members,
+                    self.networks(),
                     card,
-                    self._reference,
+                    self._arrays[REFERENCE],
                     table,
                     passes=calibration.card.dropout_passes,
                     seed=calibration.card.seed,
                     batch_size=batch_size,
                 )
                 std = card.uncertainty_scale * raw
-            spread = np.zeros(len(opened)) if raw is None else raw
+            spread = np.zeros(len(table)) if raw is None else raw
             half_width = calibration.half_width(spread, coverage)
             distance = calibration.distance(table)
             outside |= distance > calibration.card.domain_threshold
@@ -366,7 +311,8 @@ class CGCNNModel:
         graphs
             Graphs in any of their forms.
         batch_size
-            Graphs per forward pass; decides memory, not the answer (up to rounding).
+            Graphs per pass of torch, where torch computes; decides memory, not the
+            answer.
 
         Returns
         -------
@@ -380,23 +326,62 @@ class CGCNNModel:
         self, graphs: Sequence[AnyGraph], batch_size: int = 256
     ) -> NDArray[np.float64]:
         """Return the prediction of each member, ``(n_members, n) float64``."""
-        card = self._loaded()
+        self._loaded()
         if not graphs:
             return np.zeros((self.n_members, 0))
-        table = GraphTable.from_graphs([_as_graph(graph) for graph in graphs])
+        return self.predict_rows(self.table_of(graphs), batch_size)
+
+    def table_of(self, graphs: Sequence[AnyGraph]) -> GraphTable:
+        """Return graphs as the table that this kind of model predicts from."""
+        packed = [graph for graph in graphs if isinstance(graph, bytes)]
+        if len(packed) == len(graphs):
+            return GraphTable.from_packed(packed)
+        return GraphTable.from_graphs([_as_graph(graph) for graph in graphs])
+
+    def predict_rows(
+        self, table: GraphTable, batch_size: int = 256
+    ) -> NDArray[np.float64]:
+        """Return the prediction of each member for a table, ``(n_members, n)``.
+
+        Raises
+        ------
+        InputError
+            If the graphs were built in another way than those of the training.
+        """
+        card = self._loaded()
         self._check_graphs(card, table)
-        return predict_table(
-            self._members, card, self._reference, table, batch_size=batch_size
+        outputs = run_networks(
+            self._folded,
+            table,
+            pad_to=card.max_neighbors if card.pad_neighbors else None,
+            threads=self.threads,
         )
+        numbers = np.asarray(table.numbers)
+        sums = np.add.reduceat(self._arrays[REFERENCE][numbers], table.atom_start[:-1])
+        return _predictions(card, outputs, sums / table.graph_sizes)
+
+    def _take(
+        self, card: ModelCard, arrays: dict[str, NDArray[Any]], name: str
+    ) -> None:
+        """Make ready for predictions; refuse weights that do not fit the card."""
+        self._folded = [
+            _fold(card, arrays, index, name) for index in range(card.n_members)
+        ]
 
     def _loaded(self) -> ModelCard:
         if self.card is None:
+            advice = (
+                "train one with train_cgcnn_model and load its checkpoint by "
+                "load_from_checkpoint(path), or take a registered one by get_model"
+            )
+            if self.model_name in SYSTEM_MODELS:
+                target, file = SYSTEM_MODELS[self.model_name]
+                advice = (
+                    f"import the published ones (`nanoos models import-cgcnn {file} "
+                    f"--name {self.model_name} --target {target}`), or {advice}"
+                )
             raise MissingDependencyError(
-                f"model {self.model_name!r} has no weights",
-                advice=(
-                    "train one with train_cgcnn_model and load its checkpoint by "
-                    "load_from_checkpoint(path), or take a registered one by get_model"
-                ),
+                f"model {self.model_name!r} has no weights", advice=advice
             )
         return self.card
 
@@ -421,7 +406,11 @@ def predict_table(
     rows: NDArray[np.int64] | None = None,
     batch_size: int = 256,
 ) -> NDArray[np.float64]:
-    """Return the prediction of each network for rows of a table, ``(members, n)``."""
+    """Return the prediction of each network for rows of a table, ``(members, n)``.
+
+    By torch, as networks in training have it; :meth:`CGCNNModel.predict_rows` is
+    faster.
+    """
     import torch
 
     from nanoos_fw.ml.network import TensorBatch
@@ -436,16 +425,15 @@ def predict_table(
             chunk = wanted[start : start + batch_size]
             arrays = table.batch(chunk)
             batch = TensorBatch.from_batch(arrays, dtype)
-            offset = card.target_mean + np.bincount(
+            offset = np.bincount(
                 arrays.graph_index,
                 weights=reference[arrays.numbers],
                 minlength=len(chunk),
             ) / np.maximum(arrays.graph_sizes, 1)
-            for index, member in enumerate(members):
-                output = member(batch).double().numpy()
-                answers[index, start : start + len(chunk)] = (
-                    offset + card.target_std * output
-                )
+            outputs = np.stack([member(batch).double().numpy() for member in members])
+            answers[:, start : start + len(chunk)] = _predictions(
+                card, outputs.reshape(len(members), len(chunk), -1), offset
+            )
     return answers
 
 
@@ -505,143 +493,111 @@ def dropout_spread(
     return np.asarray(np.std(samples, axis=0, ddof=1))
 
 
-def atom_features() -> NDArray[np.float32]:
-    """Return the fixed description of the elements, ``(119, n) float32``, row Z.
-
-    One-hot group and period; then ten Gaussians over the range of the elements for
-    each of electronegativity, covalent and atomic radius, ionization energy, molar
-    volume and melting point. An unknown value leaves its ten columns zero. The
-    published network bins its properties in the same spirit.
-    """
-    table = element_table()
-    columns = []
-    for name, count in (("group", _N_GROUPS), ("period", _N_PERIODS)):
-        values, known = table.column(name)
-        hot = values[:, None] == np.arange(1, count + 1)
-        columns.append(np.where(known[:, None], hot, 0.0))
-    for name in _BINNED:
-        values, known = table.column(name)
-        low, high = values[known].min(), values[known].max()
-        centers = np.linspace(low, high, _N_BINS)
-        width = centers[1] - centers[0]
-        smooth = np.exp(-(((values[:, None] - centers) / width) ** 2))
-        columns.append(np.where(known[:, None], smooth, 0.0))
-    return np.concatenate(columns, axis=1).astype(np.float32)
-
-
-def save_checkpoint(
-    path: Path,
-    card: ModelCard,
-    members: Sequence[Mapping[str, Tensor]],
-    atom_table: NDArray[np.float32],
-    reference: NDArray[np.float64],
-    uncertainty: Uncertainty | None = None,
-) -> str:
-    """Write an ensemble as one safetensors file, atomically, and return its SHA-256.
-
-    Parameters
-    ----------
-    path
-        File to write.
-    card
-        Metadata.
-    members
-        ``state_dict()`` of each network.
-    atom_table
-        ``(119, n_features)``, the description of the elements.
-    reference
-        ``(119,)``, element reference in the unit of the target; zeros for none.
-    uncertainty
-        Its card becomes that of ``card``.
-    """
-    import torch
-    from safetensors.torch import save
-
-    if uncertainty is not None:
-        card = card.model_copy(update={"uncertainty": uncertainty.card})
-
-    tensors = {
-        _ATOM_TABLE: torch.from_numpy(np.array(atom_table, dtype=np.float32)),
-        _REFERENCE: torch.from_numpy(np.array(reference, dtype=np.float64)),
-    }
-    for name, array in ({} if uncertainty is None else uncertainty.tensors()).items():
-        tensors[name] = torch.from_numpy(np.array(array))
-    for index, state in enumerate(members):
-        for name, tensor in state.items():
-            tensors[f"members.{index}.{name}"] = tensor.detach().clone().contiguous()
-    text = canonical_json(card.model_dump(mode="json"))
-    # Safetensors checks no content: the digest covers card and tensors. One entry
-    # only, since the file format leaves the order of several to chance.
-    header = {_CARD: text, _DIGEST: _digest(text, tensors)}
-    data = save(tensors, metadata={_FORMAT: canonical_json(header)})
-    write_atomic(path, data)
-    return sha256_bytes(data)
-
-
 # ------------------------------------------------------------------------- private
 
 
-def _read_checkpoint(data: bytes, name: str) -> tuple[ModelCard, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def _predictions(
+    card: ModelCard, outputs: NDArray[np.float64], offset: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return targets from outputs ``(n_members, n, n_outputs)``.
 
-    try:
-        tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        header = json.loads(metadata[_FORMAT])
-        card = ModelCard.model_validate_json(header[_CARD])
-        intact = header[_DIGEST] == _digest(header[_CARD], tensors)
-    except (SafetensorError, ValidationError, KeyError, ValueError) as error:
-        raise CorruptArtifactError(
-            f"{name} is not a CGCNN checkpoint: {error}", advice=_FETCH
-        ) from error
-    if not intact:
-        raise CorruptArtifactError(
-            f"the tensors of {name} do not match their checksum", advice=_FETCH
-        )
-    return card, tensors
+    ``offset`` is the mean of the element reference over the atoms, ``(n,)``.
+    """
+    if not card.classes:
+        return card.target_mean + offset + card.target_std * outputs[..., 0]
+    shifted = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+    return np.asarray(shifted[..., -1] / shifted.sum(axis=-1))
+
+
+def _unseen_by_graph(table: GraphTable, elements: Sequence[int]) -> list[list[str]]:
+    """Return for each graph the elements that are not among ``elements``."""
+    seen = np.zeros(256, dtype=bool)
+    seen[list(elements)] = True
+    numbers = np.asarray(table.numbers)
+    unseen: list[list[str]] = [[] for _ in range(len(table))]
+    strange = np.flatnonzero(~seen[numbers])
+    rows = np.searchsorted(table.atom_start, strange, side="right") - 1
+    for row, z in sorted(
+        set(zip(rows.tolist(), numbers[strange].tolist(), strict=True))
+    ):
+        unseen[row].append(_symbol(z))
+    return unseen
+
+
+def _no_predictions(
+    card: ModelCard, coverage: float, calibration: Uncertainty | None
+) -> Predictions:
+    nothing = np.zeros(0)
+    calibrated = calibration is not None
+    spread = card.n_members > 1 or (
+        calibration is not None and calibration.card.dropout_passes > 0
+    )
+    return Predictions(
+        nothing,
+        nothing if spread else None,
+        nothing if calibrated else None,
+        coverage,
+        nothing if calibrated else None,
+        [],
+        np.zeros(0, dtype=bool),
+    )
 
 
 def _read_uncertainty(
-    card: ModelCard, tensors: Mapping[str, Tensor], name: str
+    card: ModelCard, arrays: Mapping[str, NDArray[Any]], name: str
 ) -> Uncertainty | None:
     if card.uncertainty is None:
         return None
     try:
-        return Uncertainty.from_tensors(card.uncertainty, tensors)
+        return Uncertainty.from_tensors(card.uncertainty, arrays)
     except KeyError as error:
         raise CorruptArtifactError(
-            f"{name} has no {error} for its uncertainty", advice=_FETCH
+            f"{name} has no {error} for its uncertainty", advice=FETCH
         ) from error
 
 
-def _digest(card: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(card.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _state_of(
+    arrays: Mapping[str, NDArray[Any]], index: int
+) -> dict[str, NDArray[Any]]:
+    prefix = f"members.{index}."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in arrays.items()
+        if key.startswith(prefix)
+    }
+
+
+def _fold(
+    card: ModelCard, arrays: Mapping[str, NDArray[Any]], index: int, name: str
+) -> FoldedNetwork:
+    try:
+        return fold_network(
+            card.architecture,
+            arrays[ATOM_TABLE],
+            _state_of(arrays, index),
+            card.precision,
+        )
+    except (KeyError, ValueError) as error:
+        raise CorruptArtifactError(
+            f"member {index} of {name} does not fit its architecture: {error}",
+            advice="train the model again",
+        ) from error
 
 
 def _build_members(
-    card: ModelCard, tensors: Mapping[str, Tensor], name: str
+    card: ModelCard, arrays: Mapping[str, NDArray[Any]], name: str
 ) -> list[CrystalGraphNetwork]:
     import torch
 
     from nanoos_fw.ml.network import CrystalGraphNetwork
 
     members = []
-    table = tensors[_ATOM_TABLE].numpy()
     for index in range(card.n_members):
-        network = CrystalGraphNetwork(card.architecture, table)
+        network = CrystalGraphNetwork(card.architecture, arrays[ATOM_TABLE])
         network = network.to(getattr(torch, card.precision))
-        prefix = f"members.{index}."
         state = {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
+            key: torch.from_numpy(np.array(value))
+            for key, value in _state_of(arrays, index).items()
         }
         try:
             network.load_state_dict(state)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import STATISTICS, element_table, graph_from_repr
 from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE, Predictions
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ class ForestModel:
         Name under which predictions are recorded.
     checkpoint_sha256
         Of the file it was read from.
+    version
+        In a registry.
     """
 
     card: ForestCard
@@ -189,7 +192,8 @@ class ForestModel:
     value: NDArray[np.float64]
     fill: NDArray[np.float64]
     model_name: str = MODEL_TYPE
-    checkpoint_sha256: str | None = field(default=None)
+    checkpoint_sha256: str | None = None
+    version: str | None = None
 
     @property
     def target_property(self) -> str:
@@ -205,6 +209,13 @@ class ForestModel:
     def model_type(self) -> str:
         """Kind of model, as the registry names it."""
         return MODEL_TYPE
+
+    @property
+    def model_version(self) -> str | None:
+        """Version in the registry, else the checksum of the file."""
+        if self.version is not None or self.checkpoint_sha256 is None:
+            return self.version
+        return f"sha256:{self.checkpoint_sha256}"
 
     @property
     def n_members(self) -> int:
@@ -298,6 +309,15 @@ class ForestModel:
         spread = None if self.n_members < 2 else np.concatenate(stds)
         return np.concatenate(means), spread
 
+    def predict_full(
+        self, graphs: Sequence[AnyGraph], *, coverage: float = DEFAULT_COVERAGE
+    ) -> Predictions:
+        """Predict many structures; a forest states no intervals and no distance."""
+        mean, std = self.predict_many(graphs)
+        unseen = [self.unseen_elements(graph) for graph in graphs]
+        outside = np.array([bool(names) for names in unseen], dtype=bool)
+        return Predictions(mean, std, None, coverage, None, unseen, outside)
+
     def predict(self, graph_repr: AnyGraph) -> dict[str, Any]:
         """Predict one structure; keys as in :meth:`.cgcnn.CGCNNModel.predict`."""
         graph = _as_graph(graph_repr)
@@ -306,13 +326,17 @@ class ForestModel:
         return {
             "prediction": float(mean[0]),
             "uncertainty": None if std is None else float(std[0]),
+            "interval": None,
+            "coverage": DEFAULT_COVERAGE,
             "unit": self.unit,
             "target_property": self.target_property,
             "model_name": self.model_name,
+            "model_version": self.model_version,
             "model_type": self.model_type,
             "checkpoint_sha256": self.checkpoint_sha256,
             "n_members": self.n_members,
             "out_of_domain": bool(unseen),
+            "distance": None,
             "unseen_elements": unseen,
         }
 
@@ -491,7 +515,10 @@ def fit_forest(
 
 
 def load_forest(
-    source: str | Path | bytes, *, model_name: str = MODEL_TYPE
+    source: str | Path | bytes,
+    *,
+    model_name: str = MODEL_TYPE,
+    model_version: str | None = None,
 ) -> ForestModel:
     """Read a file of :meth:`ForestModel.save`, or its bytes.
 
@@ -532,6 +559,7 @@ def load_forest(
     return ForestModel(
         card=card,
         model_name=model_name,
+        version=model_version,
         checkpoint_sha256=sha256_bytes(data),
         **fields,
     )

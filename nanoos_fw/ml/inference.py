@@ -26,7 +26,7 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
 
 if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import Architecture
+    from nanoos_fw.ml.model_files import Architecture
 
 Engine = Literal["auto", "numba", "numpy"]
 

@@ -5,7 +5,7 @@ compiles these functions on their first call and keeps the machine code on disk.
 Multiplications and additions may be fused; nothing is reordered.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ _L9, _L11, _L13 = np.float32(1 / 9), np.float32(1 / 11), np.float32(1 / 13)
 
 
 def _jit(function: _F) -> _F:
-    options = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+    options: dict[str, Any] = {
+        "error_model": "numpy",
+        "nogil": True,
+        "fastmath": {"contract"},
+    }
     try:
         return cast("_F", numba.njit(cache=True, **options)(function))
     except RuntimeError:

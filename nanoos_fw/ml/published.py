@@ -12,7 +12,9 @@ T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
 from __future__ import annotations
 
 import json
+import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
-from nanoos_fw.ml.cgcnn import Architecture, ModelCard, save_checkpoint
 from nanoos_fw.ml.cgcnn_format import (
     CGCNN_NEIGHBORS,
     CGCNN_RADIUS,
     CGCNN_STEP,
-    CGCNN_VECTOR,
     published_element_vectors,
 )
+from nanoos_fw.ml.model_files import Architecture, ModelCard, save_checkpoint
 from nanoos_fw.provenance import sha256_bytes
 
 ATOM_INIT = "atom_init.json"
@@ -126,8 +127,12 @@ def read_published(path: str | Path) -> PublishedCheckpoint:
             f"{file} is not a checkpoint of the published CGCNN: {error!r}",
             evidence={"keys": sorted(map(str, content))[:20]},
         ) from error
-    if not all(np.isfinite(array).all() for array in state.values()) or std <= 0:
-        raise CorruptArtifactError(f"{file} holds weights that are not finite")
+    finite = all(np.isfinite(array).all() for array in state.values())
+    if not (finite and math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise CorruptArtifactError(
+            f"{file} holds weights or a scale that are not finite",
+            evidence={"mean": mean, "std": std},
+        )
     options = arguments.get("data_options") or []
     return PublishedCheckpoint(
         name=file.name,
@@ -245,10 +250,7 @@ def import_published(
     card, weights = convert_published(
         checkpoint, target_property, table, elements, unit=unit
     )
-    import torch
-
-    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-    digest = save_checkpoint(Path(output), card, [tensors], table, np.zeros(119))
+    digest = save_checkpoint(Path(output), card, [weights], table, np.zeros(119))
     return card, digest
 
 
@@ -303,7 +305,9 @@ def _load(file: Path) -> Mapping[str, Any]:
         np.dtypes.Float32DType,
     ]
     try:
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            # Of pickles in another protocol: what cannot be read is refused anyway.
+            warnings.simplefilter("ignore", UserWarning)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
@@ -441,17 +445,3 @@ def _number(value: Any, kind: type) -> Any:
         return None if value is None else kind(value)
     except (TypeError, ValueError):
         return None
-
-
-__all__ = [
-    "ATOM_INIT",
-    "CGCNN_VECTOR",
-    "MODEL_TYPE",
-    "PUBLISHED_TARGETS",
-    "PublishedCheckpoint",
-    "PublishedTarget",
-    "convert_published",
-    "find_element_vectors",
-    "import_published",
-    "read_published",
-]

@@ -10,20 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.graphs import CrystalGraph
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 
 if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import CGCNNModel
+    from nanoos_fw.ml.predictors import PropertyModel
 
 Objective = Literal["min", "max"]
 Acquisition = Literal["mean", "lcb"]
 
 
 def predict_in_chunks(
-    model: CGCNNModel,
+    model: PropertyModel,
     graphs: Iterable[tuple[str, CrystalGraph | bytes]],
-    chunk: int = 256,
+    chunk: int = 1024,
     *,
     coverage: float = DEFAULT_COVERAGE,
 ) -> Iterator[list[dict[str, Any]]]:
@@ -53,11 +53,7 @@ def predict_in_chunks(
     stream = iter(graphs)
     while pairs := list(islice(stream, chunk)):
         ids = [structure_id for structure_id, _ in pairs]
-        opened = [
-            unpack_graph(graph) if isinstance(graph, bytes) else graph
-            for _, graph in pairs
-        ]
-        found = model.predict_full(opened, coverage=coverage)
+        found = model.predict_full([graph for _, graph in pairs], coverage=coverage)
         yield [
             {
                 "structure_id": structure_id,

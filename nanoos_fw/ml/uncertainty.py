@@ -182,7 +182,7 @@ class Uncertainty:
 
     @classmethod
     def from_tensors(
-        cls, card: UncertaintyCard, tensors: Mapping[str, Tensor]
+        cls, card: UncertaintyCard, tensors: Mapping[str, NDArray[Any]]
     ) -> Uncertainty:
         """Put a stored one together; the tensors may hold others, too.
 
@@ -193,10 +193,10 @@ class Uncertainty:
         """
         return cls(
             card=card,
-            scores=tensors[_SCORES].numpy(),
-            references=tensors[_REFERENCES].numpy(),
-            centre=tensors[_CENTRE].numpy(),
-            scale=tensors[_SCALE].numpy(),
+            scores=tensors[_SCORES],
+            references=tensors[_REFERENCES],
+            centre=tensors[_CENTRE],
+            scale=tensors[_SCALE],
         )
 
 

@@ -1,0 +1,262 @@
+"""Files of network ensembles: what they say about themselves, and their weights.
+
+Weights are read and written as numpy arrays: none of this needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanoos_fw.errors import CorruptArtifactError
+from nanoos_fw.ml.features import element_table
+from nanoos_fw.ml.uncertainty import Uncertainty, UncertaintyCard
+from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
+
+NETWORK_FORMAT = "nanoos_fw.cgcnn"
+"""Entry of a file's metadata by which it is known."""
+
+ATOM_TABLE, REFERENCE = "atom_table", "element_reference"
+FETCH = (
+    "weights are read from safetensors files only, since unpickling a file can run "
+    "code; fetch or train the model again"
+)
+_CARD, _DIGEST = "card", "card_sha256"
+_N_BINS = 10
+_BINNED = (
+    "electronegativity",
+    "covalent_radius",
+    "atomic_radius",
+    "ionization_energy",
+    "molar_volume",
+    "melting_point",
+)
+_N_GROUPS, _N_PERIODS = 18, 7
+
+
+class Architecture(BaseModel):
+    """Sizes of the network.
+
+    Parameters
+    ----------
+    hidden_dim
+        Length of the atom vectors.
+    num_layers
+        Gated convolutions.
+    readout_dim, dense_layers
+        Width and number of the dense layers after pooling.
+    n_outputs
+        1 for a number; for classes, one of each.
+    gaussian_max, gaussian_step
+        Distances are expanded in Gaussians at 0, step ... max (Å).
+    gaussian_width
+        Width w of exp(-(d - mu)² / w²), Å.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_dim: int = Field(default=64, ge=1)
+    num_layers: int = Field(default=3, ge=1)
+    readout_dim: int = Field(default=128, ge=1)
+    dense_layers: int = Field(default=1, ge=1)
+    n_outputs: int = Field(default=1, ge=1)
+    gaussian_max: float = Field(default=8.0, gt=0.0)
+    gaussian_step: float = Field(default=0.2, gt=0.0)
+    gaussian_width: float = Field(default=0.2, gt=0.0)
+
+    def gaussian_centers(self) -> NDArray[np.float64]:
+        """Return the centres of the Gaussians in Å."""
+        count = int(self.gaussian_max / self.gaussian_step + 0.5)
+        return np.linspace(0.0, self.gaussian_max, count + 1)
+
+
+class ModelCard(BaseModel):
+    """What a checkpoint says about itself.
+
+    Parameters
+    ----------
+    target_property, unit
+        What is predicted.
+    target_mean, target_std
+        Scale of the network's output, in ``unit``; prediction = mean + std * output
+        + mean over atoms of the element reference.
+    n_members
+        Networks in the ensemble.
+    cutoff_radius, max_neighbors
+        How graphs must be built.
+    elements
+        Atomic numbers seen in training; of weights that came without this
+        knowledge, those that the element vectors describe.
+    dataset_hash
+        Dataset the weights come from.
+    n_train
+        Training rows.
+    precision
+        Type of the weights.
+    uncertainty_scale
+        Factor from the spread of the members to the uncertainty, fitted on the
+        validation part so that 68 % of its errors are smaller: ensembles alone are
+        overconfident.
+    uncertainty
+        Intervals and domain; their arrays are in the same file. None for weights
+        that came without calibration.
+    classes
+        Names of the classes; empty for a number. With two, the prediction is the
+        probability of the second.
+    pad_neighbors
+        Atoms with fewer than ``max_neighbors`` get what the published program gave
+        them: the crystal's first atom at cutoff_radius + 1 Å.
+    origin
+        Where imported weights come from; empty for our own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    target_property: str
+    unit: str
+    target_mean: float
+    target_std: float
+    n_members: int = Field(ge=1)
+    architecture: Architecture
+    cutoff_radius: float
+    max_neighbors: int | None
+    elements: tuple[int, ...]
+    dataset_hash: str
+    n_train: int
+    precision: Literal["float32", "float64"] = "float32"
+    uncertainty_scale: float = Field(default=1.0, gt=0.0)
+    uncertainty: UncertaintyCard | None = None
+    classes: tuple[str, ...] = ()
+    pad_neighbors: bool = False
+    origin: dict[str, str | float | int | None] = Field(default_factory=dict)
+
+
+def atom_features() -> NDArray[np.float32]:
+    """Return the fixed description of the elements, ``(119, n) float32``, row Z.
+
+    One-hot group and period; then ten Gaussians over the range of the elements for
+    each of electronegativity, covalent and atomic radius, ionization energy, molar
+    volume and melting point. An unknown value leaves its ten columns zero. The
+    published network bins its properties in the same spirit.
+    """
+    table = element_table()
+    columns = []
+    for name, count in (("group", _N_GROUPS), ("period", _N_PERIODS)):
+        values, known = table.column(name)
+        hot = values[:, None] == np.arange(1, count + 1)
+        columns.append(np.where(known[:, None], hot, 0.0))
+    for name in _BINNED:
+        values, known = table.column(name)
+        low, high = values[known].min(), values[known].max()
+        centers = np.linspace(low, high, _N_BINS)
+        width = centers[1] - centers[0]
+        smooth = np.exp(-(((values[:, None] - centers) / width) ** 2))
+        columns.append(np.where(known[:, None], smooth, 0.0))
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def save_checkpoint(
+    path: Path,
+    card: ModelCard,
+    members: Sequence[Mapping[str, Any]],
+    atom_table: NDArray[np.float32],
+    reference: NDArray[np.float64],
+    uncertainty: Uncertainty | None = None,
+) -> str:
+    """Write an ensemble as one safetensors file, atomically, and return its SHA-256.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    card
+        Metadata.
+    members
+        ``state_dict()`` of each network, as tensors or arrays.
+    atom_table
+        ``(119, n_features)``, the description of the elements.
+    reference
+        ``(119,)``, element reference in the unit of the target; zeros for none.
+    uncertainty
+        Its card becomes that of ``card``.
+    """
+    from safetensors.numpy import save
+
+    if uncertainty is not None:
+        card = card.model_copy(update={"uncertainty": uncertainty.card})
+
+    arrays: dict[str, NDArray[Any]] = {
+        ATOM_TABLE: np.ascontiguousarray(atom_table, dtype=np.float32),
+        REFERENCE: np.ascontiguousarray(reference, dtype=np.float64),
+    }
+    for name, array in ({} if uncertainty is None else uncertainty.tensors()).items():
+        arrays[name] = np.ascontiguousarray(array)
+    for index, state in enumerate(members):
+        for name, tensor in state.items():
+            arrays[f"members.{index}.{name}"] = _array(tensor)
+    text = canonical_json(card.model_dump(mode="json"))
+    # Safetensors checks no content: the digest covers card and tensors. One entry
+    # only, since the file format leaves the order of several to chance.
+    header = {_CARD: text, _DIGEST: _digest(text, arrays)}
+    data = save(arrays, metadata={NETWORK_FORMAT: canonical_json(header)})
+    write_atomic(path, data)
+    return sha256_bytes(data)
+
+
+def read_checkpoint(
+    data: bytes, name: str = "checkpoint"
+) -> tuple[ModelCard, dict[str, NDArray[Any]]]:
+    """Return card and arrays of a file of :func:`save_checkpoint`.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the bytes are no such file, or do not match their checksum.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        header = json.loads(metadata[NETWORK_FORMAT])
+        card = ModelCard.model_validate_json(header[_CARD])
+        intact = header[_DIGEST] == _digest(header[_CARD], arrays)
+    except (SafetensorError, ValidationError, KeyError, ValueError) as error:
+        raise CorruptArtifactError(
+            f"{name} is not a CGCNN checkpoint: {error}", advice=FETCH
+        ) from error
+    if not intact:
+        raise CorruptArtifactError(
+            f"the tensors of {name} do not match their checksum", advice=FETCH
+        )
+    return card, arrays
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    """Return a tensor of torch, or an array, as an array."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu().numpy()
+    return np.ascontiguousarray(tensor)
+
+
+def _digest(card: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(card.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        # Types are named as torch does: files of older releases stay valid.
+        digest.update(f"{name}{array.shape}torch.{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
