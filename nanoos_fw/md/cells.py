@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.box import LammpsBox, perpendicular_widths
+from nanoos_fw.md.potentials import check_element
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -26,8 +27,16 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
     Raises
     ------
     InputError
-        Naming the two sites.
+        Naming the two sites, or the one whose coordinates are not finite.
     """
+    if not np.isfinite(frac).all():
+        bad = int(np.flatnonzero(~np.isfinite(frac).all(axis=1))[0])
+        raise InputError(
+            f"site {bad} ({species[bad]}) has no finite coordinates: "
+            f"{frac[bad].tolist()}",
+            evidence={"class": "not_finite", "site": bad},
+            advice="correct the coordinates of this site",
+        )
     box = LammpsBox.from_lattice(lattice)  # reduced: 27 images are enough
     reduced = frac @ np.linalg.inv(box.basis)
     shifts = np.array(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij")).reshape(3, -1).T
@@ -50,6 +59,7 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
                 f"sites {i} ({species[i]}) and {other} ({species[other]}) are "
                 f"{distances[j]:.3f} Å apart",
                 evidence={"class": "atoms_too_close", "sites": [i, other]},
+                advice="remove duplicate atoms, or check the cell and its units",
             )
 
 
@@ -59,10 +69,12 @@ def site_elements(structure: Structure) -> list[str]:
     Raises
     ------
     InputError
-        If a site is partially occupied, or the structure has no sites.
+        If a site is partially occupied, is deuterium, tritium or no element at all,
+        or if the structure has no sites.
     """
     if len(structure) == 0:
-        raise InputError("the structure has no sites")
+        raise InputError("the structure has no sites", advice="give one with atoms")
+    elements = []
     for number, site in enumerate(structure):
         if not site.is_ordered:
             raise InputError(
@@ -73,7 +85,53 @@ def site_elements(structure: Structure) -> list[str]:
                 },
                 advice="give an ordered structure",
             )
-    return [site.specie.symbol for site in structure]
+        # An Element's value is its own name, also for D; a Species holds an element.
+        specie = site.specie
+        symbol = str(getattr(getattr(specie, "element", specie), "value", specie))
+        try:
+            elements.append(check_element(symbol))
+        except InputError as error:
+            raise InputError(
+                f"site {number} holds {symbol}, which is no element of the periodic "
+                "table",
+                evidence={"class": "no_element", "site": number, "species": symbol},
+                advice="replace D and T by H, and labels by elements",
+            ) from error
+    return elements
+
+
+def site_charges(structure: Structure) -> Array | None:
+    """Return the charge of each site, or None if the structure has none.
+
+    The site property ``charge`` comes first, then oxidation states.
+
+    Returns
+    -------
+    ndarray or None
+        ``(n_atoms,) float64``, elementary charges.
+
+    Raises
+    ------
+    InputError
+        If some sites have a charge and others not, or one is not finite.
+    """
+    properties = structure.site_properties.get("charge")
+    if properties is not None:
+        values = list(properties)
+    else:
+        # Species have the attribute, elements do not.
+        values = [getattr(site.specie, "oxi_state", None) for site in structure]
+    if all(value is None for value in values):
+        return None
+    for number, value in enumerate(values):
+        if value is None or not math.isfinite(value):
+            raise InputError(
+                f"site {number} ({structure[number].species_string}) has charge "
+                f"{value}, while others have charges",
+                evidence={"class": "charges", "site": number},
+                advice="give every site a finite charge, or none",
+            )
+    return np.array(values, dtype=np.float64)
 
 
 def supercell(structure: Structure, min_atoms: int) -> Structure:

@@ -258,3 +258,19 @@ def read_meam_cutoff(text: str) -> float:
     """Return the cutoff ``rc`` in Å of a MEAM parameter file; LAMMPS' own is 4."""
     found = re.search(r"^\s*rc\s*=\s*([-+.\dEe]+)", text, flags=re.MULTILINE)
     return float(found.group(1)) if found else 4.0
+
+
+def read_entry_elements(text: str, pair_style: str) -> tuple[str, ...]:
+    """Return the elements of a three-body file that have an entry of their own.
+
+    Raises
+    ------
+    ValueError, KeyError
+        If it is no such file.
+    """
+    words = " ".join(line.split("#", 1)[0] for line in text.splitlines()).split()
+    size = _ENTRY_WORDS[pair_style]
+    if not words or len(words) % size:
+        raise ValueError(f"{len(words)} words are not entries of {size}")
+    triplets = {tuple(words[i : i + 3]) for i in range(0, len(words), size)}
+    return tuple(sorted({t[0] for t in triplets if len(set(t)) == 1}))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -477,6 +478,7 @@ class Potential(BaseModel):
             write_atomic(target, data)
 
 
+@lru_cache(maxsize=256)
 def check_element(symbol: str) -> str:
     """Return the symbol of an element of the periodic table, unchanged.
 
