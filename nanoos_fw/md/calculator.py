@@ -20,9 +20,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.errors import MissingDependencyError, SimulationError
+from nanoos_fw.errors import InputError, MissingDependencyError, SimulationError
 from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
 from nanoos_fw.md.potentials import Potential, atomic_mass
+from nanoos_fw.md.unit_systems import unit_system
 from nanoos_fw.units import EV_PER_A3_IN_BAR
 
 Array = NDArray[np.float64]
@@ -158,7 +159,12 @@ class LammpsCalculator:
         """End the LAMMPS instance."""
         self._lmp.close()
 
-    def load(self, species: Sequence[str], lattice: Array) -> None:
+    def load(
+        self,
+        species: Sequence[str],
+        lattice: Array,
+        charges: Array | None = None,
+    ) -> None:
         """Put the atoms of a structure into the box; `evaluate` places them.
 
         Parameters
@@ -167,18 +173,29 @@ class LammpsCalculator:
             Element of each site.
         lattice
             ``(3, 3) float64``, Å: rows a, b, c.
+        charges
+            ``(n_atoms,) float64``, e; None sets them to zero, from where a potential
+            that equilibrates them begins.
 
         Raises
         ------
         InputError
-            If the potential does not know an element, or the lattice has no volume.
+            If the potential does not know an element, or needs charges and none are
+            given, or the lattice has no volume.
         SimulationError
             If LAMMPS did not take all atoms.
         """
         elements = tuple(sorted(set(species)))
         box = LammpsBox.from_lattice(np.asarray(lattice, dtype=np.float64))
         n = len(species)
+        if self.potential.charges == "given" and charges is None:
+            raise InputError(
+                f"potential {self.potential.name!r} needs charges",
+                advice="give the site property 'charge' or oxidation states",
+            )
         if elements == self._elements:
+            for number in range(len(self.potential.fixes)):
+                self._command(f"unfix potential{number + 1}")
             self._command("delete_atoms group all compress yes")
         else:
             self._set_up(elements)
@@ -197,6 +214,12 @@ class LammpsCalculator:
                 f"LAMMPS took {self._lmp.get_natoms()} of {n} atoms",
                 evidence={"class": "atoms_not_created"},
             )
+        if self.potential.charges != "none":
+            q = np.zeros(n) if charges is None else np.array(charges, dtype=np.float64)
+            self._lmp.scatter_atoms("q", 1, 1, _pointer(q))
+        # Anew for these atoms: what a fix remembers is of the last ones.
+        for command in self.potential.fix_commands():
+            self._command(command)
 
     def evaluate(self, lattice: Array, frac_coords: Array) -> Evaluation:
         """Return energy, forces and stress of the loaded atoms.
@@ -218,9 +241,12 @@ class LammpsCalculator:
         positions = np.ascontiguousarray(box.positions(frac_coords))
         self._lmp.scatter_atoms("x", 1, 3, _pointer(positions))
         self._command("run 0 post no")
-        energy = float(self._lmp.get_thermo("pe"))
+        units = unit_system(self.potential.units)
+        energy = float(self._lmp.get_thermo("pe")) * units.energy_ev
         forces = np.array(self._lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
+        forces = forces * units.force_ev_a
         pressure = np.array([self._lmp.get_thermo(name) for name in _STRESS])
+        pressure = pressure * units.pressure_bar
         if not (
             np.isfinite(energy)
             and np.isfinite(forces).all()
@@ -242,8 +268,7 @@ class LammpsCalculator:
         self.potential.check_elements(elements)
         for command in (
             "clear",
-            f"units {self.potential.units}",
-            f"atom_style {self.potential.atom_style}",
+            *self.potential.system_commands(),
             "atom_modify map array sort 0 0.0",
             "boundary p p p",
             "box tilt large",
@@ -263,7 +288,7 @@ class LammpsCalculator:
             small.install(Path(folder))
             # File names in commands carry no folder: see potentials.check_safe_name.
             with contextlib.chdir(folder):
-                for command in small.pair_commands(elements):
+                for command in small.pair_commands(elements, with_fixes=False):
                     self._command(command)
         self._elements = elements
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from nanoos_fw.errors import (
     InputError,
@@ -28,6 +27,7 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.calculator import check_pair_style, open_lammps, run_commands
+from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.cells import site_elements, supercell
 from nanoos_fw.md.inputs import (
     DATA_FILE,
@@ -47,11 +47,7 @@ from nanoos_fw.md.output import (
     simulation_box,
     simulation_thermo,
 )
-from nanoos_fw.md.potentials import (
-    ZHOU2004_ELEMENTS,
-    Potential,
-    zhou2004_potential,
-)
+from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.trajectory import (
     first_step_of,
     read_thermo,
@@ -115,7 +111,8 @@ class LAMMPSEngine:
         structure
             Ordered structure; repeated to ``supercell_min_atoms``.
         parameters
-            Fields of `MDConfig`, and ``potential``: a `Potential` or its dictionary.
+            Fields of `MDConfig`, and ``potential``: a name, a style such as
+            ``"tersoff"``, a recipe or commands; see `catalogue.Catalogue.resolve`.
             Without one the 16-metal EAM is taken if it knows all elements.
         work_dir
             Folder of this simulation.
@@ -135,7 +132,7 @@ class LAMMPSEngine:
         chosen = values.pop("potential", None)
         config = MDConfig.from_parameters(values)
         directory = work_dir / _INPUT
-        potential = _potential(chosen, site_elements(structure), directory)
+        potential = Catalogue().resolve(chosen, site_elements(structure), directory)
         cell = supercell(structure, config.supercell_min_atoms)
         box, elements = write_input(cell, config, potential, directory)
         simulation = {
@@ -483,32 +480,6 @@ def _write_final(lmp: Any, work_dir: Path, comm: Communicator) -> None:
                 "positions": (positions - np.array(low)).tolist(),
             },
         )
-
-
-# ------------------------------------------------------------------------- private
-
-
-def _potential(chosen: Any, elements: list[str], directory: Path) -> Potential:
-    if isinstance(chosen, Potential):
-        return chosen
-    if isinstance(chosen, Mapping):
-        try:
-            return Potential.model_validate(dict(chosen))
-        except ValidationError as error:
-            raise InputError(f"the potential cannot be used: {error}") from error
-    if chosen is not None:
-        raise InputError(
-            f"potential must be a Potential or its dictionary, not {chosen!r}",
-            advice="make one with nanoos_fw.md.recipes.file_potential",
-        )
-    wanted = set(elements)
-    if missing := sorted(wanted - set(ZHOU2004_ELEMENTS)):
-        raise InputError(
-            f"no potential was given, and the 16-metal EAM lacks {', '.join(missing)}",
-            evidence={"elements": list(ZHOU2004_ELEMENTS)},
-            advice="give parameters['potential']; see nanoos_fw.md.potentials",
-        )
-    return zhou2004_potential(sorted(wanted), directory)
 
 
 if __name__ == "__main__":

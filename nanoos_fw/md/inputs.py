@@ -27,7 +27,8 @@ from pydantic import (
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.box import LammpsBox
-from nanoos_fw.md.cells import check_distances, site_elements, supercell
+from nanoos_fw.md.cells import site_charges, site_elements, supercell
+from nanoos_fw.md.potential_checks import check_potential
 from nanoos_fw.md.potentials import (
     Potential,
     atomic_mass,
@@ -398,6 +399,7 @@ def data_file_text(
     frac_coords: Array,
     *,
     triclinic: bool | None = None,
+    charges: Array | None = None,
 ) -> str:
     """Return the LAMMPS data file of a structure, with 17 digits.
 
@@ -413,6 +415,8 @@ def data_file_text(
         ``(n_atoms, 3) float64``: fractional coordinates in the lattice.
     triclinic
         Whether to write tilts; None writes them if there are any.
+    charges
+        ``(n_atoms,) float64``, e, for atom style ``charge``; None is ``atomic``.
     """
     lengths, tilts = box.lengths, box.tilts
     lines = [
@@ -428,12 +432,15 @@ def data_file_text(
     lines += ["", "Masses", ""]
     for number, element in enumerate(elements, start=1):
         lines.append(f"{number} {atomic_mass(element):.17g} # {element}")
-    lines += ["", "Atoms # atomic", ""]
+    style = "atomic" if charges is None else "charge"
+    lines += ["", f"Atoms # {style}", ""]
     types = {element: i for i, element in enumerate(elements, start=1)}
     for i, (symbol, xyz) in enumerate(
         zip(species, box.positions(frac_coords), strict=True), start=1
     ):
-        lines.append(f"{i} {types[symbol]} " + " ".join(f"{x:.17g}" for x in xyz))
+        charge = "" if charges is None else f"{charges[i - 1]:.17g} "
+        place = " ".join(f"{x:.17g}" for x in xyz)
+        lines.append(f"{i} {types[symbol]} {charge}{place}")
     return "\n".join(lines) + "\n"
 
 
@@ -454,9 +461,9 @@ def write_input(
     """
     species = site_elements(structure)
     elements = tuple(sorted(set(species)))
-    potential.check_elements(elements)
+    for warning in check_potential(structure, potential):
+        logger.warning("%s", warning)
     matrix, frac = structure.lattice.matrix, structure.frac_coords
-    check_distances(species, matrix, frac)
     box = LammpsBox.from_lattice(matrix)
     timestep_fs = config.timestep_fs or potential.timestep_fs
     limit = _WARN_TIMESTEP_WITH_H_FS if "H" in elements else _WARN_TIMESTEP_FS
@@ -467,7 +474,12 @@ def write_input(
     potential.install(directory)
     # A barostat that shears needs a box that can.
     tri = True if _uses_tri(config, box) else None
-    text = data_file_text(box, elements, species, frac, triclinic=tri)
+    charges = None
+    if potential.charges != "none":
+        # Without charges an equilibration begins from zero.
+        found = site_charges(structure)
+        charges = np.zeros(len(species)) if found is None else found
+    text = data_file_text(box, elements, species, frac, triclinic=tri, charges=charges)
     (directory / DATA_FILE).write_text(text, encoding="utf-8")
     (directory / SCRIPT).write_text(parts.script, encoding="utf-8")
     return box, elements

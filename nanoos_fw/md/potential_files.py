@@ -21,7 +21,6 @@ _ENTRY_WORDS = {
     "sw": 14,
     "sw/mod": 14,
     "vashishta": 17,
-    "comb": 49,
 }
 _R_AND_D = {"tersoff": 10, "tersoff/zbl": 10, "tersoff/mod": 7, "tersoff/mod/c": 7}
 _LINE_OF_ELEMENTS = 3  # setfl: three comment lines, then the elements
@@ -136,7 +135,7 @@ def read_entries(
     text
         The whole file.
     pair_style
-        ``tersoff`` and its variants, ``sw``, ``sw/mod``, ``vashishta`` or ``comb``.
+        ``tersoff`` and its variants, ``sw``, ``sw/mod`` or ``vashishta``.
     elements
         Look at these elements only; None looks at all.
 

@@ -370,13 +370,17 @@ class Potential(BaseModel):
             f"newton {self.newton}",
         ]
 
-    def pair_commands(self, elements: Sequence[str]) -> list[str]:
+    def pair_commands(
+        self, elements: Sequence[str], *, with_fixes: bool = True
+    ) -> list[str]:
         """Return the LAMMPS commands that set the interaction.
 
         Parameters
         ----------
         elements
             The element of each atom type, in the order of the types.
+        with_fixes
+            Whether to end with `fix_commands`, which need the atoms.
 
         Returns
         -------
@@ -407,10 +411,16 @@ class Potential(BaseModel):
                 prefix = [term.style] + ([str(counts[term.style])] * (same > 1))
             for coefficient in term.coefficients:
                 commands += _coefficient(coefficient, prefix, elements)
-        for number, fix in enumerate(self.fixes, start=1):
-            arguments = " ".join(_text(word) for word in fix.arguments)
-            commands.append(f"fix potential{number} all {fix.style} {arguments}")
-        return commands
+        return commands + (self.fix_commands() if with_fixes else [])
+
+    def fix_commands(self) -> list[str]:
+        """Return the commands of the fixes, ``fix potential1 all ...`` and on."""
+        return [
+            " ".join(
+                [f"fix potential{number} all {fix.style}", *map(_text, fix.arguments)]
+            )
+            for number, fix in enumerate(self.fixes, start=1)
+        ]
 
     def restricted_to(self, elements: Sequence[str], directory: Path) -> Potential:
         """Return the same physics for fewer elements, with a smaller file if possible.

@@ -74,14 +74,15 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (".adp", "adp"),
     (".sw", "sw"),
 )
-_BEGINNINGS = (("ffield.reax", "reaxff"), ("ffield.comb", "comb"))
-_NOT_A_RECIPE = ("library", "ffield.comb3", "README")
+_BEGINNINGS = (("ffield.reax", "reaxff"),)
+_NOT_A_RECIPE = ("library", "README")
 FILE_STYLES = tuple(sorted({style for _, style in (*_ENDINGS, *_BEGINNINGS)}))
 
 # Styles whose numbers have units of their own whatever a script says.
 _UNITS: dict[str, Units] = {
     **dict.fromkeys(FILE_STYLES, "metal"),
     "meam/ms": "metal",
+    "comb": "metal",
     "comb3": "metal",
     "edip": "metal",
     "reaxff": "real",
@@ -318,19 +319,7 @@ def _entries(
 ) -> dict[str, Any]:
     elements, cutoff = read_entries(text, style, wanted)
     term = setfl_term(style, path.name, elements)
-    recipe: dict[str, Any] = {
-        "terms": (term,),
-        "elements": elements,
-        "cutoff_a": cutoff,
-    }
-    if style == "comb":
-        recipe |= {
-            "atom_style": "charge",
-            "charges": "equilibrated",
-            # Every step, to 1e-3 eV/e, as in LAMMPS' own benchmark of COMB.
-            "fixes": (PotentialFix(style="qeq/comb", arguments=(1, 1e-3)),),
-        }
-    return recipe
+    return {"terms": (term,), "elements": elements, "cutoff_a": cutoff}
 
 
 def _rebo(style: str, path: Path, text: str, *_: Any) -> dict[str, Any]:
@@ -445,7 +434,6 @@ _READERS: dict[str, Reader] = {
             "sw",
             "sw/mod",
             "vashishta",
-            "comb",
         ),
         _entries,
     ),

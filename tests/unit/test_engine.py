@@ -56,16 +56,16 @@ def test_supercell_is_made_before_the_simulation(copper, tmp_path):
 def test_potential_is_chosen_by_elements_or_asked_for(rock_salt, copper, tmp_path):
     with pytest.raises(InputError, match="lacks Cl, Na"):
         LAMMPSEngine().prepare_input(rock_salt, {}, tmp_path / "a")
-    with pytest.raises(InputError, match="must be a Potential"):
-        LAMMPSEngine().prepare_input(copper, {"potential": "eam"}, tmp_path / "b")
+    with pytest.raises(InputError, match="given as int"):
+        LAMMPSEngine().prepare_input(copper, {"potential": 3}, tmp_path / "b")
     with pytest.raises(InputError, match="cannot be used"):
         LAMMPSEngine().prepare_input(copper, {"potential": {}}, tmp_path / "c")
     given = zhou2004_potential(["Cu", "Ag"], tmp_path)
-    for form in (given, given.model_dump(mode="json")):
+    for form in (given, given.model_dump(mode="json"), "eam", "zhou2004"):
         folder = LAMMPSEngine().prepare_input(
             copper, {"potential": form}, tmp_path / "d"
         )
-        assert (folder / given.files[0].name).exists()
+        assert "pair_style eam/alloy" in (folder / "in.lammps").read_text()
 
 
 def test_execution_needs_prepared_input_and_its_own_folder(
