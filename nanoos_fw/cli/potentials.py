@@ -68,9 +68,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="name of a potential, or a style")
-    parser.add_argument(
-        "--elements", metavar="Si,C", help="elements that it must know"
-    )
+    parser.add_argument("--elements", metavar="Si,C", help="elements that it must know")
 
 
 def _elements(text: str | None) -> list[str] | None:
@@ -113,8 +111,9 @@ def _list(arguments: argparse.Namespace) -> int:
             f"{names:16} {about}".rstrip()
         )
     if not entries:
-        print("no potential at hand; give a file's folder in "
-              "NANO_OS_LAMMPS_POTENTIAL_DIR")
+        print(
+            "no potential at hand; give a file's folder in NANO_OS_LAMMPS_POTENTIAL_DIR"
+        )
         return 1
     return 0
 
@@ -139,7 +138,9 @@ def _show(arguments: argparse.Namespace) -> int:
         )
         commands = [
             *potential.system_commands(),
-            *potential.pair_commands(_elements(arguments.elements) or potential.elements),
+            *potential.pair_commands(
+                _elements(arguments.elements) or potential.elements
+            ),
         ]
     if arguments.json:
         print_json(
@@ -191,9 +192,7 @@ def _check(arguments: argparse.Namespace) -> int:
                     f"{arguments.structure} cannot be read: {error}"
                 ) from error
             elements = site_elements(structure)
-            potential = _choose(
-                Catalogue(), arguments.name, elements, Path(folder)
-            )
+            potential = _choose(Catalogue(), arguments.name, elements, Path(folder))
             warnings = check_potential(structure, potential, installed=lammps)
         else:
             potential = _choose(Catalogue(), arguments.name, elements, Path(folder))

@@ -51,7 +51,8 @@ class FileHeader:
 def read_header(text: str) -> FileHeader:
     """Return the metadata in the first lines of a potential file."""
     found: dict[str, str] = {}
-    pattern = re.compile(rf"({'|'.join(_TAGS)}):")
+    # One file writes COMMENT without its colon.
+    pattern = re.compile(rf"\b({'|'.join(_TAGS)})(?::|(?<=COMMENT))")
     for line in text.splitlines()[:_TAG_LINES]:
         parts = pattern.split(line.lstrip("# "))
         for tag, value in zip(parts[1::2], parts[2::2], strict=True):
