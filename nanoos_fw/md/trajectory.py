@@ -7,18 +7,21 @@ returned once, and nothing raises because the end is missing.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.errors import InputError
+from nanoos_fw.md.binary_dumps import BinaryDump
 from nanoos_fw.md.box import LammpsBox
+from nanoos_fw.md.dump_frames import FrameBlock
+from nanoos_fw.md.text_dumps import GZIP_MAGIC, ITEM, TextDump
 
 Array = NDArray[np.float64]
 
@@ -46,7 +49,7 @@ THERMO_COLUMNS: dict[str, tuple[str, str]] = {
     "pyz": ("pyz_bar", "bar"),
 }
 DUMP_COLUMNS = ("id", "type", "xu", "yu", "zu", "vx", "vy", "vz")
-_SEGMENT = re.compile(r"\.(\d+)\.(?:lammps|bin)\Z")
+_SEGMENT = re.compile(r"\.(\d+)\.(?:lammps|bin|lammpstrj|dump)(?:\.gz)?\Z")
 # What LAMMPS prints at the head of a thermo block.
 _HEADERS = {
     "step": "step",
@@ -62,9 +65,6 @@ _HEADERS = {
     "volume": "vol",
     "vol": "vol",
 }
-_MAGIC = b"DUMPCUSTOM"
-_REVISION_WITH_COLUMNS = 2
-_MAX_TEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ class Frame:
         that crosses a face goes on, so that displacements are differences.
     velocities
         ``(n_atoms, 3) float64`` in Å/ps, or None if they were not written.
+    unwrapped
+        False if the file had neither unwrapped positions nor image flags.
     """
 
     step: int
@@ -192,6 +194,7 @@ class Frame:
     types: NDArray[np.int64]
     positions: Array
     velocities: Array | None = None
+    unwrapped: bool = True
 
     @property
     def volume_a3(self) -> float:
@@ -206,34 +209,179 @@ class Frame:
         )
 
 
-def read_frames(paths: Path | Sequence[Path]) -> Iterator[Frame]:
-    """Yield the frames of one simulation, one at a time.
+class Trajectory:
+    """The frames of one simulation, from all its segments, each step once.
+
+    Nothing but steps and cells is kept in memory; atoms are read when asked for, in
+    blocks of about half a MB.
 
     Parameters
     ----------
     paths
-        Binary dump (``dump custom`` to a ``.bin`` file, revision 2), or those of
-        all segments. Segments are put in order by the first step in their names
-        (``trajectory.000000001000.bin``), and frames that a later segment computed
-        again are left out.
+        Dump file (``dump custom``; binary, text or gzip, told by its content), or
+        those of all segments. Segments are put in order by the first step in their
+        names (``trajectory.000000001000.bin``). What a later segment, or a later part
+        of a file, computed again replaces the earlier frames.
+
+    Attributes
+    ----------
+    step
+        ``(n_frames,) int64``, rising strictly.
+    matrix
+        ``(n_frames, 3, 3) float64``, Å: rows a, b, c of each box.
+    is_cut
+        Whether a file ends within a frame, which is left out.
 
     Raises
     ------
     CorruptArtifactError
-        If a file is not a binary dump of this format. A cut end does not raise.
+        If a file is not a dump of these formats. A cut end does not raise.
     """
-    files = [paths] if isinstance(paths, Path) else sorted(paths, key=first_step_of)
-    last = -1
-    for number, path in enumerate(files):
-        limit = None
-        if number + 1 < len(files):
-            limit = first_step_of(files[number + 1])
-        for frame in _binary_frames(path):
-            if limit is not None and frame.step >= limit:
-                break
-            if frame.step > last:
-                last = frame.step
-                yield frame
+
+    def __init__(self, paths: Path | Sequence[Path]) -> None:
+        files = [paths] if isinstance(paths, Path) else sorted(paths, key=first_step_of)
+        self._dumps = [open_dump(path) for path in files]
+        self._select(*self._kept(files))
+        self.is_cut = any(dump.index.is_cut for dump in self._dumps)
+
+    def _kept(
+        self, files: Sequence[Path]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return, for every frame that counts, its file and its place there."""
+        kept: list[tuple[int, int, int]] = []
+        for source, (path, dump) in enumerate(zip(files, self._dumps, strict=True)):
+            if source and (named := first_step_of(path)):
+                # Nothing of an earlier segment from here on is part of this history.
+                _drop_from(kept, named)
+            for number, step in enumerate(dump.index.step.tolist()):
+                _drop_from(kept, step)
+                kept.append((step, source, number))
+        table = np.array(kept, dtype=np.int64).reshape(-1, 3)
+        return table[:, 1], table[:, 2]
+
+    def _select(self, source: NDArray[np.int64], number: NDArray[np.int64]) -> None:
+        self._source, self._number = source, number
+        n = len(source)
+        self.step = np.empty(n, np.int64)
+        self.n_atoms = np.empty(n, np.int64)
+        self.matrix = np.empty((n, 3, 3))
+        for which, dump in enumerate(self._dumps):
+            mine = source == which
+            self.step[mine] = dump.index.step[number[mine]]
+            self.n_atoms[mine] = dump.index.n_atoms[number[mine]]
+            self.matrix[mine] = dump.matrix[number[mine]]
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def __getitem__(self, chosen: slice) -> Trajectory:
+        """Return a part of the trajectory, such as ``trajectory[100::10]``."""
+        part = copy.copy(self)
+        part._select(self._source[chosen], self._number[chosen])
+        return part
+
+    def after(self, step: int) -> Trajectory:
+        """Return the part later than a timestep."""
+        return self[int(np.searchsorted(self.step, step, side="right")) :]
+
+    def at(self, step: int) -> Frame:
+        """Return the frame of a timestep.
+
+        Raises
+        ------
+        InputError
+            If that step has no frame.
+        """
+        place = int(np.searchsorted(self.step, step))
+        if place == len(self) or self.step[place] != step:
+            raise InputError(
+                f"the trajectory has no frame of step {step}",
+                evidence={
+                    "frames": len(self),
+                    "near": self.step[place - 1 :][:2].tolist(),
+                },
+            )
+        return next(iter(self[place : place + 1]))
+
+    def interval(self) -> int:
+        """Return the steps between frames.
+
+        Raises
+        ------
+        InputError
+            If there are fewer than two frames, or they are not equally spaced.
+        """
+        gaps = np.diff(self.step)
+        if not len(gaps):
+            raise InputError(
+                f"a trajectory of {len(self)} frames has no interval",
+                advice="dump more often, or run longer",
+            )
+        if (gaps != gaps[0]).any():
+            odd = int(np.argmax(gaps != gaps[0]))
+            raise InputError(
+                "the frames are not equally spaced in time",
+                evidence={
+                    "interval": int(gaps[0]),
+                    "steps": self.step[odd : odd + 2].tolist(),
+                },
+                advice="analyse a part that is, or dump at a fixed interval",
+            )
+        return int(gaps[0])
+
+    def blocks(self, atoms: slice = slice(None)) -> Iterator[FrameBlock]:
+        """Yield the frames in blocks, of all atoms or of a part of them.
+
+        Parameters
+        ----------
+        atoms
+            Range of atoms in the order of their ids.
+        """
+        borders = (np.flatnonzero(np.diff(self._source)) + 1).tolist()
+        for start, stop in itertools.pairwise([0, *borders, len(self)]):
+            if stop > start:
+                dump = self._dumps[self._source[start]]
+                yield from dump.blocks(self._number[start:stop], atoms)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for block in self.blocks():
+            for i in range(len(block.step)):
+                yield Frame(
+                    step=int(block.step[i]),
+                    matrix=block.matrix[i],
+                    types=block.types[i],
+                    positions=block.positions[i],
+                    velocities=None
+                    if block.velocities is None
+                    else block.velocities[i],
+                    unwrapped=block.unwrapped,
+                )
+
+
+def _drop_from(kept: list[tuple[int, int, int]], step: int) -> None:
+    while kept and kept[-1][0] >= step:
+        kept.pop()
+
+
+def open_dump(path: Path) -> BinaryDump | TextDump:
+    """Return the reader of a dump file, by its first bytes.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the file is neither a binary nor a text dump.
+    """
+    with path.open("rb") as file:
+        begin = file.read(len(ITEM))
+    packed = begin[:2] == GZIP_MAGIC or begin == GZIP_MAGIC[:1]
+    if packed or (begin and ITEM.startswith(begin)):
+        return TextDump(path)
+    return BinaryDump(path)
+
+
+def read_frames(paths: Path | Sequence[Path]) -> Iterator[Frame]:
+    """Yield the frames of one simulation, one at a time; see `Trajectory`."""
+    return iter(Trajectory(paths))
 
 
 def segment_files(folder: Path, pattern: str) -> list[Path]:
@@ -245,101 +393,3 @@ def first_step_of(path: Path) -> int:
     """Return the step at which a segment begins, as its file name says; else 0."""
     match = _SEGMENT.search(path.name)
     return int(match.group(1)) if match else 0
-
-
-class _CutError(Exception):
-    """The file ends within a frame."""
-
-
-def _binary_frames(path: Path) -> Iterator[Frame]:
-    with path.open("rb") as file:
-        while True:
-            try:
-                yield _binary_frame(file, path)
-            except _CutError:
-                return
-
-
-def _take(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise _CutError
-    return data
-
-
-def _unpack(file: BinaryIO, code: str) -> tuple[Any, ...]:
-    return struct.unpack("<" + code, _take(file, struct.calcsize("<" + code)))
-
-
-def _text(file: BinaryIO, size: int, path: Path) -> bytes:
-    if not 0 <= size <= _MAX_TEXT:
-        raise CorruptArtifactError(f"{path} is not a LAMMPS binary dump")
-    return _take(file, size)
-
-
-def _binary_frame(file: BinaryIO, path: Path) -> Frame:
-    # Layout: DumpCustom::write_header and tools/binary2txt of LAMMPS.
-    (length,) = _unpack(file, "q")
-    if length >= 0 or _text(file, -length, path) != _MAGIC:
-        raise CorruptArtifactError(
-            f"{path} is not a LAMMPS binary dump of revision 2",
-            advice="write it with 'dump custom' to a name that ends in .bin",
-        )
-    endian, revision = _unpack(file, "ii")
-    if endian != 1 or revision < _REVISION_WITH_COLUMNS:
-        raise CorruptArtifactError(
-            f"{path}: byte order {endian:#x}, revision {revision} cannot be read"
-        )
-    step, n_atoms, triclinic = _unpack(file, "qqi")
-    _unpack(file, "6i")  # boundary conditions
-    bounds = np.array(_unpack(file, "6d")).reshape(3, 2)
-    tilts = _unpack(file, "3d") if triclinic else (0.0, 0.0, 0.0)
-    (width,) = _unpack(file, "i")
-    (length,) = _unpack(file, "i")
-    _text(file, length, path)  # unit style
-    if _unpack(file, "b")[0]:
-        _unpack(file, "d")  # time
-    (length,) = _unpack(file, "i")
-    names = _text(file, length, path).decode("ascii", "replace").split()
-    (chunks,) = _unpack(file, "i")
-    parts = []
-    for _ in range(chunks):
-        (count,) = _unpack(file, "i")
-        parts.append(np.frombuffer(_take(file, 8 * count), dtype="<f8"))
-    data = np.concatenate(parts).reshape(-1, width) if parts else np.empty((0, width))
-    if len(names) != width or len(data) != n_atoms:
-        raise CorruptArtifactError(f"{path}: step {step} does not hold {n_atoms} atoms")
-    return _frame(step, bounds, tilts, names, data, path)
-
-
-def _frame(
-    step: int,
-    bounds: Array,
-    tilts: Sequence[float],
-    names: Sequence[str],
-    data: Array,
-    path: Path,
-) -> Frame:
-    column = {name: i for i, name in enumerate(names)}
-    wanted = ("id", "type", "xu", "yu", "zu")
-    if missing := [name for name in wanted if name not in column]:
-        raise InputError(
-            f"{path} was written without {', '.join(missing)}",
-            evidence={"columns": list(names)},
-        )
-    data = data[np.argsort(data[:, column["id"]], kind="stable")]
-    # The file holds the bounding box of a triclinic cell, not lx, ly, lz.
-    xy, xz, yz = tilts
-    low = bounds[:, 0] - (min(0.0, xy, xz, xy + xz), min(0.0, yz), 0.0)
-    high = bounds[:, 1] - (max(0.0, xy, xz, xy + xz), max(0.0, yz), 0.0)
-    lx, ly, lz = high - low
-    velocities = None
-    if "vx" in column:
-        velocities = data[:, [column[name] for name in ("vx", "vy", "vz")]]
-    return Frame(
-        step=int(step),
-        matrix=np.array([[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]]),
-        types=data[:, column["type"]].astype(np.int64),
-        positions=data[:, [column[name] for name in ("xu", "yu", "zu")]] - low,
-        velocities=velocities,
-    )

@@ -150,7 +150,7 @@ def test_velocities_are_read_when_there(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "a.bin"
-    path.write_bytes(b"ITEM: TIMESTEP\n0\n" * 20)
+    path.write_bytes(b"no dump at all " * 20)
     with pytest.raises(CorruptArtifactError, match="not a LAMMPS binary dump"):
         list(read_frames(path))
     path.write_bytes(
