@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
-from nanoos_fw.cli import databases, datasets, features, models, potentials
+from nanoos_fw.cli import cluster, databases, datasets, features, models, potentials
 from nanoos_fw.cli.common import (
     add_launchpad,
     launchpad_of,
@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_commands(commands)
     databases.add_commands(commands)
     potentials.add_commands(commands)
+    cluster.add_commands(commands)
     return parser
 
 

@@ -111,7 +111,7 @@ def test_stages_are_counted_in_the_order_of_the_work(
 def test_a_failed_firework_tells_its_cause_and_runs_again(
     launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "save_embedded", lambda _: None)
+    monkeypatch.setattr(operations.campaign, "save_embedded", lambda _: None)
     operations.submit(launchpad, report_workflow(tmp_path, "late"))
     stages: list[str] = []
     operations.run_embedded(launchpad, tmp_path / "launches", on_launch=stages.append)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanoos_fw import slurm
 from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.firetasks.base import allocation_deadline
-from nanoos_fw.slurm import allocation_times, run_slurm
+from nanoos_fw.slurm import allocation_times, commands, run_slurm
 
 FakeCommand = Callable[[str, str], Path]
 
@@ -21,7 +20,7 @@ def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommand
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setattr(slurm, "_known_times", {})
+    monkeypatch.setattr(commands, "_known_times", {})
 
     def write(name: str, body: str) -> Path:
         program = folder / name

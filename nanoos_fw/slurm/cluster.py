@@ -1,0 +1,250 @@
+"""What a cluster offers: partitions, their limits and nodes; does a request fit."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.slurm.commands import run_slurm
+from nanoos_fw.slurm.request import SlurmRequest, memory_mib, walltime_seconds
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as ``sinfo`` describes it; ``memory_mib`` is what jobs may ask for."""
+
+    name: str
+    cpus: int
+    memory_mib: int
+    gpus: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition and its limits; infinite where there is none."""
+
+    name: str
+    default: bool
+    up: bool
+    max_time_s: float
+    max_nodes: float
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        """Processors of its largest node."""
+        return max((node.cpus for node in self.nodes), default=0)
+
+    @property
+    def memory_mib(self) -> int:
+        """Memory of its largest node."""
+        return max((node.memory_mib for node in self.nodes), default=0)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the node that has most."""
+        return max((node.gpus for node in self.nodes), default=0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A SLURM cluster."""
+
+    name: str
+    version: str
+    max_array_size: int
+    accounting: bool
+    partitions: tuple[Partition, ...]
+
+    def partition(self, name: str | None) -> Partition:
+        """Return a partition by name, or the default one.
+
+        Raises
+        ------
+        InputError
+            If there is none of this name.
+        """
+        for partition in self.partitions:
+            if partition.name == name or (name is None and partition.default):
+                return partition
+        names = ", ".join(p.name for p in self.partitions)
+        what = "default partition" if name is None else f"partition {name!r}"
+        raise InputError(
+            f"cluster {self.name!r} has no {what}", advice=f"partitions: {names}"
+        )
+
+
+def read_cluster() -> Cluster:
+    """Ask ``scontrol`` and ``sinfo`` what the cluster offers: three short commands."""
+    return parse_cluster(
+        partitions=run_slurm(["scontrol", "show", "partition", "--oneliner"]),
+        nodes=run_slurm(
+            ["sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%m|%G|%T"]
+        ),
+        config=run_slurm(["scontrol", "show", "config"]),
+    )
+
+
+def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
+    """Return a cluster from the output of the three commands."""
+    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config, re.MULTILINE))
+    by_partition: dict[str, list[Node]] = {}
+    for line in nodes.splitlines():
+        words = [word.strip() for word in line.split("|")]
+        if len(words) != 6:
+            continue
+        partition, name, cpus, memory, gres, state = words
+        by_partition.setdefault(partition, []).append(
+            Node(
+                name=name,
+                cpus=int(cpus.rstrip("+")),
+                memory_mib=int(memory.rstrip("+")),
+                gpus=_gpus(gres),
+                state=state.rstrip("*~#!%$@^-"),
+            )
+        )
+    found = []
+    for line in partitions.splitlines():
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        if "PartitionName" not in fields:
+            continue
+        name = fields["PartitionName"]
+        found.append(
+            Partition(
+                name=name,
+                default=fields.get("Default") == "YES",
+                up=fields.get("State", "UP") == "UP",
+                max_time_s=walltime_seconds(fields.get("MaxTime", "UNLIMITED")),
+                max_nodes=_limit(fields.get("MaxNodes", "UNLIMITED")),
+                nodes=tuple(by_partition.get(name, ())),
+            )
+        )
+    return Cluster(
+        name=settings.get("ClusterName", "cluster"),
+        version=settings.get("SLURM_VERSION", ""),
+        max_array_size=int(settings.get("MaxArraySize", "1001")),
+        accounting=settings.get("AccountingStorageType", "").strip()
+        not in {"", "accounting_storage/none", "(null)"},
+        partitions=tuple(found),
+    )
+
+
+def _limit(text: str) -> float:
+    return math.inf if text.upper() in {"UNLIMITED", "INFINITE"} else float(text)
+
+
+def _gpus(gres: str) -> int:
+    """Return the GPUs in a list such as ``gpu:a100:4(S:0-1),nvme:1``."""
+    return sum(
+        int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)
+    )
+
+
+# ------------------------------------------------------------------------ does it fit
+
+
+def request_problems(request: SlurmRequest, cluster: Cluster) -> list[str]:
+    """Return why the cluster could never run a request; empty if it could.
+
+    Only what SLURM itself would refuse, or leave pending for ever, is a problem.
+    With several partitions (``a,b``) one that can run it is enough.
+    """
+    names = [None] if request.queue is None else request.queue.split(",")
+    reasons = []
+    for name in names:
+        found = _problems_in(request, cluster, cluster.partition(name))
+        if not found:
+            return []
+        reasons += found
+    return reasons
+
+
+def check_request(request: SlurmRequest, cluster: Cluster, what: str) -> None:
+    """Refuse a request that the cluster could never run.
+
+    Raises
+    ------
+    InputError
+        Names the work, the request and the limits that it exceeds.
+    """
+    problems = request_problems(request, cluster)
+    if problems:
+        raise InputError(
+            f"{what}: {'; '.join(problems)}",
+            evidence={"request": request.model_dump(mode="json", exclude_none=True)},
+            advice="lower the request, or choose another partition",
+        )
+
+
+def _problems_in(
+    request: SlurmRequest, cluster: Cluster, partition: Partition
+) -> list[str]:
+    where = f"partition {partition.name!r}"
+    problems = []
+    if not partition.up:
+        problems.append(f"{where} is not up")
+    if request.walltime is not None:
+        asked = walltime_seconds(request.walltime)
+        if asked > partition.max_time_s:
+            problems.append(
+                f"walltime {request.walltime} exceeds the "
+                f"{partition.max_time_s / 3600:g} h of {where}"
+            )
+    nodes = request.nodes or 1
+    most = min(partition.max_nodes, len(partition.nodes))
+    if nodes > most:
+        problems.append(f"{nodes} nodes exceed the {most:g} of {where}")
+    cpus = request.cpus_per_task or 1
+    per_node = request.ntasks_per_node or math.ceil(request.tasks / max(nodes, 1))
+    if request.nodes is None and request.ntasks_per_node is None:
+        per_node = 1  # SLURM spreads the tasks over as many nodes as it takes
+        total = sum(
+            sorted((n.cpus for n in partition.nodes), reverse=True)[: int(most)]
+        )
+        if request.tasks * cpus > total:
+            problems.append(
+                f"{request.tasks} tasks of {cpus} processors exceed the {total} of "
+                f"{where}"
+            )
+    if per_node * cpus > partition.cpus:
+        problems.append(
+            f"{per_node} x {cpus} processors on a node exceed the {partition.cpus} of "
+            f"{where}"
+        )
+    memory = memory_mib(request.mem) if request.mem is not None else 0.0
+    if request.mem_per_cpu is not None:
+        memory = memory_mib(request.mem_per_cpu) * cpus * per_node
+    if memory > partition.memory_mib:
+        problems.append(
+            f"{memory:.0f} MiB on a node exceed the {partition.memory_mib} of {where}"
+        )
+    gpus = _asked_gpus(request)
+    if gpus > partition.gpus:
+        problems.append(f"{gpus} GPUs on a node exceed the {partition.gpus} of {where}")
+    if request.array is not None:
+        last = max(int(n) for n in re.findall(r"\d+", request.array.split("%")[0]))
+        if last >= cluster.max_array_size:
+            problems.append(
+                f"array index {last} is not below MaxArraySize {cluster.max_array_size}"
+            )
+    return problems
+
+
+def _asked_gpus(request: SlurmRequest) -> int:
+    """Return the GPUs that a single node must have."""
+    if request.gres is not None:
+        return _gpus(request.gres) or (
+            1 if re.search(r"(^|,)gpu($|,)", request.gres) else 0
+        )
+    for value, tasks in (
+        (request.gpus_per_node, 1),
+        (request.gpus_per_task, 1),
+        (request.gpus, request.nodes or 1),
+    ):
+        if value is not None:
+            count = int(str(value).rpartition(":")[2])
+            return math.ceil(count / tasks)
+    return 0
