@@ -16,15 +16,26 @@ from torch.nn import functional
 
 from nanoos_fw.ml.batches import GraphBatch
 from nanoos_fw.ml.cgcnn import Architecture
+from nanoos_fw.ml.convolution import (
+    EPSILON,
+    EdgePlan,
+    compiled,
+    convolve_edges,
+    convolve_edges_fixed,
+    plan_edges,
+)
 from nanoos_fw.parallel import Communicator
 
-_EPSILON = 1e-5
 _MOMENTUM = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class TensorBatch:
-    """A :class:`GraphBatch` as tensors; shapes are those of the arrays."""
+    """A :class:`GraphBatch` as tensors; shapes are those of the arrays.
+
+    ``edge_start``, ``(n_atoms + 1,) int64``: edges of atom i are
+    ``edge_start[i]:edge_start[i + 1]``, since edges are sorted by their centre.
+    """
 
     numbers: Tensor
     centre: Tensor
@@ -32,18 +43,30 @@ class TensorBatch:
     distances: Tensor
     graph_index: Tensor
     graph_sizes: Tensor
+    edge_start: Tensor
 
     @classmethod
-    def from_batch(cls, batch: GraphBatch, dtype: torch.dtype) -> TensorBatch:
-        """Wrap the arrays; only the distances change their type."""
-        return cls(
+    def from_batch(
+        cls,
+        batch: GraphBatch,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> TensorBatch:
+        """Wrap the arrays, or copy them to a device; distances change their type."""
+        edge_start = np.zeros(len(batch.degrees) + 1, dtype=np.int64)
+        np.cumsum(batch.degrees, out=edge_start[1:])
+        tensors = cls(
             numbers=torch.from_numpy(batch.numbers),
             centre=torch.from_numpy(batch.edge_index[0]),
             neighbor=torch.from_numpy(batch.edge_index[1]),
             distances=torch.from_numpy(np.asarray(batch.distances)).to(dtype),
             graph_index=torch.from_numpy(batch.graph_index),
             graph_sizes=torch.from_numpy(batch.graph_sizes),
+            edge_start=torch.from_numpy(edge_start),
         )
+        if device is None or torch.device(device).type == "cpu":
+            return tensors
+        return cls(**{name: t.to(device) for name, t in vars(tensors).items()})
 
 
 class _GlobalNormalization(torch.autograd.Function):
@@ -69,7 +92,7 @@ class _GlobalNormalization(torch.autograd.Function):
         squares = (centered * centered).sum(0).double()
         comm.sum_in_place(squares.numpy())
         variance = squares / count
-        inverse = torch.rsqrt(variance + _EPSILON).to(x.dtype)
+        inverse = torch.rsqrt(variance + EPSILON).to(x.dtype)
         normal = centered.mul_(inverse)
         ctx.save_for_backward(normal, weight, inverse)
         ctx.comm, ctx.count = comm, count
@@ -129,16 +152,28 @@ class GlobalBatchNorm(nn.Module):
                 self.bias,
                 self.training,
                 _MOMENTUM,
-                _EPSILON,
+                EPSILON,
             )
         normalize = cast(Any, _GlobalNormalization).apply
         y: Tensor
         y, mean, variance, count = normalize(x, self.weight, self.bias, self.comm)
-        with torch.no_grad():
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(x.dtype), _MOMENTUM)
-            self.running_var.lerp_(unbiased.to(x.dtype), _MOMENTUM)
+        self.update(mean, variance, count)
         return y
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Take the moments of a batch over all ranks into the running ones."""
+        if float(count) == 0.0:
+            return
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        # The moments of all layers may share a buffer, of which autograd has seen
+        # parts; it needs none of their values, so it need not hear of this.
+        self.running_mean.data.lerp_(mean.to(self.running_mean), _MOMENTUM)
+        self.running_var.data.lerp_(unbiased.to(self.running_var), _MOMENTUM)
+
+
+Edges = EdgePlan | tuple[TensorBatch, Tensor]
+"""Edges for the compiled passes, or the batch and the Gaussians of its edges."""
 
 
 class GatedConvolution(nn.Module):
@@ -161,15 +196,34 @@ class GatedConvolution(nn.Module):
         self.edge_norm = GlobalBatchNorm(2 * hidden_dim)
         self.atom_norm = GlobalBatchNorm(hidden_dim)
 
-    def forward(self, atoms: Tensor, gaussians: Tensor, batch: TensorBatch) -> Tensor:
+    def forward(self, atoms: Tensor, edges: Edges) -> Tensor:
         """Return new atom vectors ``(n_atoms, hidden_dim)``."""
-        z = self.edge(gaussians)
-        z = z + self.centre(atoms).index_select(0, batch.centre)
-        z = z + self.neighbor(atoms).index_select(0, batch.neighbor)
-        gate, core = self.edge_norm(z).chunk(2, dim=1)
-        messages = torch.sigmoid(gate) * functional.softplus(core)
-        summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
+        own, other = self.centre(atoms), self.neighbor(atoms)
+        if isinstance(edges, EdgePlan):
+            summed = self._compiled(own.to(atoms), other.to(atoms), edges)
+        else:
+            batch, gaussians = edges
+            z = self.edge(gaussians)
+            z = z + own.index_select(0, batch.centre)
+            z = z + other.index_select(0, batch.neighbor)
+            gate, core = self.edge_norm(z.to(atoms)).chunk(2, dim=1)
+            messages = torch.sigmoid(gate) * functional.softplus(core)
+            summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
         return functional.softplus(atoms + self.atom_norm(summed))
+
+    def _compiled(self, own: Tensor, other: Tensor, plan: EdgePlan) -> Tensor:
+        norm = self.edge_norm
+        weights = (norm.weight, norm.bias)
+        if not self.training:
+            moments = (norm.running_mean, norm.running_var)
+            return convolve_edges_fixed(
+                own, other, self.edge.weight, plan, weights, moments
+            )
+        summed, mean, variance, count = convolve_edges(
+            own, other, self.edge.weight, plan, weights, norm.comm
+        )
+        norm.update(mean, variance, count)
+        return summed
 
 
 class CrystalGraphNetwork(nn.Module):
@@ -184,22 +238,22 @@ class CrystalGraphNetwork(nn.Module):
     """
 
     atom_table: Tensor
-    gaussian_centers: Tensor
 
     def __init__(
         self, architecture: Architecture, atom_table: NDArray[np.float32]
     ) -> None:
         super().__init__()
         hidden = architecture.hidden_dim
-        centers = torch.from_numpy(architecture.gaussian_centers()).float()
+        # Not a buffer, which would be rounded to float32 on the way to float64.
+        self.gaussian_centers = architecture.gaussian_centers()
         table = torch.from_numpy(np.array(atom_table, dtype=np.float32))
         # One copy in the checkpoint serves all members.
         self.register_buffer("atom_table", table, persistent=False)
-        self.register_buffer("gaussian_centers", centers, persistent=False)
-        self.inverse_width = 1.0 / architecture.gaussian_width
+        self.gaussian_width = architecture.gaussian_width
+        self.compiled = compiled() and len(self.gaussian_centers) > 1
         self.embedding = nn.Linear(atom_table.shape[1], hidden)
         self.convolutions = nn.ModuleList(
-            GatedConvolution(hidden, len(centers))
+            GatedConvolution(hidden, len(self.gaussian_centers))
             for _ in range(architecture.num_layers)
         )
         width = architecture.readout_dim
@@ -216,10 +270,9 @@ class CrystalGraphNetwork(nn.Module):
         """
         # All elements at once: 119 rows are fewer than the atoms of most batches.
         atoms = self.embedding(self.atom_table).index_select(0, batch.numbers)
-        shifted = batch.distances.unsqueeze(1) - self.gaussian_centers
-        gaussians = torch.exp(-((shifted * self.inverse_width) ** 2))
+        edges = self._edges(batch)
         for convolution in self.convolutions:
-            atoms = convolution(atoms, gaussians, batch)
+            atoms = convolution(atoms, edges)
         n_graphs = batch.graph_sizes.shape[0]
         crystals = atoms.new_zeros((n_graphs, atoms.shape[1]))
         crystals = crystals.index_add(0, batch.graph_index, atoms)
@@ -228,6 +281,24 @@ class CrystalGraphNetwork(nn.Module):
         for layer in self.inner:
             hidden = functional.softplus(layer(hidden))
         return cast(Tensor, self.output(hidden)).squeeze(1)
+
+    def _edges(self, batch: TensorBatch) -> Edges:
+        """Prepare the edges; the compiled passes have no gradient in evaluation."""
+        on_cpu = batch.distances.device.type == "cpu"
+        if self.compiled and on_cpu and (self.training or not torch.is_grad_enabled()):
+            return plan_edges(
+                starts=batch.edge_start.numpy(),
+                neighbors=batch.neighbor.numpy(),
+                distances=batch.distances.numpy(),
+                graph_sizes=batch.graph_sizes.numpy(),
+                step=float(self.gaussian_centers[1]),
+                width=self.gaussian_width,
+                n_centers=len(self.gaussian_centers),
+                dtype=self.output.weight.dtype,
+            )
+        centers = torch.from_numpy(self.gaussian_centers).to(batch.distances)
+        shifted = (batch.distances.unsqueeze(1) - centers) / self.gaussian_width
+        return batch, torch.exp(-(shifted**2))
 
     def use_communicator(self, comm: Communicator) -> None:
         """Let batch normalization run over the ranks of a communicator."""
