@@ -18,9 +18,10 @@ from nanoos_fw.ml.datasets import (
     write_dataset,
 )
 from nanoos_fw.ml.features import FEATURE_VERSION
-from nanoos_fw.ml.predictors import PropertyModel, open_model
+from nanoos_fw.ml.predictors import PropertyModel
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
 from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
+from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.database import put_artifact
@@ -175,6 +176,7 @@ class TrainModelTask(NanoTask):
             },
             environment={
                 **result.environment,
+                "seed": parameters.training.seed,
                 "ranks": result.ranks,
                 "threads": place.resources.threads,
                 "wall_s": round(result.wall_s, 3),
@@ -213,18 +215,10 @@ class ScreenCandidatesTask(NanoTask):
         if features:
             model = load_model(place, record)
             graphs = features.items()
-            for rows in predict_in_chunks(model, graphs):
+            for rows in predict_in_chunks(model, graphs, coverage=DEFAULT_COVERAGE):
                 written += place.models.put_predictions(
                     reference,
-                    (
-                        Prediction(
-                            structure=row["structure_id"],
-                            prediction=row["mean"],
-                            uncertainty=row["std"],
-                            out_of_domain=row["out_of_domain"],
-                        )
-                        for row in rows
-                    ),
+                    [Prediction.from_row(row, DEFAULT_COVERAGE) for row in rows],
                 )
         return {
             "model": reference,
@@ -237,16 +231,8 @@ class ScreenCandidatesTask(NanoTask):
 
 def load_model(place: TaskContext, record: ModelRecord) -> PropertyModel:
     """Return a registered model, ready to predict, from verified weights."""
-    path = place.work_dir("models", record.sha256) / "weights.safetensors"
-    place.models.write_weights(record, path)
-    return open_model(
-        path,
-        model_name=record.name,
-        model_version=record.reference,
-        target_property=record.target,
-        sha256=record.sha256,
-        threads=place.resources.threads,  # not all cores of a shared node
-    )
+    # Not all cores of a shared node.
+    return place.models.load(record, threads=place.resources.threads)
 
 
 class RankCandidatesParameters(Parameters):

@@ -371,7 +371,7 @@ class _Collector:
         if "dataset" in self.outputs:
             keys["dataset"] = self.outputs["dataset"]
         if self.model is not None:
-            keys["model weights (SHA-256)"] = self.model.sha256
+            keys["model weights (SHA-256)"] = self.model.sha256 or "none"
             keys["training"] = self.model.training_key
         return Provenance(
             versions=package_versions(),

@@ -21,8 +21,9 @@ from nanoos_fw.errors import (
     StoreError,
 )
 from nanoos_fw.provenance import sha256_bytes, write_atomic
+from nanoos_fw.stores.system_models import declare_system_models
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
 EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
@@ -176,6 +177,7 @@ def open_database(launchpad: Any) -> Any:
                 advice="run 'nanoos db migrate' while no campaign is running",
             )
         ensure_indexes(database)
+        declare_system_models(database)
         if found is None:
             set_schema_version(database, SCHEMA_VERSION)
     return database
@@ -298,6 +300,33 @@ def get_artifact(database: Any, digest: str) -> bytes:
             f"artifact {digest} fails its checksum", advice="rerun what made it"
         )
     return data
+
+
+def has_artifact(database: Any, digest: str) -> bool:
+    """Tell whether an artifact is there, without reading it."""
+    import gridfs
+
+    with store_errors(f"look for artifact {digest[:12]}"):
+        return bool(gridfs.GridFS(database, _ARTIFACTS).exists(filename=digest))
+
+
+def artifact_sizes(database: Any, digests: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of those artifacts that are there."""
+    with store_errors("measure artifacts"):
+        found = database[f"{_ARTIFACTS}.files"].find(
+            {"filename": {"$in": list(digests)}}, {"filename": 1, "length": 1}
+        )
+        return {entry["filename"]: int(entry["length"]) for entry in found}
+
+
+def delete_artifact(database: Any, digest: str) -> None:
+    """Delete an artifact, if it is there."""
+    import gridfs
+
+    files = gridfs.GridFS(database, _ARTIFACTS)
+    with store_errors(f"delete artifact {digest[:12]}"):
+        for entry in list(database[f"{_ARTIFACTS}.files"].find({"filename": digest})):
+            files.delete(entry["_id"])
 
 
 # ---------------------------------------------------------------------- embedded

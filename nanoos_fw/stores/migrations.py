@@ -16,10 +16,13 @@ from nanoos_fw.stores.database import (
     SCHEMA_VERSION,
     ensure_indexes,
     get_artifact,
+    put_artifact,
     schema_version,
     set_schema_version,
     store_errors,
 )
+from nanoos_fw.stores.models import ModelRegistry
+from nanoos_fw.stores.system_models import declare_system_models
 
 _MAX_INLINE_BYTES = 15_000_000  # of a document's 16 MB
 
@@ -121,6 +124,43 @@ def _features_down(database: Any) -> int:
     return changed
 
 
+# ------------------------------------------------------------------ 2 <-> 3: models
+
+_MODELS = "models"
+_DECLARED = {"version": 0}  # names of system models: schema 2 has no place for them
+_MODEL_FIELDS = {"storage": "gridfs", "removed": None}
+
+
+def _models_pending_up(database: Any) -> int:
+    return int(database[_MODELS].count_documents({"storage": {"$exists": False}}))
+
+
+def _models_up(database: Any) -> int:
+    changed = database[_MODELS].update_many(
+        {"storage": {"$exists": False}}, {"$set": _MODEL_FIELDS}
+    )
+    declare_system_models(database)
+    return int(changed.modified_count)
+
+
+def _models_pending_down(database: Any) -> int:
+    return int(database[_MODELS].count_documents({"storage": {"$exists": True}}))
+
+
+def _models_down(database: Any) -> int:
+    # Schema 2 reads weights from the artifacts only. Weights in files of the user go
+    # there first, verified; versions whose weights are gone stay as they are.
+    registry = ModelRegistry(database)
+    for document in list(database[_MODELS].find({"storage": "file", "removed": None})):
+        record = registry.get(document["_id"])
+        put_artifact(database, registry.read_weights(record))
+    declared = database[_MODELS].delete_many(_DECLARED).deleted_count
+    changed = database[_MODELS].update_many(
+        {"storage": {"$exists": True}}, {"$unset": dict.fromkeys(_MODEL_FIELDS, "")}
+    )
+    return int(declared + changed.modified_count)
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(
         version=2,
@@ -129,6 +169,14 @@ MIGRATIONS: tuple[Migration, ...] = (
         up=_features_up,
         pending_down=_features_pending_down,
         down=_features_down,
+    ),
+    Migration(
+        version=3,
+        title="models know where their weights are; the system models are declared",
+        pending_up=_models_pending_up,
+        up=_models_up,
+        pending_down=_models_pending_down,
+        down=_models_down,
     ),
 )
 """All steps from schema 1 on, in order."""

@@ -1,89 +1,75 @@
-"""Model registry: immutable versions, movable aliases, predictions."""
+"""Model registry: immutable versions, movable aliases, verified weights."""
 
 from __future__ import annotations
 
-import getpass
+import logging
+import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from nanoos_fw.errors import InputError, StoreError
-from nanoos_fw.provenance import utc_now, write_atomic
-from nanoos_fw.stores.database import (
-    get_artifact,
-    put_artifact,
-    store_errors,
-    upsert_many,
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    InputError,
+    MissingDependencyError,
+    StoreError,
+)
+from nanoos_fw.provenance import (
+    content_key,
+    package_versions,
+    sha256_bytes,
+    sha256_file,
+    utc_now,
+    write_atomic,
+)
+from nanoos_fw.stores.aliases import ACTIVE, LATEST, NOTHING, AliasEntry, AliasLog
+from nanoos_fw.stores.database import get_artifact, put_artifact, store_errors
+from nanoos_fw.stores.model_records import (
+    MOCK_TARGETS,
+    PARTS,
+    ModelRecord,
+    compare_models,
+    merit,
+    metric_of,
+)
+from nanoos_fw.stores.predictions import Prediction, PredictionStore
+from nanoos_fw.stores.system_models import (
+    SYSTEM_MODELS,
+    install_advice,
 )
 
-ACTIVE = "active"
-_REGISTER_TRIES = 20
+if TYPE_CHECKING:
+    from nanoos_fw.ml.cgcnn import CGCNNModel
+    from nanoos_fw.ml.predictors import PropertyModel
 
+__all__ = [
+    "ACTIVE",
+    "ModelRecord",
+    "ModelRegistry",
+    "Prediction",
+    "compare_models",
+    "get_model",
+    "list_models",
+    "metric_of",
+    "register_model",
+]
 
-class ModelRecord(BaseModel):
-    """One immutable version of a model."""
+logger = logging.getLogger(__name__)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    name: str
-    version: int = Field(ge=1)
-    target: str
-    unit: str
-    model_type: str
-    sha256: str = Field(description="SHA-256 of the weights; also their artifact")
-    checkpoint_path: str = Field(description="where training left the weights")
-    training_key: str = Field(description="content key of data, settings and code")
-    training_config: dict[str, Any]
-    metrics: dict[str, Any]
-    dataset_info: dict[str, Any]
-    environment: dict[str, Any]
-    details: str | None = Field(
-        default=None, description="artifact: learning curves and test predictions"
-    )
-    parent: str | None = None
-    is_system_provided: bool = False
-    created: str
-
-    @property
-    def reference(self) -> str:
-        """``name@version``."""
-        return f"{self.name}@{self.version}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-compatible values."""
-        return self.model_dump(mode="json")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction of one model version for one structure, in the target's unit."""
-
-    structure: str
-    prediction: float
-    uncertainty: float | None
-    out_of_domain: bool
-
-    def to_row(self) -> dict[str, Any]:
-        """Return the row that ``ml.screening.rank_candidates`` ranks."""
-        return {
-            "structure_id": self.structure,
-            "mean": self.prediction,
-            "std": self.uncertainty,
-            "out_of_domain": self.out_of_domain,
-        }
+_REGISTER_TRIES = 50
+_BEST = "best"
 
 
 class ModelRegistry:
-    """The collections ``models``, ``model_aliases`` and ``predictions``."""
+    """The collections ``models`` and ``model_aliases``, and the predictions."""
 
     def __init__(self, database: Any) -> None:
         self._database = database
         self._models = database["models"]
-        self._aliases = database["model_aliases"]
-        self._predictions = database["predictions"]
+        self._aliases = AliasLog(database)
+        self._predictions = PredictionStore(database)
+
+    # ------------------------------------------------------------------- versions
 
     def register(
         self,
@@ -100,45 +86,78 @@ class ModelRegistry:
         environment: Mapping[str, Any],
         details: str | None = None,
         parent: str | None = None,
+        storage: Literal["gridfs", "file"] = "gridfs",
     ) -> ModelRecord:
         """Register trained weights as the next version of a name.
 
         Training with the same key again returns the version that is there: a rerun
         makes no second one. The unique indexes decide races between workers.
-        """
-        from pymongo.errors import DuplicateKeyError
 
-        if not name or "@" in name or ":" in name:
-            raise InputError(f"model name {name!r} must not be empty or hold '@', ':'")
-        digest = put_artifact(self._database, weights.read_bytes())
+        Parameters
+        ----------
+        name
+            Without ``@`` and ``:``. The names of system models take weights for
+            their own target only.
+        target, unit, model_type
+            What it predicts, and how.
+        weights
+            File of the weights. ``storage="gridfs"`` copies it into the database;
+            ``"file"`` leaves it there, where all machines must find it.
+        training_key
+            Content key of all that decided the weights.
+        training_config, metrics, dataset_info, environment
+            How, how well, on what (``dataset_hash`` of the manifest) and where.
+            Who registered it is added to the environment.
+        details
+            Artifact with learning curves and predictions.
+        parent
+            Version that the training began with.
+        """
+        _check_name(name, target)
+        if parent is not None:
+            parent = self.get(parent).reference
+        digest = sha256_file(weights)
+        environment = {
+            **environment,
+            "registered_by": {
+                "host": socket.gethostname(),
+                "nanoos_fw": package_versions().get("nanoos_fw"),
+            },
+        }
+        # The entry after the weights: there is no entry whose weights never came.
+        if storage == "gridfs":
+            put_artifact(self._database, weights.read_bytes())
         for _ in range(_REGISTER_TRIES):
             with store_errors(f"register model {name}"):
                 existing = self._models.find_one({"training_key": training_key})
-                if existing is not None:
-                    return _record(existing)
-                record = ModelRecord(
-                    name=name,
-                    version=self._last_version(name) + 1,
-                    target=target,
-                    unit=unit,
-                    model_type=model_type,
-                    sha256=digest,
-                    checkpoint_path=str(weights),
-                    training_key=training_key,
-                    training_config=dict(training_config),
-                    metrics=dict(metrics),
-                    dataset_info=dict(dataset_info),
-                    environment=dict(environment),
-                    details=details,
-                    parent=parent,
-                    created=utc_now(),
-                )
-                try:
-                    self._models.insert_one(
-                        {"_id": record.reference, **record.to_dict()}
-                    )
-                except DuplicateKeyError:
-                    continue  # another worker took this version or this key
+            if existing is not None:
+                return self._read(existing)
+            record = ModelRecord(
+                name=name,
+                version=self._last_version(name) + 1,
+                target=target,
+                unit=unit,
+                model_type=model_type,
+                sha256=digest,
+                checkpoint_path=str(
+                    weights.resolve() if storage == "file" else weights
+                ),
+                storage=storage,
+                training_key=training_key,
+                training_config=dict(training_config),
+                metrics=dict(metrics),
+                dataset_info=dict(dataset_info),
+                environment=environment,
+                details=details,
+                parent=parent,
+                is_system_provided=name in SYSTEM_MODELS,
+                created=utc_now(),
+            )
+            if self._insert(record):
+                if storage == "gridfs":
+                    # A collection of garbage may have met the weights before the
+                    # entry was there to protect them.
+                    put_artifact(self._database, weights.read_bytes())
                 return record
         raise StoreError(
             f"no free version of model {name!r} after {_REGISTER_TRIES} tries",
@@ -149,27 +168,39 @@ class ModelRegistry:
         """Return the version that a training made, if it has been registered."""
         with store_errors("look for a trained model"):
             document = self._models.find_one({"training_key": training_key})
-        return None if document is None else _record(document)
+        return None if document is None else self._read(document)
 
     def get(self, reference: str) -> ModelRecord:
-        """Return a version by ``name@version``, ``name@latest`` or ``name@alias``.
+        """Return a version by a reference.
 
-        A bare name means ``name@active``.
+        Parameters
+        ----------
+        reference
+            ``name@version``, ``name@latest``, ``name@alias``; a bare name means
+            ``name@active``. ``best:mae`` is the version with the lowest MAE,
+            ``best:mae:formation_energy_per_atom`` that for one target; see
+            :meth:`best`. A system model that nothing was activated for is its
+            latest version.
 
         Raises
         ------
         InputError
             If there is no such model, version or alias.
         """
+        if reference.startswith(f"{_BEST}:"):
+            metric, _, target = reference.removeprefix(f"{_BEST}:").partition(":")
+            return self.best(metric, target=target or None)
         name, _, selector = reference.partition("@")
         selector = selector or ACTIVE
         version: int | None
         if selector.isdigit():
             version = int(selector)
-        elif selector == "latest":
-            version = self._last_version(name) or None
+        elif selector == LATEST:
+            version = self._last_version(name, none=-1)
         else:
-            version = self._alias(name, selector)
+            version = self._aliases.version(name, selector)
+            if version is None and selector == ACTIVE and name in SYSTEM_MODELS:
+                version = self._last_version(name, none=-1)
         with store_errors(f"read model {reference}"):
             document = (
                 None
@@ -183,104 +214,389 @@ class ModelRegistry:
                 evidence={"versions": versions[:20]},
                 advice=f"known versions: {', '.join(versions[:5]) or 'none'}",
             )
-        return _record(document)
+        return self._read(document)
 
     def list_models(
-        self, *, name: str | None = None, target: str | None = None
+        self,
+        *,
+        name: str | None = None,
+        target: str | None = None,
+        sort: str | None = None,
+        part: str = "val",
     ) -> list[ModelRecord]:
-        """Return all versions, by name and version."""
+        """Return all versions.
+
+        Parameters
+        ----------
+        name, target
+            Only these.
+        sort
+            Metric: the best version first, those that do not state it last. None
+            sorts by name and version.
+        part
+            Part of the dataset that the metric is of.
+        """
         query = {k: v for k, v in (("name", name), ("target", target)) if v is not None}
         with store_errors("list models"):
             documents = list(self._models.find(query))
-        return sorted(
-            (_record(d) for d in documents), key=lambda r: (r.name, r.version)
+        active = self._aliases.current()
+        records = sorted(
+            (_record(d, active.get(d["name"]) == d["version"]) for d in documents),
+            key=lambda r: (r.name, r.version),
         )
+        if sort is None:
+            return records
+        return sorted(records, key=lambda record: merit(record, sort, part))
+
+    def best(
+        self, metric: str, *, target: str | None = None, part: str | None = None
+    ) -> ModelRecord:
+        """Return the version with the best metric.
+
+        Parameters
+        ----------
+        metric
+            ``mae``, ``rmse``, ``mse``: the lowest; ``r2``: the highest.
+        target
+            Needed where the registry holds models of several targets: their
+            numbers cannot be compared.
+        part
+            Part of the dataset. By default the validation part, since what has
+            chosen a model cannot judge it any more; the test part if no model
+            states the former.
+
+        Raises
+        ------
+        InputError
+            If no usable model states the metric, or their targets differ.
+        """
+        records = [
+            record
+            for record in self.list_models(target=target)
+            if record.has_weights and not record.has_mock_targets
+        ]
+        parts = PARTS if part is None else (part,)
+        stated: list[ModelRecord] = []
+        judged = parts[0]
+        for judged in parts:
+            stated = [r for r in records if metric_of(r, metric, judged) is not None]
+            if stated:
+                break
+        if not stated:
+            raise InputError(
+                f"no model states {metric} of {' or '.join(parts)}"
+                + (f" for target {target!r}" if target else ""),
+                evidence={"models": [r.reference for r in records[:20]]},
+                advice="see 'nanoos models list --json' for what is stated",
+            )
+        targets = sorted({record.target for record in stated})
+        if len(targets) > 1:
+            raise InputError(
+                f"the {metric} of different targets cannot be compared: "
+                f"{', '.join(targets)}",
+                advice=f"name one, as in best:{metric}:{targets[0]}",
+            )
+        datasets = {record.dataset_info.get("dataset_hash") for record in stated}
+        if len(datasets) > 1:
+            logger.warning(
+                "the %s of %d models were measured on %d datasets: they are not "
+                "strictly comparable",
+                metric,
+                len(stated),
+                len(datasets),
+            )
+        # A tie goes to the older version: min takes the first.
+        return min(stated, key=lambda record: merit(record, metric, judged))
+
+    # -------------------------------------------------------------------- aliases
 
     def activate(self, reference: str, *, alias: str = ACTIVE, reason: str) -> None:
-        """Point an alias at a version; the history of the alias is kept."""
-        from pymongo.errors import DuplicateKeyError
+        """Point an alias at a version; the history of the alias is kept.
 
+        Raises
+        ------
+        InputError
+            If the version has no weights, or was trained on mock targets: nothing
+            may take its numbers for real.
+        """
         record = self.get(reference)
-        for _ in range(_REGISTER_TRIES):
-            with store_errors(f"activate {reference}"):
-                last = self._alias_entry(record.name, alias)
-                if last is not None and last["version"] == record.version:
-                    return
-                try:
-                    self._aliases.insert_one(
-                        {
-                            "name": record.name,
-                            "alias": alias,
-                            "sequence": 1 if last is None else last["sequence"] + 1,
-                            "version": record.version,
-                            "reason": reason,
-                            "by": getpass.getuser(),
-                            "time": utc_now(),
-                        }
-                    )
-                except DuplicateKeyError:
-                    continue
-                return
-        raise StoreError(f"alias {alias!r} of {record.name!r} keeps being moved")
+        if record.has_mock_targets:
+            raise InputError(
+                f"{record.reference} was trained on mock targets and cannot be made "
+                f"{alias!r}",
+                evidence={"dataset_info": {MOCK_TARGETS: True}},
+                advice="train on computed or measured targets",
+            )
+        self._check_weights_there(record)
+        self._aliases.move(record.name, alias, record.version, reason)
+        # A collection of garbage marks first and looks at aliases then, this the other
+        # way round: one of the two sees the other.
+        try:
+            self._check_weights_there(self.get(record.reference))
+        except MissingDependencyError:
+            self.deactivate(record.name, alias=alias, reason="its weights were removed")
+            raise
+
+    def deactivate(self, name: str, *, alias: str = ACTIVE, reason: str) -> None:
+        """Take an alias off; ``name@alias`` is then no model.
+
+        Raises
+        ------
+        InputError
+            If the alias points at nothing.
+        """
+        if self._aliases.version(name, alias) is None:
+            raise InputError(f"no version of {name!r} is {alias!r}")
+        self._aliases.move(name, alias, NOTHING, reason)
+
+    def roll_back(
+        self, name: str, *, alias: str = ACTIVE, reason: str = "rolled back"
+    ) -> ModelRecord:
+        """Point an alias at the version it pointed at before, and return that.
+
+        Repeated, it goes back further.
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        StoreError
+            If somebody else moves the alias at the same time.
+        """
+        entry = self._aliases.roll_back(name, alias, reason)
+        return self.get(f"{name}@{entry.version}")
+
+    def history(self, name: str, alias: str | None = None) -> list[AliasEntry]:
+        """Return all moves of the aliases of a name, oldest first."""
+        return self._aliases.history(name, alias)
+
+    # -------------------------------------------------------------------- weights
+
+    def read_weights(self, record: ModelRecord) -> bytes:
+        """Return the weights of a version, verified by their SHA-256.
+
+        Raises
+        ------
+        MissingDependencyError
+            If no weights are installed, or they were removed.
+        StoreError
+            If they are not where they should be.
+        CorruptArtifactError
+            If they are not the ones that were registered.
+        """
+        self._check_weights_there(record)
+        assert record.sha256 is not None
+        if record.storage == "gridfs":
+            return get_artifact(self._database, record.sha256)
+        path = Path(record.checkpoint_path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(
+                f"the weights of {record.reference} cannot be read from {path}: "
+                f"{error.strerror}",
+                advice="bring the file back, or register the model again",
+            ) from error
+        found = sha256_bytes(data)
+        if found != record.sha256:
+            raise CorruptArtifactError(
+                f"{path} does not hold the weights of {record.reference}",
+                evidence={"sha256": found, "sha256_expected": record.sha256},
+                advice="bring the file back, or register the model again",
+            )
+        return data
 
     def write_weights(self, record: ModelRecord, path: Path) -> Path:
         """Write the weights of a version to a file, verified, and return its path."""
-        write_atomic(path, get_artifact(self._database, record.sha256))
+        write_atomic(path, self.read_weights(record))
         return path
 
-    # -------------------------------------------------------------- predictions
+    def load(
+        self, reference: str | ModelRecord, *, threads: int | None = None
+    ) -> PropertyModel:
+        """Return a version's model, ready to predict, from verified weights.
+
+        Parameters
+        ----------
+        reference
+            As in :meth:`get`, or a record.
+        threads
+            Of predictions; None takes ``OMP_NUM_THREADS``, or all cores.
+
+        Raises
+        ------
+        InputError
+            If there is no such version.
+        MissingDependencyError
+            If its weights are not installed; says how to get them.
+        """
+        record = self.get(reference) if isinstance(reference, str) else reference
+        from nanoos_fw.ml.predictors import open_model
+
+        return open_model(
+            self.read_weights(record),
+            model_name=record.name,
+            model_version=record.reference,
+            target_property=record.target,
+            sha256=record.sha256,
+            threads=threads,
+        )
+
+    def _check_weights_there(self, record: ModelRecord) -> None:
+        if record.storage == "none":
+            raise MissingDependencyError(
+                f"no weights are installed for the model {record.name!r}",
+                evidence={"model": record.reference},
+                advice=install_advice(record.name),
+            )
+        if record.removed is not None:
+            raise MissingDependencyError(
+                f"the weights of {record.reference} were removed on {record.removed}",
+                evidence={"training_key": record.training_key},
+                advice="train it again, which registers a new version",
+            )
+
+    # ---------------------------------------------------------------- predictions
 
     def put_predictions(self, model: str, rows: Iterable[Prediction]) -> int:
         """Store predictions once per (model, structure); return how many are new."""
-        upserts = [
-            (
-                {"model": model, "structure": row.structure},
-                {
-                    "$setOnInsert": {
-                        "prediction": row.prediction,
-                        "uncertainty": row.uncertainty,
-                        "out_of_domain": row.out_of_domain,
-                    }
-                },
-            )
-            for row in rows
-        ]
-        with store_errors("store predictions"):
-            return len(upsert_many(self._predictions, upserts))
+        return self._predictions.put(model, rows)
 
     def predictions(self, model: str, structures: Sequence[str]) -> list[Prediction]:
         """Return the predictions there are for the structures, in their order."""
-        query = {"model": model, "structure": {"$in": list(structures)}}
-        with store_errors("read predictions"):
-            found = {d["structure"]: d for d in self._predictions.find(query)}
-        return [
-            Prediction(
-                structure=key,
-                prediction=float(found[key]["prediction"]),
-                uncertainty=found[key]["uncertainty"],
-                out_of_domain=bool(found[key]["out_of_domain"]),
+        return self._predictions.get(model, structures)
+
+    def n_predictions(self, model: str) -> int:
+        """Return how many predictions a version has."""
+        return self._predictions.count(model)
+
+    # -------------------------------------------------------------------- private
+
+    def _insert(self, record: ModelRecord) -> bool:
+        from pymongo.errors import DuplicateKeyError
+
+        document = record.to_dict()
+        del document["is_active"]
+        with store_errors(f"register model {record.name}"):
+            try:
+                self._models.insert_one({"_id": record.reference, **document})
+            except DuplicateKeyError:
+                return False  # another worker took this version or this key
+        return True
+
+    def _read(self, document: Mapping[str, Any]) -> ModelRecord:
+        active = self._aliases.version(document["name"])
+        return _record(document, active == document["version"])
+
+    def _last_version(self, name: str, none: int = 0) -> int:
+        with store_errors(f"read the versions of {name}"):
+            document = self._models.find_one(
+                {"name": name}, {"version": 1}, sort=[("version", -1)]
             )
-            for key in structures
-            if key in found
-        ]
+        return none if document is None else int(document["version"])
 
-    def _last_version(self, name: str) -> int:
-        document = self._models.find_one(
-            {"name": name}, {"version": 1}, sort=[("version", -1)]
+
+# ----------------------------------------------------------------- the short calls
+
+
+def register_model(
+    model: CGCNNModel,
+    weights: Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    dataset_info: Mapping[str, Any] | None = None,
+    parent: str | None = None,
+    database: Any = None,
+) -> ModelRecord:
+    """Register a loaded model under its name.
+
+    Parameters
+    ----------
+    model
+        With weights.
+    weights
+        The file they were loaded from.
+    metrics, dataset_info, parent
+        As in :meth:`ModelRegistry.register`; the manifest's hash and the training
+        rows are taken from the model itself.
+    database
+        Of ``open_database``; None takes that of the settings.
+
+    Raises
+    ------
+    InputError
+        If the file holds other weights.
+    """
+    card = model.card
+    digest = sha256_file(weights)
+    if card is None or model.checkpoint_sha256 != digest:
+        raise InputError(
+            f"{weights} does not hold the weights of model {model.model_name!r}",
+            evidence={"sha256": digest, "sha256_expected": model.checkpoint_sha256},
+            advice="load the model from this file first",
         )
-        return 0 if document is None else int(document["version"])
+    return _registry(database).register(
+        name=model.model_name,
+        target=card.target_property,
+        unit=card.unit,
+        model_type="CGCNN",
+        weights=weights,
+        training_key=content_key("weights", [model.model_name, digest]),
+        training_config=card.architecture.model_dump(mode="json"),
+        metrics=metrics or {},
+        dataset_info={
+            "dataset_hash": card.dataset_hash,
+            "counts": {"train": card.n_train},
+            **(dataset_info or {}),
+        },
+        environment={},
+        parent=parent,
+    )
 
-    def _alias_entry(self, name: str, alias: str) -> dict[str, Any] | None:
-        entry: dict[str, Any] | None = self._aliases.find_one(
-            {"name": name, "alias": alias}, sort=[("sequence", -1)]
+
+def get_model(model_name: str, *, database: Any = None) -> PropertyModel:
+    """Return a registered model, ready to predict.
+
+    Parameters
+    ----------
+    model_name
+        Any reference: ``name``, ``name@version``, ``name@alias``, ``best:mae``.
+    database
+        Of ``open_database``; None takes that of the settings.
+    """
+    return _registry(database).load(model_name)
+
+
+def list_models(
+    *, target: str | None = None, sort: str | None = None, database: Any = None
+) -> list[ModelRecord]:
+    """Return all registered versions; see :meth:`ModelRegistry.list_models`."""
+    return _registry(database).list_models(target=target, sort=sort)
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _registry(database: Any) -> ModelRegistry:
+    if database is None:
+        from nanoos_fw.settings import load_settings
+        from nanoos_fw.stores.database import load_launchpad, open_database
+
+        database = open_database(load_launchpad(load_settings().launchpad))
+    return ModelRegistry(database)
+
+
+def _check_name(name: str, target: str) -> None:
+    if not name or "@" in name or ":" in name:
+        raise InputError(f"model name {name!r} must not be empty or hold '@', ':'")
+    system = SYSTEM_MODELS.get(name)
+    if system is not None and target != system.target:
+        raise InputError(
+            f"{name!r} is the name of a model for {system.target!r}, not {target!r}",
+            advice="choose another name",
         )
-        return entry
-
-    def _alias(self, name: str, alias: str) -> int | None:
-        with store_errors(f"read alias {alias}"):
-            entry = self._alias_entry(name, alias)
-        return None if entry is None else int(entry["version"])
 
 
-def _record(document: Mapping[str, Any]) -> ModelRecord:
-    return ModelRecord(**{k: v for k, v in document.items() if k != "_id"})
+def _record(document: Mapping[str, Any], is_active: bool) -> ModelRecord:
+    fields = {k: v for k, v in document.items() if k != "_id"}
+    return ModelRecord(**fields, is_active=is_active)

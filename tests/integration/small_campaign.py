@@ -77,7 +77,7 @@ def rows(database: Any) -> dict[str, Any]:
         "models": unique(
             [
                 (d["name"], (d["version"], d["metrics"]))
-                for d in database["models"].find()
+                for d in database["models"].find({"is_system_provided": False})
             ],
             "models",
         ),

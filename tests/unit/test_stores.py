@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from nanoos_fw.stores.database import (
     put_artifact,
 )
 from nanoos_fw.stores.labels import formation_energies
-from nanoos_fw.stores.models import ModelRegistry, Prediction
 from nanoos_fw.stores.simulations import Simulation, SimulationStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
@@ -39,22 +36,6 @@ def database(request: pytest.FixtureRequest) -> Any:
 
 def crystal(a: float = 3.6, species: tuple[str, str] = ("Cu", "Au")) -> Structure:
     return Structure(Lattice.cubic(a), species, [[0, 0, 0], [0.5, 0.5, 0.5]])
-
-
-def register(registry: ModelRegistry, weights: Path, key: str, **changes: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "name": "energies",
-        "target": "formation_energy_per_atom",
-        "unit": "eV/atom",
-        "model_type": "CGCNN",
-        "weights": weights,
-        "training_key": key,
-        "training_config": {"epochs": 3},
-        "metrics": {"test": {"mae": 0.1}},
-        "dataset_info": {},
-        "environment": {},
-    }
-    return registry.register(**{**arguments, **changes})
 
 
 class Launchpad:
@@ -187,88 +168,3 @@ def test_a_campaign_keeps_its_plan(database: Any) -> None:
     with pytest.raises(InputError, match="no campaign 'two'"):
         store.get("two")
     assert store.names() == ["one"]
-
-
-def test_versions_are_immutable_and_one_per_training(
-    database: Any, tmp_path: Path
-) -> None:
-    registry = ModelRegistry(database)
-    weights = tmp_path / "w"
-    weights.write_bytes(b"weights one")
-    first = register(registry, weights, "k1")
-    assert (
-        register(registry, weights, "k1").reference == first.reference == "energies@1"
-    )
-    weights.write_bytes(b"weights two")
-    second = register(registry, weights, "k2")
-    assert second.version == 2
-    assert registry.find("k2") == second
-    assert registry.find("k3") is None
-    assert registry.get("energies@latest") == second
-    assert registry.get("energies@1") == first
-    assert [r.version for r in registry.list_models(name="energies")] == [1, 2]
-    out = registry.write_weights(first, tmp_path / "out" / "w")
-    assert out.read_bytes() == b"weights one"
-
-
-def test_aliases_move_and_keep_their_history(database: Any, tmp_path: Path) -> None:
-    registry = ModelRegistry(database)
-    (tmp_path / "w").write_bytes(b"w")
-    register(registry, tmp_path / "w", "k1")
-    register(registry, tmp_path / "w", "k2")
-    with pytest.raises(InputError, match="energies@active"):
-        registry.get("energies")
-    registry.activate("energies@1", reason="first")
-    registry.activate("energies@1", reason="again: no entry")
-    registry.activate("energies@2", reason="better")
-    assert registry.get("energies").version == 2
-    history = database["model_aliases"].find().sort("sequence", 1)
-    assert [(h["sequence"], h["version"]) for h in history] == [(1, 1), (2, 2)]
-
-
-@pytest.mark.parametrize("name", ["", "a@b", "a:b"])
-def test_a_model_name_that_breaks_references_is_refused(
-    database: Any, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "w").write_bytes(b"w")
-    with pytest.raises(InputError, match="model name"):
-        register(ModelRegistry(database), tmp_path / "w", "k", name=name)
-
-
-@pytest.mark.mongodb
-def test_the_index_decides_races_between_workers(
-    mongodb_database: Any, tmp_path: Path
-) -> None:
-    ensure_indexes(mongodb_database)
-    registry = ModelRegistry(mongodb_database)
-    (tmp_path / "w").write_bytes(b"w")
-    # Two trainings, each registered by four workers at once.
-    keys = ["k1", "k2"] * 4
-    references: list[str] = []
-    threads = [
-        threading.Thread(
-            target=lambda key=key: references.append(
-                register(registry, tmp_path / "w", key).reference
-            )
-        )
-        for key in keys
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(references) == ["energies@1"] * 4 + ["energies@2"] * 4
-    assert mongodb_database["models"].count_documents({}) == 2
-    assert mongodb_database["artifacts.files"].count_documents({}) == 1
-
-
-def test_a_prediction_is_written_once(database: Any) -> None:
-    registry = ModelRegistry(database)
-    rows = [Prediction("s", -0.1, 0.02, False), Prediction("t", 0.3, None, True)]
-    assert registry.put_predictions("m@1", rows) == 2
-    assert (
-        registry.put_predictions("m@1", [*rows, Prediction("u", 0.0, 0.1, False)]) == 1
-    )
-    assert registry.put_predictions("m@2", rows) == 2
-    assert registry.predictions("m@1", ["t", "s", "x"]) == [rows[1], rows[0]]
-    assert registry.put_predictions("m@1", []) == 0
