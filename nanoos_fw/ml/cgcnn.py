@@ -15,8 +15,10 @@ from nanoos_fw.errors import (
     CorruptArtifactError,
     InputError,
     MissingDependencyError,
+    NanoOSError,
 )
 from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.crystal_tables import build_table
 from nanoos_fw.ml.features import graph_from_repr
 from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
 from nanoos_fw.ml.inference import FoldedNetwork, fold_network, run_networks
@@ -40,6 +42,8 @@ from nanoos_fw.ml.uncertainty import (
 from nanoos_fw.provenance import sha256_bytes
 
 if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
     from nanoos_fw.ml.network import CrystalGraphNetwork
 
 __all__ = [
@@ -276,7 +280,47 @@ class CGCNNModel:
         card = self._loaded()
         if not graphs:
             return _no_predictions(card, coverage, self._uncertainty)
-        table = self.table_of(graphs)
+        return self._judge(self.table_of(graphs), coverage, batch_size)
+
+    def predict_crystals(
+        self,
+        crystals: Sequence[Structure | Mapping[str, Any]],
+        *,
+        coverage: float = DEFAULT_COVERAGE,
+    ) -> tuple[Predictions, NDArray[np.int64], dict[int, NanoOSError]]:
+        """Predict crystals without features made before.
+
+        Parameters
+        ----------
+        crystals
+            As in :func:`nanoos_fw.ml.crystal_tables.build_table`.
+        coverage
+            Of the intervals.
+
+        Returns
+        -------
+        predictions
+            Of those that have a graph.
+        positions
+            ``(n,)``, the place of each in ``crystals``.
+        errors
+            Why the others have none, by place.
+        """
+        card = self._loaded()
+        table, positions, errors = build_table(
+            crystals,
+            cutoff_radius=card.cutoff_radius,
+            max_neighbors=card.max_neighbors,
+        )
+        if table is None:
+            nothing = _no_predictions(card, coverage, self._uncertainty)
+            return nothing, positions, dict(errors)
+        return self._judge(table, coverage, 256), positions, dict(errors)
+
+    def _judge(
+        self, table: GraphTable, coverage: float, batch_size: int
+    ) -> Predictions:
+        card = self._loaded()
         unseen = _unseen_by_graph(table, card.elements)
         outside = np.array([bool(names) for names in unseen], dtype=bool)
         members = self.predict_rows(table, batch_size)
