@@ -31,7 +31,9 @@ from pydantic import ValidationError
 
 from nanoos_fw.errors import InputError, MissingDependencyError, NanoOSError
 from nanoos_fw.md import zhou2004
+from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potential_files import FileHeader, read_entry_elements, read_header
+from nanoos_fw.md.potential_folders import search_folders
 from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
     Potential,
@@ -39,12 +41,7 @@ from nanoos_fw.md.potentials import (
     lennard_jones_potential,
     zhou2004_potential,
 )
-from nanoos_fw.md.recipes import (
-    commands_potential,
-    file_potential,
-    search_folders,
-    style_of_file,
-)
+from nanoos_fw.md.recipes import file_potential, style_of_file
 from nanoos_fw.provenance import sha256_file
 
 logger = logging.getLogger(__name__)
@@ -353,9 +350,9 @@ class Catalogue:
         Parameters
         ----------
         chosen
-            A `Potential` or its dictionary; commands (`recipes.PotentialCommands`);
-            the name of an entry, a style or a family; or None, which takes the
-            16-metal EAM.
+            A `Potential` or its dictionary; commands, as
+            `pair_commands.PotentialCommands` has them; the name of an entry, a style
+            or a family; or None, which takes the 16-metal EAM.
         elements
             Elements of the structure.
         directory

@@ -45,6 +45,7 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
         raise InputError(
             f"the cell repeats after {self_images.min():.3f} Å",
             evidence={"class": "atoms_too_close"},
+            advice="check the lattice vectors and their unit",
         )
     # By rows: memory stays linear in the number of atoms.
     for i in range(len(species) - 1):

@@ -44,6 +44,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9._+-]+\Z")
 STYLE_NAME = re.compile(r"[a-z][a-z0-9]*([/_][a-z0-9]+)*\Z")
 # What stands between numbers and file names: keywords of LAMMPS, tags of elements.
 PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*\Z")
+TYPE_LABEL = re.compile(r"[A-Za-z][A-Za-z0-9]*\Z")
 ABSENT = "NULL"  # LAMMPS' word for a type that a pair style does not know
 OVERLAY = "hybrid/overlay"
 _METAL_TIMESTEP_FS = 2.0
@@ -149,7 +150,12 @@ class PairCoefficient(BaseModel):
     def _check(self) -> PairCoefficient:
         for element in (*(self.between or ()), *self.labels):
             check_element(element)
-        check_words(tuple(self.labels.values()))
+        for label in self.labels.values():
+            if not TYPE_LABEL.match(label):
+                raise InputError(
+                    f"{label!r} is no name of an atom type",
+                    advice="it takes letters and digits, such as 'Si' or 'Ni4'",
+                )
         return self
 
 
@@ -245,6 +251,9 @@ class Potential(BaseModel):
     timestep_fs: float = Field(gt=0.0)
     cutoff_a: float | None = Field(default=None, gt=0.0)
     generated_from: str | None = None
+
+    # It stands in a comment of the script.
+    _name = field_validator("name")(check_safe_name)
 
     @model_validator(mode="before")
     @classmethod
@@ -612,6 +621,19 @@ def setfl_term(style: str, file_name: str, elements: Sequence[str]) -> PairTerm:
     labels = {element: element for element in elements}
     coefficient = PairCoefficient(words=(file_name,), labels=labels)
     return PairTerm(style=style, coefficients=(coefficient,))
+
+
+def qeq_reaxff(taper_a: tuple[float, float]) -> PotentialFix:
+    """Return the charge equilibration of ReaxFF, at every step.
+
+    Parameters
+    ----------
+    taper_a
+        Lower and upper taper radius of the file in Å. The tolerance is that of the
+        examples of LAMMPS, 1e-6.
+    """
+    arguments = (1, *taper_a, 1e-6, "reaxff")
+    return PotentialFix(style="qeq/reaxff", arguments=arguments)
 
 
 def safe_timestep_fs(elements: Sequence[str], *, reactive: bool = False) -> float:

@@ -19,14 +19,12 @@ from nanoos_fw.md.catalogue import (
     unregister_potential,
 )
 from nanoos_fw.md.installed import InstalledLammps, installed_lammps
+from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potential_checks import check_potential
 from nanoos_fw.md.potential_files import read_header
+from nanoos_fw.md.potential_folders import wheel_potential_directory
 from nanoos_fw.md.potentials import Potential, lennard_jones_potential
-from nanoos_fw.md.recipes import (
-    commands_potential,
-    file_potential,
-    wheel_potential_directory,
-)
+from nanoos_fw.md.recipes import file_potential
 
 WHEEL = wheel_potential_directory()
 STYLES = frozenset(

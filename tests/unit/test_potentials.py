@@ -12,6 +12,7 @@ from pymatgen.core import Element
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.md import zhou2004
 from nanoos_fw.md.potential_files import setfl_subset
+from nanoos_fw.md.potential_folders import find_potential_file
 from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
     Potential,
@@ -19,7 +20,7 @@ from nanoos_fw.md.potentials import (
     lennard_jones_potential,
     zhou2004_potential,
 )
-from nanoos_fw.md.recipes import file_potential, find_potential_file
+from nanoos_fw.md.recipes import file_potential
 
 # Experimental cohesive energies in eV/atom: C. Kittel, Introduction to Solid State
 # Physics, 8th ed., table 3.1. The fit used other sources, up to 0.2 eV away (Al).
