@@ -30,12 +30,16 @@ class FitContext:
         All ranks.
     stop
         When to stop.
+    pause_after
+        Epochs after which a member pauses, short of those of the configuration; None
+        goes on to the end.
     """
 
     work_dir: Path
     key: str
     comm: Communicator
     stop: StopRequest
+    pause_after: int | None = None
 
 
 def fit_members(
@@ -81,7 +85,7 @@ def fit_members(
                 report_progress(place.work_dir, done, len(mine) * training.epochs, text)
 
         try:
-            _fit_one(fit, checkpoints, place.stop, tell)
+            _fit_one(fit, checkpoints, place, tell)
         except OutOfTimeError as error:
             stopped = error
             break
@@ -119,12 +123,13 @@ def _team(comm: Communicator, n_members: int) -> tuple[Communicator, int, int]:
 def _fit_one(
     fit: Fit,
     checkpoints: Checkpoints,
-    stop: StopRequest,
+    place: FitContext,
     tell: Callable[[int, str], None],
 ) -> None:
-    """Run the epochs of one member that are left."""
-    every, history = fit.config.checkpoint_every, fit.history
-    while not fit.done:
+    """Run the epochs of one member that are left, or those up to the pause."""
+    every, history, stop = fit.config.checkpoint_every, fit.history, place.stop
+    limit = place.pause_after or fit.config.epochs
+    while not fit.done and history.epochs < limit:
         if not fit.run_epoch(lambda: fit.comm.any(stop.requested)):
             checkpoints.save(fit)
             raise OutOfTimeError(
@@ -133,7 +138,7 @@ def _fit_one(
                 evidence={"member": fit.member, "epochs": history.epochs},
                 advice="rerun to resume from the checkpoint",
             )
-        if fit.done or history.epochs % every == 0:
+        if fit.done or history.epochs == limit or (history.epochs % every == 0):
             checkpoints.save(fit)
         text = f"member {fit.member + 1}, epoch {history.epochs}"
         if history.val_mae:

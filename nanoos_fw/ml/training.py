@@ -212,6 +212,7 @@ def train_cgcnn_model(
     work_dir: str | Path,
     resources: Resources = Resources(),  # noqa: B008 - frozen
     deadline: float | None = None,
+    pause_after: int | None = None,
 ) -> TrainingResult:
     """Train an ensemble on the ranks of a child program.
 
@@ -230,6 +231,10 @@ def train_cgcnn_model(
         Ranks, threads and launcher.
     deadline
         Unix time by which the ranks are to have written a checkpoint and stopped.
+    pause_after
+        Stop after this many epochs and return the model as it is then. The schedule
+        is still that of ``config.epochs``: called again with a larger number, or
+        None, the training goes on as if it had not paused, bit for bit.
 
     Raises
     ------
@@ -270,6 +275,7 @@ def train_cgcnn_model(
             "dataset_dir": str(Path(dataset_dir).resolve()),
             "threads": resources.threads,
             "deadline": deadline,
+            "pause_after": pause_after,
         },
     )
     result = launch_ranks(RANK_PROGRAM, path, resources=resources, deadline=deadline)
@@ -336,7 +342,7 @@ def main(
         lambda member, team: Fit(
             training, card.architecture, atom_features(), data, member, team
         ),
-        FitContext(work_dir, key, comm, stop),
+        FitContext(work_dir, key, comm, stop, config.get("pause_after")),
     )
     result: dict[str, Any] = {}
     if comm.rank == 0:

@@ -87,12 +87,13 @@ class StopAfter(StopRequest):
         return self.left < 0
 
 
-def train(dataset_dir, work_dir, stop=None, **changes):
+def train(dataset_dir, work_dir, stop=None, pause_after=None, **changes):
     work_dir.mkdir(exist_ok=True)
     config = {
         "config": TrainingConfig(**{**SMALL, **changes}).model_dump(mode="json"),
         "dataset_dir": str(dataset_dir),
         "threads": 1,
+        "pause_after": pause_after,
     }
     result = main(config, work_dir, Communicator(), stop or StopRequest())
     json.dumps(result, allow_nan=False)  # must be able to cross the process boundary
@@ -414,3 +415,15 @@ def test_calibration_finds_a_known_factor():
     error = 3.0 * std * rng.normal(size=20000)
     assert calibrate(error, np.zeros(20000), std) == pytest.approx(3.0, rel=0.03)
     assert calibrate(error[:3], np.zeros(3), np.zeros(3)) == 1.0
+
+
+def test_a_training_that_paused_ends_like_one_that_did_not(dataset_dir, tmp_path):
+    straight = train(dataset_dir, tmp_path / "straight")
+    for epochs in (1, 3, 3, None):  # not at a checkpoint's epoch; twice the same
+        paused = train(dataset_dir, tmp_path / "paused", pause_after=epochs)
+        assert [c.epochs for c in paused.curves] == [epochs or 6] * 2
+        if epochs:
+            assert paused.curves[0].val_mae == straight.curves[0].val_mae[:epochs]
+            assert paused.checkpoint_sha256 != straight.checkpoint_sha256
+    assert paused.checkpoint_sha256 == straight.checkpoint_sha256
+    assert paused.curves == straight.curves
