@@ -26,6 +26,7 @@ from nanoos_fw.ml.model_files import (
     ATOM_TABLE,
     FETCH,
     REFERENCE,
+    AnyArchitecture,
     Architecture,
     ModelCard,
     atom_features,
@@ -44,7 +45,7 @@ from nanoos_fw.provenance import sha256_bytes
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-    from nanoos_fw.ml.network import CrystalGraphNetwork
+    from nanoos_fw.ml.network import Network
 
 __all__ = [
     "AnyGraph",
@@ -52,6 +53,7 @@ __all__ = [
     "CGCNNModel",
     "ModelCard",
     "atom_features",
+    "build_networks",
     "dropout_spread",
     "ensemble",
     "predict_table",
@@ -109,7 +111,9 @@ class CGCNNModel:
     ) -> None:
         self.model_name = model_name
         self.target_property = target_property
-        self.architecture = Architecture(hidden_dim=hidden_dim, num_layers=num_layers)
+        self.architecture: AnyArchitecture = Architecture(
+            hidden_dim=hidden_dim, num_layers=num_layers
+        )
         self.card: ModelCard | None = None
         self.checkpoint_sha256: str | None = None
         self.threads = threads
@@ -188,13 +192,13 @@ class CGCNNModel:
         self.checkpoint_sha256 = digest
         return self
 
-    def networks(self) -> list[CrystalGraphNetwork]:
+    def networks(self) -> list[Network]:
         """Return the members as networks of torch, for what folded ones cannot do."""
         if self.threads is not None:
             import torch
 
             torch.set_num_threads(self.threads)
-        return _build_members(self._loaded(), self._arrays, self.model_name)
+        return build_networks(self._loaded(), self._arrays, self.model_name)
 
     def unseen_elements(self, graph: AnyGraph) -> list[str]:
         """Return the elements of a graph that the training set did not hold."""
@@ -307,15 +311,24 @@ class CGCNNModel:
             Why the others have none, by place.
         """
         card = self._loaded()
-        table, positions, errors = build_table(
-            crystals,
-            cutoff_radius=card.cutoff_radius,
-            max_neighbors=card.max_neighbors,
-        )
+        table, positions, errors = self._build_table(card, crystals)
         if table is None:
             nothing = _no_predictions(card, coverage, self._uncertainty)
             return nothing, positions, dict(errors)
         return self._judge(table, coverage, 256), positions, dict(errors)
+
+    def _build_table(
+        self, card: ModelCard, crystals: Sequence[Structure | Mapping[str, Any]]
+    ) -> tuple[
+        GraphTable | None,
+        NDArray[np.int64],
+        dict[int, InputError | CorruptArtifactError],
+    ]:
+        return build_table(
+            crystals,
+            cutoff_radius=card.cutoff_radius,
+            max_neighbors=card.max_neighbors,
+        )
 
     def _judge(
         self, table: GraphTable, coverage: float, batch_size: int
@@ -441,8 +454,42 @@ class CGCNNModel:
             )
 
 
+def build_networks(
+    card: ModelCard, arrays: Mapping[str, NDArray[Any]], name: str
+) -> list[Network]:
+    """Return the members of a checkpoint as networks of torch.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the weights do not fit the card.
+    """
+    import torch
+
+    from nanoos_fw.ml.network import build_network
+
+    members = []
+    for index in range(card.n_members):
+        network = build_network(card.architecture, arrays[ATOM_TABLE])
+        network = network.to(getattr(torch, card.precision))
+        state = {
+            key: torch.from_numpy(np.array(value))
+            for key, value in _state_of(arrays, index).items()
+        }
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise CorruptArtifactError(
+                f"member {index} of {name} does not fit its architecture: {error}",
+                advice="train the model again",
+            ) from error
+        network.eval()
+        members.append(network)
+    return members
+
+
 def predict_table(
-    members: Sequence[CrystalGraphNetwork],
+    members: Sequence[Network],
     card: ModelCard,
     reference: NDArray[np.float64],
     table: GraphTable,
@@ -504,7 +551,7 @@ def ensemble(
 
 
 def dropout_spread(
-    members: Sequence[CrystalGraphNetwork],
+    members: Sequence[Network],
     card: ModelCard,
     reference: NDArray[np.float64],
     table: GraphTable,
@@ -614,6 +661,11 @@ def _state_of(
 def _fold(
     card: ModelCard, arrays: Mapping[str, NDArray[Any]], index: int, name: str
 ) -> FoldedNetwork:
+    if not isinstance(card.architecture, Architecture):
+        raise CorruptArtifactError(
+            f"{name} is not a CGCNN: its network works on {card.architecture.kind}",
+            advice="open it by nanoos_fw.ml.predictors.open_model",
+        )
     try:
         return fold_network(
             card.architecture,
@@ -626,33 +678,6 @@ def _fold(
             f"member {index} of {name} does not fit its architecture: {error}",
             advice="train the model again",
         ) from error
-
-
-def _build_members(
-    card: ModelCard, arrays: Mapping[str, NDArray[Any]], name: str
-) -> list[CrystalGraphNetwork]:
-    import torch
-
-    from nanoos_fw.ml.network import CrystalGraphNetwork
-
-    members = []
-    for index in range(card.n_members):
-        network = CrystalGraphNetwork(card.architecture, arrays[ATOM_TABLE])
-        network = network.to(getattr(torch, card.precision))
-        state = {
-            key: torch.from_numpy(np.array(value))
-            for key, value in _state_of(arrays, index).items()
-        }
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise CorruptArtifactError(
-                f"member {index} of {name} does not fit its architecture: {error}",
-                advice="train the model again",
-            ) from error
-        network.eval()
-        members.append(network)
-    return members
 
 
 def _as_graph(graph: AnyGraph) -> CrystalGraph:

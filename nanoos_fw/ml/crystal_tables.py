@@ -58,7 +58,7 @@ def build_table(
         )
     }  # fmt: skip
     for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE):
-        flat = _read(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors)
+        flat = read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors)
         if not len(flat.positions):
             continue
         found = list_nearest(
@@ -151,7 +151,7 @@ def arrays_of_dict(crystal: Mapping[str, Any]) -> _Arrays:
 # ------------------------------------------------------------------------- private
 
 
-def _read(
+def read_crystals(
     crystals: Sequence[Structure | Mapping[str, Any]],
     begin: int,
     errors: dict[int, _Error],

@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.network import CrystalGraphNetwork, TensorBatch
+from nanoos_fw.ml.network import TensorBatch, build_network
 from nanoos_fw.parallel import Communicator
 
 if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import Architecture
+    from nanoos_fw.ml.model_files import AnyArchitecture
     from nanoos_fw.ml.training import TrainingConfig
 
 _EVALUATION_BATCH = 256
@@ -89,7 +89,7 @@ class Fit:
     def __init__(
         self,
         config: TrainingConfig,
-        architecture: Architecture,
+        architecture: AnyArchitecture,
         atom_table: NDArray[np.float32],
         data: FitData,
         member: int,
@@ -99,7 +99,7 @@ class Fit:
         self.dtype: torch.dtype = getattr(torch, config.precision)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(config.seed, member))
-            network = CrystalGraphNetwork(architecture, atom_table)
+            network = build_network(architecture, atom_table)
         self.network = network.to(self.dtype)
         self.network.use_communicator(comm)
         self._flatten()

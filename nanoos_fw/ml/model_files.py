@@ -77,6 +77,52 @@ class Architecture(BaseModel):
         return np.linspace(0.0, self.gaussian_max, count + 1)
 
 
+class LineGraphArchitecture(BaseModel):
+    """Sizes of the network on bonds and angles; see :mod:`.line_graph_network`.
+
+    Parameters
+    ----------
+    kind
+        Tells it from the other architecture.
+    hidden_dim
+        Length of the vectors of atoms, bonds and angles.
+    angle_layers
+        Layers that pass messages between bonds over angles, then between atoms.
+    atom_layers
+        Layers after them, between atoms only.
+    angle_cutoff
+        Å; bonds as short as this make angles with each other.
+    n_angle_gaussians
+        Gaussians over the cosine, from -1 to 1.
+    gaussian_max, gaussian_step, gaussian_width
+        Of distances, as in :class:`Architecture`.
+    n_outputs
+        1 for a number; for classes, one of each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["line_graph"]
+    hidden_dim: int = Field(default=32, ge=1)
+    angle_layers: int = Field(default=2, ge=1)
+    atom_layers: int = Field(default=1, ge=0)
+    angle_cutoff: float = Field(default=3.5, gt=0.0)
+    n_angle_gaussians: int = Field(default=20, ge=2)
+    gaussian_max: float = Field(default=6.0, gt=0.0)
+    gaussian_step: float = Field(default=0.2, gt=0.0)
+    gaussian_width: float = Field(default=0.3, gt=0.0)
+    n_outputs: int = Field(default=1, ge=1)
+
+    def gaussian_centers(self) -> NDArray[np.float64]:
+        """Return the centres of the Gaussians of distances in Å."""
+        count = int(self.gaussian_max / self.gaussian_step + 0.5)
+        return np.linspace(0.0, self.gaussian_max, count + 1)
+
+
+AnyArchitecture = Architecture | LineGraphArchitecture
+"""Networks whose weights a file may hold; without ``kind`` it is the first."""
+
+
 class ModelCard(BaseModel):
     """What a checkpoint says about itself.
 
@@ -125,7 +171,7 @@ class ModelCard(BaseModel):
     target_mean: float
     target_std: float
     n_members: int = Field(ge=1)
-    architecture: Architecture
+    architecture: AnyArchitecture
     cutoff_radius: float
     max_neighbors: int | None
     elements: tuple[int, ...]

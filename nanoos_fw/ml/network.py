@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nanoos_fw.ml.batches import GraphBatch
-from nanoos_fw.ml.cgcnn import Architecture
 from nanoos_fw.ml.convolution import (
     EPSILON,
     EdgePlan,
@@ -23,6 +22,12 @@ from nanoos_fw.ml.convolution import (
     convolve_edges,
     convolve_edges_fixed,
     plan_edges,
+)
+from nanoos_fw.ml.line_graph import LineGraphBatch
+from nanoos_fw.ml.model_files import (
+    AnyArchitecture,
+    Architecture,
+    LineGraphArchitecture,
 )
 from nanoos_fw.parallel import Communicator
 
@@ -35,6 +40,8 @@ class TensorBatch:
 
     ``edge_start``, ``(n_atoms + 1,) int64``: edges of atom i are
     ``edge_start[i]:edge_start[i + 1]``, since edges are sorted by their centre.
+    ``edge_pairs`` and ``cosines`` are those of a
+    :class:`nanoos_fw.ml.line_graph.LineGraphBatch`, else None.
     """
 
     numbers: Tensor
@@ -44,6 +51,8 @@ class TensorBatch:
     graph_index: Tensor
     graph_sizes: Tensor
     edge_start: Tensor
+    edge_pairs: Tensor | None = None
+    cosines: Tensor | None = None
 
     @classmethod
     def from_batch(
@@ -63,10 +72,34 @@ class TensorBatch:
             graph_index=torch.from_numpy(batch.graph_index),
             graph_sizes=torch.from_numpy(batch.graph_sizes),
             edge_start=torch.from_numpy(edge_start),
+            **_angles(batch, dtype),
         )
         if device is None or torch.device(device).type == "cpu":
             return tensors
-        return cls(**{name: t.to(device) for name, t in vars(tensors).items()})
+        there = {
+            name: t.to(device) for name, t in vars(tensors).items() if t is not None
+        }
+        return cls(**there)
+
+
+def build_network(
+    architecture: AnyArchitecture, atom_table: NDArray[np.float32]
+) -> Network:
+    """Return a new network of an architecture, with random weights."""
+    if isinstance(architecture, LineGraphArchitecture):
+        from nanoos_fw.ml.line_graph_network import LineGraphNetwork
+
+        return LineGraphNetwork(architecture, atom_table)
+    return CrystalGraphNetwork(architecture, atom_table)
+
+
+def _angles(batch: GraphBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not isinstance(batch, LineGraphBatch):
+        return {}
+    return {
+        "edge_pairs": torch.from_numpy(batch.edge_pairs),
+        "cosines": torch.from_numpy(batch.cosines).to(dtype),
+    }
 
 
 class _GlobalNormalization(torch.autograd.Function):
@@ -226,7 +259,17 @@ class GatedConvolution(nn.Module):
         return summed
 
 
-class CrystalGraphNetwork(nn.Module):
+class Network(nn.Module):
+    """What the training loop knows of a network: a batch in, normalized targets out."""
+
+    def use_communicator(self, comm: Communicator) -> None:
+        """Let batch normalization run over the ranks of a communicator."""
+        for module in self.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.comm = comm
+
+
+class CrystalGraphNetwork(Network):
     """Embedding, gated convolutions, mean over atoms, two dense layers.
 
     Parameters
@@ -299,9 +342,3 @@ class CrystalGraphNetwork(nn.Module):
         centers = torch.from_numpy(self.gaussian_centers).to(batch.distances)
         shifted = (batch.distances.unsqueeze(1) - centers) / self.gaussian_width
         return batch, torch.exp(-(shifted**2))
-
-    def use_communicator(self, comm: Communicator) -> None:
-        """Let batch normalization run over the ranks of a communicator."""
-        for module in self.modules():
-            if isinstance(module, GlobalBatchNorm):
-                module.comm = comm

@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.forest import FOREST_FORMAT, load_forest
-from nanoos_fw.ml.model_files import FETCH, NETWORK_FORMAT, read_checkpoint
+from nanoos_fw.ml.line_graph_model import LineGraphModel
+from nanoos_fw.ml.model_files import (
+    FETCH,
+    NETWORK_FORMAT,
+    LineGraphArchitecture,
+    read_checkpoint,
+)
 from nanoos_fw.provenance import sha256_bytes
 
 if TYPE_CHECKING:
@@ -176,7 +182,10 @@ def _read_network(
     data: bytes, *, model_name: str, model_version: str | None, threads: int | None
 ) -> PropertyModel:
     card, _ = read_checkpoint(data)
-    model = CGCNNModel(
+    kind: type[CGCNNModel] = CGCNNModel
+    if isinstance(card.architecture, LineGraphArchitecture):
+        kind = LineGraphModel
+    model = kind(
         model_name, card.target_property, model_version=model_version, threads=threads
     )
     return model.load_bytes(data, name=model_name)
