@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoos_fw.cli import import_cgcnn
 from nanoos_fw.cli.common import (
     add_json,
     add_launchpad,
@@ -64,6 +65,8 @@ def add_commands(commands: Any) -> None:
     verified.add_argument(
         "references", nargs="*", metavar="REFERENCE", help="default: all versions"
     )
+
+    import_cgcnn.add_command(actions)
 
     garbage = _action(
         actions, "gc", "remove weights that nothing needs; only says so without --yes",

@@ -7,7 +7,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.ml.graphs import build_graph, pack_graph, unpack_graph
 from nanoos_fw.ml.screening import (
     discovery_curve,
     enrichment_at_k,
@@ -109,6 +109,7 @@ class LengthModel:
 
     def predict_full(self, graphs, *, coverage):
         self.calls.append((len(graphs), coverage))
+        graphs = [unpack_graph(g) if isinstance(g, bytes) else g for g in graphs]
         unseen = [["Po"] if 84 in graph.numbers else [] for graph in graphs]
         return Predictions(
             mean=np.array([graph.distances.mean() for graph in graphs]),
