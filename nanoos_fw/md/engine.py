@@ -1,10 +1,10 @@
-"""The LAMMPS engine: prepare a simulation, run it on MPI ranks, read its output.
+"""The LAMMPS engine: prepare a simulation, run it, read its output.
 
-`LAMMPSEngine` is what callers use; the module is also the rank program that holds
-LAMMPS. The ranks run the same commands as the script ``in.lammps`` of the input
-folder, in short pieces (``run ... pre no``), between which all of them agree whether
-to stop. A stopped or killed simulation goes on from its newest whole restart file to
-the same last step; rows and frames that are computed again replace the earlier ones.
+LAMMPS runs in child processes only: on MPI ranks through its Python module
+(`nanoos_fw.md.simulation`), in a child of a warm server, or as an executable
+(`nanoos_fw.md.executable`). A stopped or killed simulation goes on from its newest
+whole restart file to the same last step; rows and frames that are computed again
+replace the earlier ones.
 """
 
 from __future__ import annotations
@@ -13,29 +13,23 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nanoos_fw.errors import (
-    InputError,
-    OutOfTimeError,
-    SimulationError,
-)
+from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.md.box import LammpsBox
-from nanoos_fw.md.calculator import check_pair_style, open_lammps, run_commands
 from nanoos_fw.md.catalogue import Catalogue
-from nanoos_fw.md.cells import site_elements, supercell
+from nanoos_fw.md.cells import site_charges, site_elements, supercell
+from nanoos_fw.md.failures import changes, correction
 from nanoos_fw.md.inputs import (
     DATA_FILE,
     SCRIPT,
     MDConfig,
-    Stage,
-    render_parts,
-    run_command,
+    Origin,
+    timestep_warnings,
     write_input,
 )
 from nanoos_fw.md.output import (
@@ -48,46 +42,46 @@ from nanoos_fw.md.output import (
     simulation_thermo,
 )
 from nanoos_fw.md.potentials import Potential
-from nanoos_fw.md.trajectory import (
-    first_step_of,
-    read_thermo,
-    segment_files,
+from nanoos_fw.md.properties import RESULT_FILE
+from nanoos_fw.md.protocols import PROPERTIES
+from nanoos_fw.md.restarts import (
+    PORTABLE,
+    STOP_RESTART,
+    UNREADABLE,
+    drop_segments_after,
+    newest_origin,
 )
-from nanoos_fw.parallel import (
-    Communicator,
-    Resources,
-    StopRequest,
-    launch_ranks,
-    report_progress,
-    run_rank_program,
-)
+from nanoos_fw.md.simulation import CONFIG
+from nanoos_fw.md.trajectory import ThermoTable, segment_files
+from nanoos_fw.parallel import Resources, launch_ranks
 from nanoos_fw.provenance import content_key, read_json, write_json
+from nanoos_fw.settings import load_settings
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+    from nanoos_fw.md.fork_server import ForkServer
 
 __all__ = [
     "ENGINES",
     "LAMMPSEngine",
     "final_structure",
     "get_engine",
-    "main",
     "simulation_box",
     "simulation_thermo",
 ]
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.float64]
-
-CONFIG, FINISHED = "md.json", "finished.json"
-_INPUT = "input"
-_STOP_RESTART = "restart.stop"
-_RESTARTS = ("restart.a", "restart.b", _STOP_RESTART)
-# Ranks ask about a stop this often; the first pieces are short and find the pace.
-_PIECE_S = 1.0
-_FIRST_PIECE = 10
-_MAX_PACE = 5.0
+FINISHED, CORRECTIONS, SEGMENT_RECORD = (
+    "finished.json",
+    "corrections.json",
+    "segments.json",
+)
+_INPUT, _OUTPUT = "input", "output"
+# Without a new timestep or row for so long, a rank is taken to hang.
+STALL_S = 1800.0
+_MAX_UNREADABLE = 4
 
 
 class LAMMPSEngine:
@@ -99,7 +93,99 @@ class LAMMPSEngine:
     >>> inputs = engine.prepare_input(structure, {"temperature": 300.0}, work_dir)
     >>> engine.execute(inputs, work_dir / "output", resources=Resources(ranks=2))
     >>> engine.parse_output(work_dir / "output")["avg_temperature"]
+
+    Parameters
+    ----------
+    command
+        LAMMPS executable to use instead of the Python module; None takes the setting
+        ``NANO_OS_LAMMPS_COMMAND``, if there is one.
+    server
+        Warm server in whose children simulations of one rank run.
     """
+
+    def __init__(
+        self, command: str | None = None, server: ForkServer | None = None
+    ) -> None:
+        self.command = command
+        self.server = server
+
+    def run(
+        self,
+        structure: Structure,
+        parameters: Mapping[str, Any],
+        work_dir: Path,
+        *,
+        max_corrections: int = 2,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Prepare and execute, and correct a failure that has a correction.
+
+        Each try has a folder of its own (``try-1`` is the first correction), so that
+        the rows of a failed one are kept. Called again, it goes on with the try that
+        was being made.
+
+        Parameters
+        ----------
+        structure, parameters
+            See `prepare_input`.
+        work_dir
+            Folder of this simulation.
+        max_corrections
+            Largest number of corrections; 0 for none.
+        **options
+            See `execute`.
+
+        Returns
+        -------
+        dict
+            As of `execute`, and ``corrections``: for each the error (``class``,
+            ``message``, ``last_step``), the ``reason``, the ``changes`` (old and new
+            value of each field) and the ``failed_output`` folder.
+
+        Raises
+        ------
+        NanoOSError
+            See `execute`. A `SimulationError` carries the corrections tried as
+            evidence.
+        """
+        record = work_dir / CORRECTIONS
+        done: list[dict[str, Any]] = read_json(record) if record.exists() else []
+        values = dict(parameters)
+        for entry in done:
+            values |= {name: new for name, (_, new) in entry["changes"].items()}
+        while True:
+            place = work_dir / f"try-{len(done)}" if done else work_dir
+            input_dir = self.prepare_input(structure, _named(values), place)
+            try:
+                outcome = self.execute(input_dir, place / _OUTPUT, **options)
+            except SimulationError as error:
+                error.evidence["corrections"] = done
+                if len(done) >= max_corrections:
+                    raise
+                simulation = read_simulation(input_dir)
+                config = MDConfig.model_validate(simulation["config"])
+                timestep_fs = config.timestep_fs or float(
+                    simulation["potential"]["timestep_fs"]
+                )
+                next_try = correction(error, config, timestep_fs)
+                if next_try is None:
+                    raise
+                changed = changes(config, next_try.config)
+                logger.warning("%s; %s", error.message, next_try.reason)
+                done.append(
+                    {
+                        "class": error.evidence.get("class"),
+                        "message": error.message,
+                        "last_step": error.evidence.get("last_step"),
+                        "reason": next_try.reason,
+                        "changes": changed,
+                        "failed_output": str(place / _OUTPUT),
+                    }
+                )
+                write_json(record, done)
+                values |= {name: new for name, (_, new) in changed.items()}
+            else:
+                return {**outcome, "corrections": done, "input_dir": str(input_dir)}
 
     def prepare_input(
         self, structure: Structure, parameters: Mapping[str, Any], work_dir: Path
@@ -143,10 +229,17 @@ class LAMMPSEngine:
             "lattice": cell.lattice.matrix.tolist(),
             "frac_coords": cell.frac_coords.tolist(),
         }
+        charges = site_charges(cell) if potential.charges != "none" else None
+        if charges is not None:
+            simulation["charges"] = charges.tolist()
         identity = {**simulation, "potential": potential.identity}
         write_json(
             directory / SIMULATION,
-            {"key": content_key("simulation", identity), **simulation},
+            {
+                "key": content_key("simulation", identity),
+                **simulation,
+                "warnings": timestep_warnings(config, potential, elements),
+            },
         )
         lengths = " × ".join(f"{length:.2f}" for length in box.lengths)
         logger.info("%d atoms in a box of %s Å", len(cell), lengths)
@@ -159,6 +252,7 @@ class LAMMPSEngine:
         timeout: float | None = 3600.0,
         resources: Resources | None = None,
         deadline: float | None = None,
+        stall_s: float | None = STALL_S,
     ) -> dict[str, Any]:
         """Run a prepared simulation to its end, or continue one that was stopped.
 
@@ -178,12 +272,17 @@ class LAMMPSEngine:
             Ranks and launcher; None takes one rank.
         deadline
             Unix time by which to stop; the earlier of both counts.
+        stall_s
+            Seconds without a new timestep or row after which the ranks are killed;
+            None waits for ever.
 
         Returns
         -------
         dict
             ``success`` (True), ``steps``, ``n_atoms``, ``segments``, ``wall_s``,
-            ``output_dir``, ``lammps_version``.
+            ``output_dir``, ``lammps_version``; ``exact`` tells whether every segment
+            began at a restart step on as many ranks as the first, so that the
+            result is that of an uninterrupted run to the last bit.
 
         Raises
         ------
@@ -216,22 +315,79 @@ class LAMMPSEngine:
         if timeout is not None:
             limits.append(time.time() + timeout)
         end = min(limits, default=None)
-        write_json(output_dir / CONFIG, {"simulation": simulation, "deadline": end})
         began = time.time()
-        result = launch_ranks(
-            "nanoos_fw.md.engine",
-            output_dir / CONFIG,
-            resources=resources or Resources(),
-            deadline=end,
-        )
+        resources = resources or Resources()
+        result = self._launch(simulation, output_dir, resources, end, stall_s)
         outcome = {
             "success": True,
             **result,
             "wall_s": time.time() - began,
             "output_dir": str(output_dir),
+            "exact": _is_exact(output_dir),
         }
         write_json(output_dir / FINISHED, outcome)
         return outcome
+
+    def _launch(
+        self,
+        simulation: dict[str, Any],
+        output_dir: Path,
+        resources: Resources,
+        deadline: float | None,
+        stall_s: float | None,
+    ) -> dict[str, Any]:
+        module, ranks = "nanoos_fw.md.simulation", resources.ranks
+        extra: dict[str, Any] = {}
+        if simulation["config"]["workflow_type"] in PROPERTIES:
+            module = "nanoos_fw.md.properties"
+        else:
+            command = self.command or load_settings().lammps_command
+            if command:
+                # A rank program too, of one rank: it starts and stops the executable.
+                module = "nanoos_fw.md.executable"
+                extra = {
+                    "command": command,
+                    "ranks": resources.ranks,
+                    "launcher": resources.launcher,
+                }
+                resources = Resources(1, resources.threads)
+        for _ in range(_MAX_UNREADABLE):
+            origin = newest_origin(output_dir)
+            drop_segments_after(output_dir, origin.step)
+            _record_segment(output_dir, origin, ranks)
+            config = {
+                "simulation": simulation,
+                "deadline": deadline,
+                "origin": asdict(origin),
+                **extra,
+            }
+            write_json(output_dir / CONFIG, config)
+            try:
+                if self.server is not None and resources.ranks == 1:
+                    return self.server.run(
+                        module, output_dir / CONFIG, resources, deadline, stall_s
+                    )
+                return launch_ranks(
+                    module,
+                    output_dir / CONFIG,
+                    resources=resources,
+                    deadline=deadline,
+                    stall_s=stall_s,
+                    signs=("log.*.lammps",),
+                )
+            except SimulationError as error:
+                if error.evidence.get("class") != "restart_unreadable":
+                    raise
+                if origin.file is None:
+                    raise
+                logger.warning("%s is put away: %s", origin.file, error.message)
+                bad = output_dir / origin.file
+                bad.replace(bad.with_name(bad.name + UNREADABLE))
+        raise SimulationError(
+            f"no restart file in {output_dir} can be read",
+            evidence={"class": "restart_unreadable"},
+            advice=f"look at the files that end in {UNREADABLE}",
+        )
 
     def parse_output(self, output_dir: Path) -> dict[str, Any]:
         """Read what a simulation left, finished or not.
@@ -247,7 +403,11 @@ class LAMMPSEngine:
             ``final_energy`` (eV, potential and kinetic energy of the whole cell),
             ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
             dictionary, orientation and sites as given) if complete;
-            ``trajectory_files``.
+            ``trajectory_files``; ``final_velocities_a_fs`` (Å/fs), and for static
+            evaluations and minimizations ``final_forces_ev_a`` and
+            ``final_stress_bar`` (positive under tension), in the orientation and
+            order of the structure; ``elastic`` or ``eos`` of those workflows;
+            ``segments``: where each launch began; ``warnings``.
 
         Raises
         ------
@@ -258,8 +418,8 @@ class LAMMPSEngine:
         config = MDConfig.model_validate(simulation["config"])
         table = simulation_thermo(output_dir)
         production = table
-        if config.is_dynamics and config.equilibration_steps:
-            production = table.after(config.equilibration_steps)
+        if config.is_dynamics and config.production_start:
+            production = table.after(config.production_start)
         means = averages(production) if config.is_dynamics else {}
         final = output_dir / FINAL
         complete = final.exists()
@@ -289,8 +449,16 @@ class LAMMPSEngine:
             ("final_potential_energy", "potential_energy_ev"),
         ):
             result[name] = float(table[column][-1]) if len(table) else None
+        if config.workflow_type in PROPERTIES and complete:
+            result |= read_json(output_dir / RESULT_FILE)
         if complete:
             result["final_structure"] = final_structure(output_dir).as_dict()
+            result |= _final_arrays(read_json(final), simulation_box(output_dir))
+        record = output_dir / SEGMENT_RECORD
+        result["segments"] = read_json(record) if record.exists() else []
+        result["warnings"] = [*simulation.get("warnings", [])]
+        if missing := _missing_rows(table, config, complete):
+            result["warnings"].append(f"{missing} rows of the thermo table are missing")
         return result
 
 
@@ -316,171 +484,54 @@ def get_engine(name: str) -> type[LAMMPSEngine]:
         ) from None
 
 
-# ---------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------- private
 
 
-@dataclass
-class _Pace:
-    """How many steps make a piece of about a second; the same on all ranks."""
-
-    steps: int = _FIRST_PIECE
-
-    def learn(self, done: int, seconds: float) -> None:
-        wanted = done * _PIECE_S / max(seconds, 1e-3)
-        self.steps = max(1, int(min(wanted, _MAX_PACE * self.steps)))
-
-
-def main(
-    config: dict[str, Any], work_dir: Path, comm: Communicator, stop: StopRequest
-) -> dict[str, Any]:
-    """Rank program: run the simulation of ``md.json``, from a restart if there is."""
-    simulation = config["simulation"]
-    md = MDConfig.model_validate(simulation["config"])
-    potential = Potential.model_validate(simulation["potential"])
-    box = LammpsBox.from_lattice(np.array(simulation["lattice"]))
-    found = _newest_restart(work_dir) if comm.rank == 0 else None
-    if comm.rank == 0:
-        _drop_segments_after(work_dir, found[1] if found else 0)
-    restart, first_step = comm.broadcast(found) or (None, 0)
-    parts = render_parts(
-        md,
-        potential,
-        simulation["elements"],
-        box,
-        first_step=first_step,
-        restart_file=restart,
-    )
-    log = work_dir / f"log.{first_step:012d}.lammps"
-    # The ranks work in work_dir, so files are named without folders.
-    lmp = open_lammps(comm.mpi, log=Path(log.name), accelerated=True)
-    check_pair_style(lmp, potential)
-    try:
-        run_commands(lmp, parts.start)
-        _check_atoms(lmp, len(simulation["species"]))
-        run_commands(lmp, parts.settings + parts.velocities + parts.output)
-        for stage, commands in zip(md.stages(), parts.stages, strict=True):
-            if _step(lmp) >= stage.last_step:
-                continue
-            run_commands(lmp, commands)
-            if stage.ensemble != "minimize":
-                _run_stage(lmp, stage, md, work_dir, comm, stop)
-                run_commands(lmp, "unfix integrate")
-        _write_final(lmp, work_dir, comm)
-    except SimulationError as error:
-        table = read_thermo(log) if log.exists() else None
-        error.evidence["last_step"] = int(table.step[-1]) if table else 0
-        raise
-    result = {
-        "steps": _step(lmp),
-        "n_atoms": len(simulation["species"]),
-        "segments": len(segment_files(work_dir, "log.*.lammps")),
-        "lammps_version": int(lmp.version()),
-        "ranks": comm.size,
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters with one name each: a correction overrides what was given."""
+    names = {
+        "temperature": "temperature_k",
+        "pressure": "pressure_bar",
+        "timestep": "timestep_fs",
     }
-    lmp.close()
-    return result
+    chosen = {names[k]: v for k, v in values.items() if k in names}
+    return {**chosen, **{k: v for k, v in values.items() if k not in names}}
 
 
-def _run_stage(
-    lmp: Any,
-    stage: Stage,
-    config: MDConfig,
-    work_dir: Path,
-    comm: Communicator,
-    stop: StopRequest,
-) -> None:
-    pace, options = _Pace(), " post no"
-    while (step := _step(lmp)) < stage.last_step:
-        if comm.any(stop.requested):
-            # Written beside and renamed: a kill during the write leaves the old one.
-            run_commands(lmp, f"write_restart {_STOP_RESTART}.new")
-            if comm.rank == 0:
-                (work_dir / f"{_STOP_RESTART}.new").replace(work_dir / _STOP_RESTART)
-            comm.barrier()
-            raise OutOfTimeError(
-                f"stopped by {stop.reason} at step {step} of {config.total_steps}",
-                evidence={"step": step, "total_steps": config.total_steps},
-                advice="execute it again: it continues from here",
-            )
-        began = time.monotonic()
-        target = min(stage.last_step, step + pace.steps)
-        run_commands(lmp, run_command(stage, target, options))
-        # Later pieces go on as if there had been no pause.
-        options = " pre no post no"
-        pace.learn(target - step, time.monotonic() - began)
-        pace.steps = comm.broadcast(pace.steps)
-        if comm.rank == 0:
-            report_progress(work_dir, target, config.total_steps, "timesteps")
+def _final_arrays(final: dict[str, Any], box: LammpsBox) -> dict[str, Any]:
+    """Return the last velocities, forces and stress, in the frame of the lattice."""
+    found: dict[str, Any] = {}
+    for name, field in (("velocities", "a_fs"), ("forces", "ev_a")):
+        if name in final:
+            values = box.from_box(np.array(final[name]))
+            found[f"final_{name}_{field}"] = values.tolist()
+    if "stress_bar" in final:
+        stress = box.tensor_from_box(np.array(final["stress_bar"]))
+        found["final_stress_bar"] = stress.tolist()
+    if "energy_ev" in final:
+        found["final_potential_energy"] = final["energy_ev"]
+    return found
 
 
-def _check_atoms(lmp: Any, n_atoms: int) -> None:
-    if lmp.get_natoms() != n_atoms:
-        raise SimulationError(
-            f"LAMMPS read {lmp.get_natoms()} of {n_atoms} atoms",
-            evidence={"class": "atoms_not_created"},
-        )
+def _missing_rows(table: ThermoTable, config: MDConfig, complete: bool) -> int:
+    """Return how many rows of a finished simulation's table are not there."""
+    if not complete or not config.is_dynamics:
+        return 0
+    return config.total_steps // config.thermo_every + 1 - len(table)
 
 
-def _step(lmp: Any) -> int:
-    return int(lmp.extract_global("ntimestep"))
+def _record_segment(output_dir: Path, origin: Origin, ranks: int) -> None:
+    """Write down where a launch begins, and with how many ranks."""
+    path = output_dir / SEGMENT_RECORD
+    segments = read_json(path) if path.exists() else []
+    segments = [s for s in segments if s["step"] < origin.step]
+    write_json(path, [*segments, {**asdict(origin), "ranks": ranks}])
 
 
-def _newest_restart(work_dir: Path) -> tuple[str, int] | None:
-    """Return the restart file with the largest step that LAMMPS can read.
-
-    Tried in an instance of one rank: a cut file raises on one rank only, and the
-    others of a larger instance would wait for it for ever.
-    """
-    found = []
-    for name in _RESTARTS:
-        if not (work_dir / name).exists():
-            continue
-        lmp = open_lammps()
-        try:
-            run_commands(lmp, f"read_restart {name}")
-            found.append((_step(lmp), name))
-        except SimulationError as error:
-            logger.warning("%s cannot be read: %s", name, error)
-        finally:
-            lmp.close()
-    if not found:
-        return None
-    step, name = max(found)
-    return name, step
-
-
-def _drop_segments_after(work_dir: Path, step: int) -> None:
-    """Put away segments that begin later: they belong to a past that is left.
-
-    That happens when the newest restart file was cut and an older one is used.
-    """
-    for pattern in ("log.*.lammps", "trajectory.*.bin"):
-        for path in segment_files(work_dir, pattern):
-            if first_step_of(path) > step:
-                logger.warning("%s is computed again", path)
-                path.replace(path.with_name(f"{path.name}.dropped"))
-
-
-def _write_final(lmp: Any, work_dir: Path, comm: Communicator) -> None:
-    run_commands(lmp, "write_data final.data")
-    positions = np.array(lmp.gather_atoms("x", 1, 3)).reshape(-1, 3)
-    low, high, xy, yz, xz, *_ = lmp.extract_box()
-    lx, ly, lz = np.array(high) - np.array(low)
-    matrix = np.array([[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]])
-    if not np.isfinite(positions).all():
-        raise SimulationError(
-            "positions are not finite", evidence={"class": "not_a_number"}
-        )
-    if comm.rank == 0:
-        write_json(
-            work_dir / FINAL,
-            {
-                "step": _step(lmp),
-                "matrix": matrix.tolist(),
-                "positions": (positions - np.array(low)).tolist(),
-            },
-        )
-
-
-if __name__ == "__main__":
-    run_rank_program(main)
+def _is_exact(output_dir: Path) -> bool:
+    """Whether the run is to the last bit what it would be without interruption."""
+    segments = read_json(output_dir / SEGMENT_RECORD)
+    return all(
+        s["ranks"] == segments[0]["ranks"] and s["file"] not in (STOP_RESTART, PORTABLE)
+        for s in segments
+    )

@@ -9,23 +9,14 @@ table and names of a fixed alphabet do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
 
-from nanoos_fw.errors import InputError
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.cells import site_charges, site_elements, supercell
 from nanoos_fw.md.potential_checks import check_potential
@@ -34,7 +25,9 @@ from nanoos_fw.md.potentials import (
     atomic_mass,
     check_safe_name,
 )
+from nanoos_fw.md.protocols import MAX_INT32, MDConfig, Stage
 from nanoos_fw.md.trajectory import DUMP_COLUMNS, THERMO_COLUMNS
+from nanoos_fw.md.unit_systems import UnitSystem, unit_system
 from nanoos_fw.templates import render_template
 
 if TYPE_CHECKING:
@@ -43,11 +36,14 @@ if TYPE_CHECKING:
 __all__ = [
     "LammpsBox",
     "MDConfig",
+    "Origin",
     "ScriptParts",
     "Stage",
     "barostat_of",
     "data_file_text",
+    "next_restart",
     "render_parts",
+    "restart_name",
     "run_command",
     "site_elements",
     "supercell",
@@ -59,203 +55,14 @@ logger = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 
 DATA_FILE, SCRIPT = "structure.data", "in.lammps"
-MAX_INT32 = 2**31 - 1
 # Nose-Hoover: periods of about 100 and 1000 steps, as the LAMMPS manual advises.
 _THERMOSTAT_STEPS = 100
 _BAROSTAT_STEPS = 1000
-_SKIN_A = 1.0
 _WARN_TIMESTEP_FS, _WARN_TIMESTEP_WITH_H_FS = 5.0, 1.0
+_SAFE_FACTOR = 2.0
 _EVALUATIONS_PER_STEP = 10
-
-WorkflowType = Literal[
-    "MD_NVT_LAMMPS", "MD_NPT_LAMMPS", "MD_ANNEAL_LAMMPS", "MINIMIZE_LAMMPS"
-]
-Barostat = Literal["auto", "iso", "aniso", "tri"]
-
-
-class MDConfig(BaseModel):
-    """A simulation, without its structure and potential.
-
-    Parameters
-    ----------
-    workflow_type
-        Constant volume, constant pressure, simulated annealing, or minimization of
-        the positions.
-    temperature_k
-        Temperature; ``temperature`` is accepted too.
-    pressure_bar
-        Pressure of the barostat; ``pressure`` is accepted too.
-    timestep_fs
-        Timestep; None takes the potential's. ``timestep`` is accepted too.
-    equilibration_steps
-        Steps before the ones that averages are taken over.
-    num_steps
-        Steps of production; for annealing all steps after equilibration; for
-        minimization the largest number of steps.
-    thermo_every, dump_every
-        Steps between rows of the thermo table and between frames; ``dump_every = 0``
-        writes no frames.
-    restart_every
-        Steps between restart files.
-    seed
-        Seed of the initial velocities.
-    supercell_min_atoms
-        The cell is repeated until it has at least so many atoms, as near to a cube
-        as its shape allows; 1 leaves it.
-    thermostat_fs, barostat_fs
-        Damping times; None takes 100 and 1000 timesteps.
-    barostat
-        What may change: ``iso`` one scale, ``aniso`` three lengths, ``tri`` all six;
-        ``auto`` is ``aniso`` for orthogonal cells and ``tri`` for others.
-    anneal_temperature_k
-        Top temperature of annealing. A quarter of the steps heats, a quarter holds,
-        the rest cools to ``temperature_k``.
-    anneal_ensemble
-        Whether annealing is at constant pressure or volume.
-    max_force_ev_a
-        Minimization ends when no component of a force is larger.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
-
-    schema_version: Literal[1] = 1
-    workflow_type: WorkflowType = "MD_NVT_LAMMPS"
-    temperature_k: float = Field(
-        default=300.0,
-        gt=0.0,
-        le=1e5,
-        validation_alias=AliasChoices("temperature_k", "temperature"),
-    )
-    pressure_bar: float = Field(
-        default=1.0,
-        ge=-1e6,
-        le=1e8,
-        validation_alias=AliasChoices("pressure_bar", "pressure"),
-    )
-    timestep_fs: float | None = Field(
-        default=None,
-        gt=0.0,
-        le=20.0,
-        validation_alias=AliasChoices("timestep_fs", "timestep"),
-    )
-    equilibration_steps: int = Field(default=2000, ge=0, le=MAX_INT32)
-    num_steps: int = Field(default=10_000, ge=1, le=MAX_INT32)
-    thermo_every: int = Field(default=50, ge=1, le=MAX_INT32)
-    dump_every: int = Field(default=100, ge=0, le=MAX_INT32)
-    restart_every: int = Field(default=2000, ge=1, le=MAX_INT32)
-    seed: int = Field(default=1, ge=1, le=MAX_INT32)
-    supercell_min_atoms: int = Field(default=1, ge=1, le=10_000_000)
-    thermostat_fs: float | None = Field(default=None, gt=0.0, le=1e6)
-    barostat_fs: float | None = Field(default=None, gt=0.0, le=1e7)
-    barostat: Barostat = "auto"
-    anneal_temperature_k: float | None = Field(default=None, gt=0.0, le=1e5)
-    anneal_ensemble: Literal["npt", "nvt"] = "npt"
-    max_force_ev_a: float = Field(default=1e-3, gt=0.0, le=10.0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MDConfig:
-        if self.workflow_type == "MD_ANNEAL_LAMMPS":
-            top = self.anneal_temperature_k
-            if top is None or top <= self.temperature_k:
-                raise ValueError(
-                    "MD_ANNEAL_LAMMPS needs anneal_temperature_k above temperature_k "
-                    f"({self.temperature_k} K), not {top}"
-                )
-            if self.num_steps < 4:
-                raise ValueError("annealing needs at least 4 steps")
-        elif self.anneal_temperature_k is not None:
-            raise ValueError("anneal_temperature_k belongs to MD_ANNEAL_LAMMPS only")
-        if self.equilibration_steps + self.num_steps > MAX_INT32:
-            raise ValueError("LAMMPS runs at most 2147483647 steps")
-        return self
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any]) -> MDConfig:
-        """Return the checked configuration of loose parameters.
-
-        Raises
-        ------
-        InputError
-            Naming every parameter that is unknown or out of range.
-        """
-        try:
-            return cls.model_validate(dict(parameters))
-        except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, item['loc'])) or 'parameters'}: {item['msg']}"
-                for item in error.errors()
-            ]
-            raise InputError(
-                f"the simulation cannot be set up: {'; '.join(problems)}",
-                evidence={"problems": problems},
-                advice="correct these parameters",
-            ) from error
-
-    @property
-    def is_dynamics(self) -> bool:
-        """Whether atoms move in time, rather than downhill."""
-        return self.workflow_type != "MINIMIZE_LAMMPS"
-
-    @property
-    def total_steps(self) -> int:
-        """Equilibration and production together."""
-        return self.num_steps + (self.equilibration_steps if self.is_dynamics else 0)
-
-    def stages(self) -> tuple[Stage, ...]:
-        """Return the schedule."""
-        low, first, last = (
-            self.temperature_k,
-            self.equilibration_steps,
-            self.total_steps,
-        )
-        pressure: Ensemble = "npt"
-        if self.workflow_type == "MINIMIZE_LAMMPS":
-            return (Stage("minimization", "minimize", 0, last, low, low),)
-        if self.workflow_type == "MD_NVT_LAMMPS":
-            return (Stage("constant volume", "nvt", 0, last, low, low),)
-        if self.workflow_type == "MD_NPT_LAMMPS":
-            return (Stage("constant pressure", pressure, 0, last, low, low),)
-        high = self.anneal_temperature_k or low
-        ensemble = self.anneal_ensemble
-        quarter = self.num_steps // 4
-        stages = [
-            Stage("equilibration", ensemble, 0, first, low, low),
-            Stage("heating", ensemble, first, first + quarter, low, high),
-            Stage(
-                "holding", ensemble, first + quarter, first + 2 * quarter, high, high
-            ),
-            Stage("cooling", ensemble, first + 2 * quarter, last, high, low),
-        ]
-        return tuple(stage for stage in stages if stage.last_step > stage.first_step)
-
-
-Ensemble = Literal["nvt", "npt", "minimize"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a simulation with one ensemble and one temperature ramp.
-
-    Parameters
-    ----------
-    name
-        For the log.
-    ensemble
-        ``nvt``, ``npt`` or ``minimize``; also the name of the template.
-    first_step, last_step
-        Timesteps between which it runs.
-    start_k, stop_k
-        Temperatures at its ends.
-    """
-
-    name: str
-    ensemble: Ensemble
-    first_step: int
-    last_step: int
-    start_k: float
-    stop_k: float
+_MAX_MOVE_A = 0.1
+_CELL_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -265,22 +72,23 @@ class ScriptParts:
     Parameters
     ----------
     start
-        Creates the system from the data file.
+        Creates the system from the data file, or reads it from a restart file.
     settings
         Timestep, neighbour list and thermo output.
-    velocities
-        Initial velocities.
+    prelude
+        Minimization before the dynamics, and initial velocities.
     output
-        Restart files and frames.
+        Frames.
     stages
         For each stage of the schedule, the commands before its run.
     runs
-        For each stage, the run itself; empty for minimization, whose commands run.
+        For each stage, its run with the restart files in between; empty for
+        minimization, whose commands run.
     """
 
     start: str
     settings: str
-    velocities: str
+    prelude: str
     output: str
     stages: tuple[str, ...]
     runs: tuple[str, ...]
@@ -288,11 +96,56 @@ class ScriptParts:
     @property
     def script(self) -> str:
         """The whole input script."""
-        body = [self.start, self.settings, self.velocities, self.output]
-        for stage, run in zip(self.stages, self.runs, strict=True):
-            body += [stage, f"{run}\nunfix integrate\n" if run else ""]
-        body.append("write_data final.data\n")
+        return self._text([True] * len(self.stages), "")
+
+    def script_after(self, step: int, config: MDConfig, *, timer: str = "") -> str:
+        """Return the script of what is left to do after a timestep.
+
+        Parameters
+        ----------
+        step
+            Timestep that the script begins at.
+        config
+            The simulation.
+        timer
+            Command that limits the time, after the settings.
+        """
+        left = [
+            not config.is_dynamics or stage.last_step > step
+            for stage in config.stages()
+        ]
+        return self._text(left, timer)
+
+    def _text(self, wanted: Sequence[bool], timer: str) -> str:
+        body = [self.start, self.settings + timer, self.prelude, self.output]
+        for number, (stage, run, do) in enumerate(
+            zip(self.stages, self.runs, wanted, strict=True), start=1
+        ):
+            if do:
+                body += [stage, f"{run}unfix {fix_of(number)}\n" if run else ""]
+        body.append("write_data final.data nocoeff\n")
         return "\n".join(part for part in body if part)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a segment of a simulation begins from.
+
+    Parameters
+    ----------
+    step
+        Timestep; it names the segment's files.
+    file
+        Restart file or portable data file; None begins with the structure.
+    """
+
+    step: int = 0
+    file: str | None = None
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether the file is text that any LAMMPS reads, without thermostat."""
+        return self.file is not None and self.file.endswith(".data")
 
 
 def render_parts(
@@ -301,8 +154,8 @@ def render_parts(
     elements: Sequence[str],
     box: LammpsBox,
     *,
-    first_step: int = 0,
-    restart_file: str | None = None,
+    origin: Origin | None = None,
+    on_stop: str = "",
 ) -> ScriptParts:
     """Return the LAMMPS commands of a simulation.
 
@@ -316,66 +169,107 @@ def render_parts(
         The element of each atom type.
     box
         The box, which decides on the barostat.
-    first_step
-        Step at which this segment begins; it names the trajectory file.
-    restart_file
-        Restart file to begin from instead of the data file.
+    origin
+        What this segment begins from; None begins with the structure.
+    on_stop
+        Commands, each in quotes, for when LAMMPS' clock ends a run too early.
 
     Raises
     ------
     InputError
         If the potential does not know an element, or a file name is unsafe.
     """
-    step_ps = (config.timestep_fs or potential.timestep_fs) / 1000.0
+    origin = origin or Origin()
+    units = unit_system(potential.units)
+    timestep_fs = config.timestep_fs or potential.timestep_fs
     title = f"{config.workflow_type} of {' '.join(elements)} with {potential.name}"
     common = {
         "title": "".join(c for c in title if c.isalnum() or c in " ._-"),
-        "units": potential.units,
+        "system_commands": "\n".join(potential.system_commands()),
         "pair_commands": "\n".join(potential.pair_commands(elements)),
     }
-    if restart_file is None:
+    if origin.file is None or origin.is_portable:
         start = render_template(
             "lammps/start.in",
-            atom_style=potential.atom_style,
-            data_file=DATA_FILE,
+            data_file=check_safe_name(origin.file or DATA_FILE),
             **common,
         )
+        if origin.step:
+            start += f"reset_timestep {origin.step}\n"
     else:
         start = render_template(
-            "lammps/resume.in", restart_file=check_safe_name(restart_file), **common
+            "lammps/resume.in", restart_file=check_safe_name(origin.file), **common
         )
     settings = render_template(
         "lammps/settings.in",
-        skin_a=_SKIN_A,
-        timestep_ps=repr(step_ps),
+        skin=repr(units.to_lammps("length", config.neighbor_skin_a)),
+        neighbor_every=config.neighbor_every,
+        neighbor_one=config.neighbor_one,
+        neighbor_page=max(100_000, 10 * config.neighbor_one),
+        timestep=repr(units.to_lammps("time", timestep_fs)),
         thermo_columns=" ".join(THERMO_COLUMNS),
         thermo_every=config.thermo_every,
     )
-    output = ""
-    if config.is_dynamics:
-        output += render_template(
-            "lammps/restart.in", restart_every=config.restart_every
+    output = prelude = ""
+    first_frame = origin.step + 1 if origin.file is not None else 0
+    if config.is_dynamics and config.dump_every:
+        output = render_template(
+            "lammps/output.in",
+            dump_every=config.dump_every,
+            first_step=f"{first_frame:012d}",
+            # The frame of this very step ends the segment before.
+            delay=f"dump_modify frames delay {first_frame}\n" if first_frame else "",
+            dump_columns=" ".join(DUMP_COLUMNS),
         )
-        if config.dump_every:
-            output += render_template(
-                "lammps/output.in",
-                dump_every=config.dump_every,
-                first_step=f"{first_step:012d}",
-                dump_columns=" ".join(DUMP_COLUMNS),
+    if config.is_dynamics and origin.file is None:
+        if config.pre_minimize_steps:
+            prelude += minimization(
+                "minimization before dynamics", config, units, config.pre_minimize_steps
             )
-    velocities = ""
-    if config.is_dynamics and restart_file is None:
-        velocities = render_template(
+            prelude += "reset_timestep 0\n"
+        prelude += render_template(
             "lammps/velocities.in",
             temperature_k=repr(config.stages()[0].start_k),
             seed=config.seed,
         )
-    stages = tuple(_stage(s, config, box, step_ps) for s in config.stages())
-    runs = tuple(
-        run_command(s, s.last_step) if config.is_dynamics else ""
-        for s in config.stages()
+    stages = config.stages()
+    return ScriptParts(
+        start,
+        settings,
+        prelude,
+        output,
+        tuple(
+            _stage(stage, number, config, box, units, timestep_fs)
+            for number, stage in enumerate(stages, start=1)
+        ),
+        tuple(
+            _run_with_restarts(stage, number, config, on_stop)
+            if config.is_dynamics
+            else ""
+            for number, stage in enumerate(stages, start=1)
+        ),
     )
-    return ScriptParts(start, settings, velocities, output, stages, runs)
+
+
+def fix_of(number: int) -> str:
+    """Return the name of the fix of a stage, the first of which is 1.
+
+    Each has its own: LAMMPS hands the thermostat of a restart file to the fix of the
+    same name, and that of a stage that is over must not go on in the next.
+    """
+    return f"stage{number}"
+
+
+def restart_name(step: int, config: MDConfig) -> str:
+    """Return the restart file of a timestep: two take turns."""
+    return f"restart.{step // config.restart_every % 2}"
+
+
+def next_restart(step: int, stage: Stage, config: MDConfig) -> int:
+    """Return the timestep up to which LAMMPS runs in one go from here."""
+    return min(
+        stage.last_step, (step // config.restart_every + 1) * config.restart_every
+    )
 
 
 def run_command(stage: Stage, last_step: int, options: str = "") -> str:
@@ -399,6 +293,7 @@ def data_file_text(
     frac_coords: Array,
     *,
     triclinic: bool | None = None,
+    units: UnitSystem | None = None,
     charges: Array | None = None,
 ) -> str:
     """Return the LAMMPS data file of a structure, with 17 digits.
@@ -415,12 +310,17 @@ def data_file_text(
         ``(n_atoms, 3) float64``: fractional coordinates in the lattice.
     triclinic
         Whether to write tilts; None writes them if there are any.
+    units
+        Unit system of the file; None takes metal units.
     charges
-        ``(n_atoms,) float64``, e, for atom style ``charge``; None is ``atomic``.
+        ``(n_atoms,) float64``: charge of each site in elementary charges, for atom
+        style ``charge``; None writes atom style ``atomic``.
     """
-    lengths, tilts = box.lengths, box.tilts
+    units = units or unit_system("metal")
+    one = units.length_a
+    lengths, tilts = (np.array(values) / one for values in (box.lengths, box.tilts))
     lines = [
-        "# " + " ".join(elements) + ": lengths in Angstrom, masses in u",
+        f"# {' '.join(elements)}: {units.name} units",
         "",
         f"{len(species)} atoms",
         f"{len(elements)} atom types",
@@ -431,16 +331,15 @@ def data_file_text(
         lines.append(" ".join(f"{tilt:.17g}" for tilt in tilts) + " xy xz yz")
     lines += ["", "Masses", ""]
     for number, element in enumerate(elements, start=1):
-        lines.append(f"{number} {atomic_mass(element):.17g} # {element}")
-    style = "atomic" if charges is None else "charge"
-    lines += ["", f"Atoms # {style}", ""]
+        mass = units.to_lammps("mass", atomic_mass(element))
+        lines.append(f"{number} {mass:.17g} # {element}")
+    lines += ["", f"Atoms # {'atomic' if charges is None else 'charge'}", ""]
     types = {element: i for i, element in enumerate(elements, start=1)}
-    for i, (symbol, xyz) in enumerate(
-        zip(species, box.positions(frac_coords), strict=True), start=1
-    ):
-        charge = "" if charges is None else f"{charges[i - 1]:.17g} "
-        place = " ".join(f"{x:.17g}" for x in xyz)
-        lines.append(f"{i} {types[symbol]} {charge}{place}")
+    rows = box.positions(frac_coords) / one
+    if charges is not None:
+        rows = np.column_stack([charges / units.charge_e, rows])
+    for i, (symbol, row) in enumerate(zip(species, rows, strict=True), start=1):
+        lines.append(f"{i} {types[symbol]} " + " ".join(f"{x:.17g}" for x in row))
     return "\n".join(lines) + "\n"
 
 
@@ -465,10 +364,8 @@ def write_input(
         logger.warning("%s", warning)
     matrix, frac = structure.lattice.matrix, structure.frac_coords
     box = LammpsBox.from_lattice(matrix)
-    timestep_fs = config.timestep_fs or potential.timestep_fs
-    limit = _WARN_TIMESTEP_WITH_H_FS if "H" in elements else _WARN_TIMESTEP_FS
-    if config.is_dynamics and timestep_fs > limit:
-        logger.warning("a timestep of %g fs is long: atoms may get lost", timestep_fs)
+    for warning in timestep_warnings(config, potential, elements):
+        logger.warning("%s", warning)
     parts = render_parts(config, potential, elements, box)
     directory.mkdir(parents=True, exist_ok=True)
     potential.install(directory)
@@ -479,49 +376,120 @@ def write_input(
         # Without charges an equilibration begins from zero.
         found = site_charges(structure)
         charges = np.zeros(len(species)) if found is None else found
-    text = data_file_text(box, elements, species, frac, triclinic=tri, charges=charges)
+    text = data_file_text(
+        box,
+        elements,
+        species,
+        frac,
+        triclinic=tri,
+        units=unit_system(potential.units),
+        charges=charges,
+    )
     (directory / DATA_FILE).write_text(text, encoding="utf-8")
     (directory / SCRIPT).write_text(parts.script, encoding="utf-8")
     return box, elements
 
 
-def _stage(stage: Stage, config: MDConfig, box: LammpsBox, step_ps: float) -> str:
-    if stage.ensemble == "minimize":
-        return render_template(
-            "lammps/minimize.in",
-            name=stage.name,
-            max_force_ev_a=repr(config.max_force_ev_a),
-            num_steps=config.num_steps,
-            max_evaluations=min(MAX_INT32, _EVALUATIONS_PER_STEP * config.num_steps),
+def timestep_warnings(
+    config: MDConfig, potential: Potential, elements: Sequence[str]
+) -> list[str]:
+    """Return what is to be said of a timestep that is longer than is safe."""
+    if not config.is_dynamics or config.timestep_fs is None:
+        return []
+    step, warnings = config.timestep_fs, []
+    if step > _SAFE_FACTOR * potential.timestep_fs:
+        warnings.append(
+            f"a timestep of {step:g} fs is long for {potential.name!r}, whose "
+            f"own is {potential.timestep_fs:g} fs: energy may drift, atoms get lost"
         )
-    thermostat_ps = (
-        _THERMOSTAT_STEPS * step_ps
-        if config.thermostat_fs is None
-        else config.thermostat_fs / 1000.0
-    )
+    limit = _WARN_TIMESTEP_WITH_H_FS if "H" in elements else _WARN_TIMESTEP_FS
+    if step > limit:
+        with_h = " with hydrogen" if "H" in elements else ""
+        warnings.append(
+            f"a timestep of {step:g} fs is long{with_h}: atoms may get lost"
+        )
+    return warnings
+
+
+def minimization(name: str, config: MDConfig, units: UnitSystem, steps: int) -> str:
+    """Return the commands that minimize the positions."""
+    fields = {
+        "name": name,
+        "max_force": repr(units.to_lammps("force", config.max_force_ev_a)),
+        "num_steps": steps,
+        "max_evaluations": min(MAX_INT32, _EVALUATIONS_PER_STEP * steps),
+        "dmax": repr(units.to_lammps("length", _MAX_MOVE_A)),
+    }
+    return render_template("lammps/minimize.in", **fields)
+
+
+def _stage(
+    stage: Stage,
+    number: int,
+    config: MDConfig,
+    box: LammpsBox,
+    units: UnitSystem,
+    timestep_fs: float,
+) -> str:
+    if stage.ensemble == "minimize":
+        text = minimization(stage.name, config, units, config.num_steps)
+        if config.relax_cell:
+            # The energy of a large strain is not what the fix takes it for, so a
+            # new one takes the present cell as its reference, until nothing moves.
+            text += _CELL_ROUNDS * render_template(
+                "lammps/relax.in",
+                fix=fix_of(number),
+                barostat=barostat_of(config, box),
+                pressure=repr(units.to_lammps("pressure", config.pressure_bar)),
+                max_force=repr(units.to_lammps("force", config.max_force_ev_a)),
+                num_steps=config.num_steps,
+                max_evaluations=min(
+                    MAX_INT32, _EVALUATIONS_PER_STEP * config.num_steps
+                ),
+            )
+        return text
+    thermostat_fs = config.thermostat_fs or _THERMOSTAT_STEPS * timestep_fs
     fields: dict[str, object] = {
         "name": stage.name,
+        "fix": fix_of(number),
         "start_k": repr(stage.start_k),
         "stop_k": repr(stage.stop_k),
-        "thermostat_ps": repr(thermostat_ps),
+        "thermostat": repr(units.to_lammps("time", thermostat_fs)),
     }
     if stage.ensemble == "npt":
-        barostat_ps = (
-            _BAROSTAT_STEPS * step_ps
-            if config.barostat_fs is None
-            else config.barostat_fs / 1000.0
-        )
+        barostat_fs = config.barostat_fs or _BAROSTAT_STEPS * timestep_fs
         barostat = barostat_of(config, box)
         fields |= {
             "barostat": barostat,
-            "pressure_bar": repr(config.pressure_bar),
-            "barostat_ps": repr(barostat_ps),
+            "pressure": repr(units.to_lammps("pressure", config.pressure_bar)),
+            "barostat_time": repr(units.to_lammps("time", barostat_fs)),
             # A flipped box would no longer be the basis the results are mapped by.
             "flip": " flip no" if barostat == "tri" else "",
         }
     return render_template(f"lammps/{stage.ensemble}.in", **fields)
 
 
+def _run_with_restarts(
+    stage: Stage, number: int, config: MDConfig, on_stop: str
+) -> str:
+    """Return the run of a stage, set up anew after each restart file."""
+    if next_restart(stage.first_step, stage, config) == stage.last_step:
+        text = run_command(stage, stage.last_step, " post no") + "\n"
+        if on_stop:
+            text += f'if "$(step) < {stage.last_step}" then {on_stop}\n'
+        if stage.last_step % config.restart_every == 0:
+            text += f"write_restart {restart_name(stage.last_step, config)}\n"
+        return text
+    return render_template(
+        "lammps/blocks.in",
+        number=number,
+        every=config.restart_every,
+        first_step=stage.first_step,
+        last_step=stage.last_step,
+        check=f'if "$(step) < ${{goal}}" then {on_stop}\n' if on_stop else "",
+    )
+
+
 def _uses_tri(config: MDConfig, box: LammpsBox) -> bool:
-    uses = any(stage.ensemble == "npt" for stage in config.stages())
-    return uses and barostat_of(config, box) == "tri"
+    changes = config.relax_cell or any(s.ensemble == "npt" for s in config.stages())
+    return changes and barostat_of(config, box) == "tri"

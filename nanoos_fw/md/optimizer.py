@@ -181,7 +181,7 @@ def relax_one(
     calculator
         LAMMPS instance to use.
     task
-        ``species``, ``lattice`` (Å) and ``frac_coords``.
+        ``species``, ``lattice`` (Å), ``frac_coords``, and ``charges`` if there are.
     settings
         Tolerances.
     stop
@@ -197,7 +197,7 @@ def relax_one(
     frac = np.array(task["frac_coords"], dtype=np.float64)
     try:
         check_distances(species, lattice, frac)
-        calculator.load(species, lattice)
+        calculator.load(species, lattice, task.get("charges"))
         state = _Relaxation(calculator, species, lattice, frac, settings)
         for _ in state.steps():
             if stop is not None and stop.requested:

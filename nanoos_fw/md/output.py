@@ -12,6 +12,7 @@ from nanoos_fw.md.analysis import block_average, detect_equilibration
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.md.unit_systems import unit_system
 from nanoos_fw.provenance import read_json
 
 if TYPE_CHECKING:
@@ -57,12 +58,46 @@ def simulation_thermo(output_dir: Path) -> ThermoTable:
     Rows that the ranks printed where they paused are left out, the last is kept for
     minimizations, which end where they converge.
     """
-    config = MDConfig.model_validate(read_simulation(output_dir)["config"])
+    simulation = read_simulation(output_dir)
+    config = MDConfig.model_validate(simulation["config"])
     table = read_thermo(segment_files(output_dir, "log.*.lammps"))
+    table = in_our_units(table, simulation["potential"].get("units", "metal"))
     if not config.is_dynamics or not len(table):
         return table
     keep = table.step % config.thermo_every == 0
     return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
+
+
+# Quantity that each unit of the thermo table stands for.
+_QUANTITIES = {
+    "eV": "energy",
+    "bar": "pressure",
+    "Å": "length",
+    "Å³": "volume",
+    "ps": "time",
+}
+
+
+def in_our_units(table: ThermoTable, units: str) -> ThermoTable:
+    """Return a table that LAMMPS printed in its unit system in the units used here.
+
+    Parameters
+    ----------
+    table
+        As `read_thermo` gives it: the names are those of our units, the numbers
+        LAMMPS' own.
+    units
+        LAMMPS unit style.
+    """
+    if units == "metal":
+        return table
+    system = unit_system(units)
+    columns = {}
+    for name, values in table.columns.items():
+        quantity = _QUANTITIES.get(table.units[name])
+        factor = system.factor(quantity) if quantity else 1.0
+        columns[name] = values * (factor / 1000.0 if quantity == "time" else factor)
+    return ThermoTable(columns, table.units)
 
 
 def simulation_elements(output_dir: Path) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from nanoos_fw.errors import (
     SimulationError,
 )
 from nanoos_fw.md.calculator import LammpsCalculator
-from nanoos_fw.md.cells import site_elements
+from nanoos_fw.md.cells import site_charges, site_elements
 from nanoos_fw.md.optimizer import (
     RelaxationResult,
     RelaxationSettings,
@@ -182,6 +182,8 @@ def _task(
         "lattice": structure.lattice.matrix.tolist(),
         "frac_coords": structure.frac_coords.tolist(),
     }
+    if potential.charges != "none" and (found := site_charges(structure)) is not None:
+        body["charges"] = found.tolist()
     if not np.isfinite(structure.cart_coords).all():
         raise InputError(
             "lattice or coordinates are not finite", evidence={"class": "not_a_number"}

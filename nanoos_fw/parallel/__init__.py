@@ -33,10 +33,13 @@ from nanoos_fw.parallel.files import (
     report_progress,
 )
 from nanoos_fw.parallel.launch import (
+    Child,
     Resources,
     child_environment,
+    clear_messages,
     launch_command,
     launch_ranks,
+    supervise,
 )
 from nanoos_fw.parallel.ranks import (
     Communicator,
@@ -56,15 +59,18 @@ __all__ = [
     "RESUMABLE_EXIT",
     "STOP",
     "STOPPED",
+    "Child",
     "Communicator",
     "RankProgram",
     "Resources",
     "StopRequest",
     "child_environment",
+    "clear_messages",
     "communicator",
     "launch_command",
     "launch_ranks",
     "locked",
     "report_progress",
     "run_rank_program",
+    "supervise",
 ]

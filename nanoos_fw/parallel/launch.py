@@ -14,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from nanoos_fw.errors import (
     InputError,
@@ -118,6 +118,8 @@ def launch_ranks(
     resources: Resources,
     deadline: float | None = None,
     grace_s: float = 60.0,
+    stall_s: float | None = None,
+    signs: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a rank program to its end and return its ``result.json``.
 
@@ -134,6 +136,12 @@ def launch_ranks(
         ``deadline`` is theirs to read), so this is the second line of defence.
     grace_s
         Seconds between the request to stop and the kill.
+    stall_s
+        Seconds without a sign of life after which the ranks are killed: one that
+        hangs would hold the others until the end of the allocation. None waits.
+    signs
+        Patterns of files in the work directory whose growth is a sign of life, as is
+        every report of progress.
 
     Raises
     ------
@@ -141,19 +149,13 @@ def launch_ranks(
         If the ranks stopped in time and left a checkpoint.
     LaunchError
         If ranks of an earlier launch still live in the work directory, or if these
-        died without a word, or had to be killed because they did not stop;
+        died without a word, or had to be killed because they hung or did not stop;
         carries the tail of their log.
     NanoOSError
         Whatever error a rank reported.
     """
     work_dir = config.parent
-    if not wait_for_no_rank(work_dir, _LAST_RANKS_S):
-        raise LaunchError(
-            f"ranks of an earlier launch still work in {work_dir}",
-            advice="end them, then rerun this firework",
-        )
-    for name in (RESULT, ERROR, STOPPED, PROGRESS, STOP):
-        (work_dir / name).unlink(missing_ok=True)
+    clear_messages(work_dir)
     python = [sys.executable, "-m"]
     if resources.ranks > 1:
         python += ["mpi4py", "-m"]  # an exception on one rank aborts all of them
@@ -177,11 +179,104 @@ def launch_ranks(
                 f"cannot start {command[0]}: {error.strerror}",
                 evidence={"command": command},
             ) from error
+    return supervise(
+        child,
+        module,
+        work_dir,
+        deadline=deadline,
+        grace_s=grace_s,
+        stall_s=stall_s,
+        signs=signs,
+    )
+
+
+class Child(Protocol):
+    """A program that leads a process group: what is needed of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, and that of its group."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it lives."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code; raises ``subprocess.TimeoutExpired``."""
+
+
+def clear_messages(work_dir: Path) -> None:
+    """Remove what earlier ranks said, so that only the new ones are heard.
+
+    Raises
+    ------
+    LaunchError
+        If ranks of an earlier launch still live in the work directory.
+    """
+    if not wait_for_no_rank(work_dir, _LAST_RANKS_S):
+        raise LaunchError(
+            f"ranks of an earlier launch still work in {work_dir}",
+            advice="end them, then rerun this firework",
+        )
+    for name in (RESULT, ERROR, STOPPED, PROGRESS, STOP):
+        (work_dir / name).unlink(missing_ok=True)
+
+
+def supervise(
+    child: Child,
+    module: str,
+    work_dir: Path,
+    *,
+    deadline: float | None = None,
+    grace_s: float = 60.0,
+    stall_s: float | None = None,
+    signs: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Wait for a started rank program, hand on the stop, return its result.
+
+    Parameters and errors are those of `launch_ranks`.
+    """
     with _hand_on_signals(work_dir) as signalled:
-        code, killed = _wait(child, work_dir, deadline, grace_s, signalled)
+        pulse = _Pulse(work_dir, stall_s, tuple(signs))
+        code, killed = _wait(child, work_dir, deadline, grace_s, signalled, pulse)
     if not wait_for_no_rank(work_dir, _LAST_RANKS_S):
         logger.warning("the launcher has ended but ranks still work in %s", work_dir)
+    if pulse.lost:
+        raise LaunchError(
+            f"{module} gave no sign of life for {stall_s:g} s, and was killed",
+            evidence={"class": "hang", "work_dir": str(work_dir)},
+            advice=f"run again: it continues; if it hangs again, read {work_dir / LOG}",
+        )
     return _outcome(work_dir, module, code, killed)
+
+
+@dataclass
+class _Pulse:
+    """Whether a rank program still does something: progress, or files that grow."""
+
+    work_dir: Path
+    stall_s: float | None
+    patterns: tuple[str, ...]
+    lost: bool = False
+    _last: object = None
+    _since: float = 0.0
+    _looked: float = 0.0
+
+    def is_lost(self) -> bool:
+        """Look, at most once a second, and tell whether it is time to give up."""
+        now = time.monotonic()
+        if self.stall_s is None or now - self._looked < min(1.0, self.stall_s / 4):
+            return False
+        self._looked = now
+        seen: list[object] = []
+        for pattern in (PROGRESS, *self.patterns):
+            for path in sorted(self.work_dir.glob(pattern)):
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    seen.append((path.name, status.st_size, status.st_mtime_ns))
+        if seen != self._last:
+            self._last, self._since = seen, now
+        self.lost = now - self._since > self.stall_s
+        return self.lost
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -231,11 +326,12 @@ def _hand_on_signals(work_dir: Path) -> Iterator[list[int]]:
 
 
 def _wait(
-    child: subprocess.Popen[bytes],
+    child: Child,
     work_dir: Path,
     deadline: float | None,
     grace_s: float,
     signalled: list[int],
+    pulse: _Pulse,
 ) -> tuple[int, bool]:
     """Return the exit code, and whether the ranks had to be killed."""
     kill_at = None if deadline is None else deadline + grace_s
@@ -251,11 +347,16 @@ def _wait(
                 asked = True
                 write_atomic(work_dir / STOP, signal.Signals(signalled[0]).name)
                 kill_at = min(time.time() + grace_s, kill_at or float("inf"))
+            if pulse.is_lost():
+                logger.warning("ranks in %s show no sign of life: killed", work_dir)
+                _end_group(child)
+                return child.wait(), True
             if kill_at is not None and time.time() > kill_at:
                 logger.warning("ranks in %s did not stop in time: killed", work_dir)
                 _end_group(child)
                 return child.wait(), True
-            time.sleep(POLL_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=POLL_S)
     finally:
         if child.poll() is None:
             _end_group(child)
@@ -279,12 +380,12 @@ def _log_progress(work_dir: Path, seen: str | None) -> str | None:
     return text
 
 
-def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+def _signal_group(child: Child, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, number)
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
+def _end_group(child: Child) -> None:
     """Terminate, wait, kill: no rank outlives its firetask."""
     _signal_group(child, signal.SIGTERM)
     try:

@@ -47,6 +47,8 @@ class Communicator:
         self._comm = comm
         self.rank: int = 0 if comm is None else comm.Get_rank()
         self.size: int = 1 if comm is None else comm.Get_size()
+        # Called before this process ends itself, to end programs that it started.
+        self.before_abort: Callable[[], None] | None = None
 
     @property
     def mpi(self) -> Any:
@@ -84,6 +86,8 @@ class Communicator:
 
     def abort(self, code: int) -> None:
         """End all ranks now."""
+        if self.before_abort is not None:
+            self.before_abort()
         if self.size > 1:
             self._comm.Abort(code)
         os._exit(code)
@@ -126,8 +130,15 @@ class StopRequest:
         )
 
     @property
+    def by_clock(self) -> bool:
+        """Whether it is the deadline alone that asks."""
+        return self.requested and self._signal is None
+
+    @property
     def reason(self) -> str:
         """Why the program stops, for the log and the launch document."""
+        # Another rank may have seen the parent's file first.
+        _ = self.requested
         return f"signal {self._signal}" if self._signal else "end of the allocation"
 
 

@@ -90,8 +90,8 @@ def test_execution_needs_prepared_input_and_its_own_folder(
 def test_the_earlier_of_timeout_and_deadline_counts(copper, tmp_path, monkeypatch):
     engine, seen = LAMMPSEngine(), []
 
-    def launch(module, config, *, resources, deadline):
-        assert module == "nanoos_fw.md.engine"
+    def launch(module, config, *, resources, deadline, **_):
+        assert module == "nanoos_fw.md.simulation"
         assert read_json(config)["deadline"] == deadline
         seen.append(deadline)
         return {"steps": 1}

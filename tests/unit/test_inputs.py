@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from nanoos_fw.md.box import (
 )
 from nanoos_fw.md.inputs import (
     MDConfig,
+    Origin,
     barostat_of,
     data_file_text,
     render_parts,
@@ -186,7 +188,7 @@ def test_bad_values_are_refused_by_name(name, value):
 def test_annealing_needs_a_top_temperature_and_makes_one_schedule():
     with pytest.raises(InputError, match="anneal_temperature_k"):
         MDConfig.from_parameters({"workflow_type": "MD_ANNEAL_LAMMPS"})
-    with pytest.raises(InputError, match="MD_ANNEAL_LAMMPS only"):
+    with pytest.raises(InputError, match="belongs to MD_ANNEAL_LAMMPS"):
         MDConfig.from_parameters({"anneal_temperature_k": 900.0})
     config = MDConfig(
         workflow_type="MD_ANNEAL_LAMMPS",
@@ -221,7 +223,7 @@ def script_of(lattice=None, **parameters) -> str:
 def test_damping_is_in_physical_time_for_metal_units():
     script = script_of(workflow_type="MD_NPT_LAMMPS", temperature=150.0)
     assert "timestep 0.004\n" in script
-    assert "fix integrate all npt temp 150.0 150.0 0.4 aniso 1.0 1.0 4.0\n" in script
+    assert "fix stage1 all npt temp 150.0 150.0 0.4 aniso 1.0 1.0 4.0 fix" in script
     other = script_of(
         workflow_type="MD_NPT_LAMMPS",
         timestep=1.0,
@@ -229,7 +231,7 @@ def test_damping_is_in_physical_time_for_metal_units():
         barostat_fs=3000.0,
     )
     assert "timestep 0.001\n" in other
-    assert "temp 300.0 300.0 0.25 aniso 1.0 1.0 3.0\n" in other
+    assert "temp 300.0 300.0 0.25 aniso 1.0 1.0 3.0 fix" in other
 
 
 def test_barostat_follows_the_cell():
@@ -238,7 +240,7 @@ def test_barostat_follows_the_cell():
     assert barostat_of(config, LammpsBox.from_lattice(np.eye(3))) == "aniso"
     assert barostat_of(config, LammpsBox.from_lattice(fcc)) == "tri"
     script = script_of(fcc * 5, workflow_type="MD_NPT_LAMMPS")
-    assert " tri 1.0 1.0 4.0 flip no\n" in script
+    assert " tri 1.0 1.0 4.0 flip no fix" in script
 
 
 def test_ramps_keep_their_ends_when_a_stage_is_cut_into_pieces():
@@ -251,9 +253,12 @@ def test_ramps_keep_their_ends_when_a_stage_is_cut_into_pieces():
 
 def test_script_has_no_unfilled_field_and_equilibrates_from_given_velocities():
     script = script_of()
-    assert "${" not in script
+    assert set(re.findall(r"\$\{(\w+)\}", script)) == {"goal"}
     assert "velocity all create 300.0 1 mom yes" in script
-    assert "run 12000 upto start 0 stop 12000" in script
+    assert "run ${goal} upto start 0 stop 12000 post no" in script
+    short = script_of(num_steps=100, equilibration_steps=0)
+    assert "run 100 upto start 0 stop 100 post no" in short
+    assert "${" not in short
     assert "velocity" not in script_of(workflow_type="MINIMIZE_LAMMPS")
     assert "dump frames" not in script_of(dump_every=0)
 
@@ -264,20 +269,19 @@ def test_resumed_script_reads_the_restart_and_creates_no_velocities():
         ARGON,
         ["Ar", "Kr"],
         LammpsBox.from_lattice(np.eye(3)),
-        first_step=4000,
-        restart_file="restart.a",
+        origin=Origin(4000, "restart.0"),
     )
-    assert "read_restart restart.a" in parts.start
+    assert "read_restart restart.0" in parts.start
     assert "read_data" not in parts.script
-    assert parts.velocities == ""
-    assert "trajectory.000000004000.bin" in parts.output
+    assert parts.prelude == ""
+    assert "trajectory.000000004001.bin" in parts.output
     with pytest.raises(InputError):
         render_parts(
             MDConfig(),
             ARGON,
             ["Ar"],
             LammpsBox.from_lattice(np.eye(3)),
-            restart_file="x\nshell ls",
+            origin=Origin(1, "x\nshell ls"),
         )
 
 

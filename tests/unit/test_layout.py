@@ -151,7 +151,7 @@ def test_a_cheap_module_loads_nothing_heavy(module: str, tmp_path: Path) -> None
     [
         "nanoos_fw.crystals",
         "nanoos_fw.firetasks",
-        "nanoos_fw.md.engine",
+        "nanoos_fw.md.simulation",
         "nanoos_fw.md.relaxation",
         "nanoos_fw.ml.datasets",
         "nanoos_fw.ml.screening",
@@ -168,7 +168,7 @@ def test_the_rooms_load_neither_torch_nor_lammps_nor_mpi(
 
 @pytest.mark.parametrize(
     "module",
-    ["nanoos_fw.ml.training", "nanoos_fw.md.engine", "nanoos_fw.md.relaxation"],
+    ["nanoos_fw.ml.training", "nanoos_fw.md.simulation", "nanoos_fw.md.relaxation"],
 )
 def test_a_rank_program_knows_no_database(module: str, tmp_path: Path) -> None:
     assert not loaded_by(module, tmp_path) & DATABASE

@@ -43,7 +43,7 @@ class Morse:
         self.evaluations = 0
         self.fail = False
 
-    def load(self, species, lattice):
+    def load(self, species, lattice, charges=None):
         self.species = species
 
     def reset(self):
