@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import RelaxationMethod
 from nanoos_fw.ml.datasets import (
+    OUTLIER,
+    PARTS,
     DatasetConfig,
-    build_regression_dataset,
+    adopt_dataset,
     open_dataset,
-    write_dataset,
 )
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.predictors import PropertyModel
@@ -25,22 +28,32 @@ from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.database import put_artifact
-from nanoos_fw.stores.datasets import FORMATION_ENERGY
-from nanoos_fw.stores.labels import formation_energies
+from nanoos_fw.stores.datasets import build_from_targets, collect_targets
 from nanoos_fw.stores.models import ModelRecord, Prediction
 
 _MAX_LISTED = 50
 
 
 class BuildDatasetParameters(Parameters):
-    """Parameters of BuildDatasetTask."""
+    """Parameters of BuildDatasetTask.
+
+    Parameters
+    ----------
+    method, references
+        Labels come from simulations by this method, formation energies against these
+        relaxed elements. Without a method they are those that were imported.
+    allow_missing
+        Leave out structures without a label, which are an error otherwise where
+        simulations are to give them.
+    """
 
     campaign: str
     structures: tuple[str, ...] = Field(min_length=1)
-    references: tuple[str, ...] = Field(min_length=1)
-    method: RelaxationMethod
+    references: tuple[str, ...] = ()
+    method: RelaxationMethod | None = None
     features: FeatureParameters = FeatureParameters()
     dataset: DatasetConfig
+    allow_missing: bool = False
 
 
 class BuildDatasetTask(NanoTask):
@@ -51,57 +64,63 @@ class BuildDatasetTask(NanoTask):
     parameters: BuildDatasetParameters
 
     def run(self, place: TaskContext) -> dict[str, Any]:
-        """Build the dataset from formation energies and cached features."""
+        """Build the dataset from labels and cached features."""
         parameters = self.parameters
-        if parameters.dataset.target_property != FORMATION_ENERGY:
-            raise InputError(
-                f"no labels for target {parameters.dataset.target_property!r}",
-                advice=f"the relaxations give {FORMATION_ENERGY!r}",
-            )
-        potential = parameters.method.potential.resolve(place)
-        method = parameters.method.key(potential)
-        labels = formation_energies(
-            place.structures,
-            place.simulations,
+        potential, method = None, None
+        if parameters.method is not None:
+            potential = parameters.method.potential.resolve(place)
+            method = parameters.method.key(potential)
+        found = collect_targets(
+            place.database,
+            parameters.dataset,
             keys=parameters.structures,
-            references=parameters.references,
             method=method,
+            references=parameters.references,
         )
-        if labels.pending:
+        pending = [
+            key
+            for key in parameters.structures
+            if key not in found.values and key not in found.failures
+        ]
+        if pending and method is not None and not parameters.allow_missing:
             raise InputError(
-                f"{len(labels.pending)} structures have no label yet",
-                evidence={"first": labels.pending[:5]},
+                f"{len(pending)} structures have no label yet",
+                evidence={"first": pending[:5]},
                 advice="rerun the fireworks that label them",
             )
-        features = place.features.graphs(
-            list(labels.energies),
-            parameters.features.model_dump(mode="json"),
-            FEATURE_VERSION,
-        )
-        # Sorted keys: the dataset must not depend on the order of the database.
-        usable = sorted(features)
-        dataset = build_regression_dataset(
-            {key: features[key] for key in usable},
-            {key: labels.energies[key] for key in usable},
-            parameters.dataset,
-        )
-        directory = place.work_dir("datasets", dataset.dataset_hash)
-        manifest = write_dataset(dataset, directory)
-        place.campaigns.record(
-            parameters.campaign,
-            dataset=dataset.dataset_hash,
-            method=method,
-            potential={
-                "name": potential.name,
-                "citation": potential.citation,
-                "sha256": potential.files[0].sha256 if potential.files else "",
-            },
-        )
+        # The hash, which names the folder, is known when all graphs have been read.
+        building = place.work_root / "datasets" / f".building-{secrets.token_hex(8)}"
+        try:
+            dataset, without, leakage = build_from_targets(
+                place.database,
+                found,
+                parameters.dataset,
+                features=parameters.features.model_dump(mode="json"),
+                directory=building,
+            )
+            directory = place.work_dir("datasets", dataset.dataset_hash)
+            adopt_dataset(building, directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        outputs: dict[str, Any] = {"dataset": dataset.dataset_hash}
+        if potential is not None:
+            outputs |= {
+                "method": method,
+                "potential": {
+                    "name": potential.name,
+                    "citation": potential.citation,
+                    "sha256": potential.files[0].sha256 if potential.files else "",
+                },
+            }
+        place.campaigns.record(parameters.campaign, **outputs)
         return {
             "dataset": dataset.dataset_hash,
-            "counts": manifest["counts"],
-            "failed_labels": len(labels.failures),
-            "without_features": len(labels.energies) - len(usable),
+            "counts": {part: dataset.parts.count(part) for part in (*PARTS, OUTLIER)},
+            "failed_labels": len(found.failures),
+            "without_label": len(pending),
+            "without_features": len(without),
+            "leaking_structures": len(leakage.structures),
+            "mock_targets": dataset.mock_targets,
         }
 
 
@@ -173,6 +192,7 @@ class TrainModelTask(NanoTask):
                     for part in sorted(set(dataset.parts))
                 },
                 "config": dataset.config.model_dump(mode="json"),
+                "mock_targets": dataset.mock_targets,
             },
             environment={
                 **result.environment,

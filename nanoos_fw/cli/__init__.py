@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
-from nanoos_fw.cli import cluster, databases, datasets, features, models, potentials
+from nanoos_fw.cli import (
+    cluster,
+    databases,
+    datasets,
+    features,
+    models,
+    potentials,
+    tables,
+)
 from nanoos_fw.cli.common import (
     add_launchpad,
     launchpad_of,
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     features.add_commands(commands)
+    tables.add_commands(commands)
     datasets.add_commands(commands)
     models.add_commands(commands)
     databases.add_commands(commands)

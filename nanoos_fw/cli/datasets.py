@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli.common import add_json, add_launchpad, launchpad_of, print_json
-from nanoos_fw.cli.features import add_parameters, keys_of_set, parameters_of
+from nanoos_fw.cli.features import (
+    add_parameters,
+    add_selection,
+    keys_of_set,
+    parameters_of,
+    selected_keys,
+)
 from nanoos_fw.errors import InputError
 
 if TYPE_CHECKING:
     from nanoos_fw.ml.datasets import Dataset
+    from nanoos_fw.stores.structures import StructureStore
 
 _SPLITS = ("random", "composition", "kfold", "composition-kfold", "time")
 _SHOWN = 10
@@ -26,11 +35,35 @@ def add_commands(commands: Any) -> None:
         "build",
         help="freeze labels and features of a set into a dataset",
         description=(
-            "Labels are numbers imported with the structures; NAME_per_atom is NAME "
-            "divided by the number of sites. The same input gives the same bytes."
+            "Labels are numbers imported with the structures or in a table; "
+            "NAME_per_atom is NAME divided by the number of sites. With --campaign or "
+            "--method they come from simulations: formation_energy_per_atom, energy, "
+            "energy_per_atom, volume, volume_per_atom, pressure, max_force, or any "
+            "number of the results, such as averages.density.mean. The same input "
+            "gives the same bytes."
         ),
     )
-    build.add_argument("--set", dest="in_set", required=True, metavar="NAME")
+    add_selection(build)
+    build.add_argument(
+        "--campaign",
+        metavar="NAME",
+        help="take labels from the relaxations of a campaign, by its method and "
+        "against its relaxed elements",
+    )
+    build.add_argument(
+        "--method", metavar="KEY", help="take labels from simulations by this method"
+    )
+    build.add_argument(
+        "--references",
+        metavar="SET",
+        help="set of the relaxed elements, for formation energies by --method",
+    )
+    build.add_argument(
+        "--mock-targets",
+        action="store_true",
+        help="make the targets up, to try a workflow out; models trained on them "
+        "cannot be activated",
+    )
     build.add_argument("--target", required=True, metavar="NAME")
     build.add_argument("--unit", help="unit of the target, if it is not a known one")
     build.add_argument(
@@ -78,44 +111,50 @@ def add_commands(commands: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.ml.datasets import write_dataset
+    from rich.console import Console
+
+    from nanoos_fw.console import CountProgress
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.datasets import build_train_val_datasets
     from nanoos_fw.stores.structures import StructureStore
 
     database = open_database(launchpad)
-    keys = keys_of_set(StructureStore(database), arguments.in_set)
+    structures = StructureStore(database)
+    keys = selected_keys(structures, arguments)
+    method, references = _label_source(database, structures, arguments)
     fractions: dict[str, Any] = {}
     if arguments.val_fraction is not None:
         rest = 1 - arguments.train_fraction - arguments.val_fraction
         # Rounding must not make a negative fraction of nothing.
         test = 0.0 if abs(rest) < 1e-9 else rest
         fractions = {"val_fraction": arguments.val_fraction, "test_fraction": test}
-    built = build_train_val_datasets(
-        database,
-        arguments.target,
-        arguments.train_fraction,
-        arguments.min_samples,
-        keys=keys,
-        features=parameters_of(arguments).model_dump(mode="json"),
-        seed=arguments.seed,
-        iqr_factor=arguments.iqr,
-        unit=arguments.unit,
-        split=arguments.split,
-        n_folds=arguments.folds,
-        fold=arguments.fold,
-        **fractions,
-    )
-    try:
-        write_dataset(built.dataset, arguments.output)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {arguments.output}: {error.strerror}"
-        ) from error
+    progress = CountProgress(Console(stderr=True), "reading graphs", len(keys))
+    with progress.shown(), _writable(arguments.output):
+        built = build_train_val_datasets(
+            database,
+            arguments.target,
+            arguments.train_fraction,
+            arguments.min_samples,
+            keys=keys,
+            features=parameters_of(arguments).model_dump(mode="json"),
+            method=method,
+            references=references,
+            directory=arguments.output,
+            on_progress=lambda done, _: progress.update(done),
+            seed=arguments.seed,
+            iqr_factor=arguments.iqr,
+            unit=arguments.unit,
+            split=arguments.split,
+            n_folds=arguments.folds,
+            fold=arguments.fold,
+            mock_targets=arguments.mock_targets,
+            **fractions,
+        )
     found = {
         **_description(built.dataset),
         "directory": str(arguments.output),
         "without_label": built.without_label,
+        "failed_labels": built.failed_labels,
         "without_features": built.without_features,
         "leakage": built.leakage.to_dict(),
     }
@@ -131,6 +170,33 @@ def _build(arguments: argparse.Namespace) -> int:
         f"{len(built.without_features)} without features"
     )
     return 0
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}") from error
+
+
+def _label_source(
+    database: Any, structures: StructureStore, arguments: argparse.Namespace
+) -> tuple[str | None, list[str]]:
+    """Return method and relaxed elements, if labels come from simulations."""
+    from nanoos_fw.stores.campaigns import CampaignStore
+
+    if arguments.campaign is not None:
+        if arguments.method is not None or arguments.references is not None:
+            raise InputError("give --campaign, or --method with --references")
+        campaigns = CampaignStore(database)
+        method = str(campaigns.output(arguments.campaign, "method"))
+        return method, structures.keys(f"{arguments.campaign}/references")
+    if arguments.references is None:
+        return arguments.method, []
+    if arguments.method is None:
+        raise InputError("--references needs --method")
+    return arguments.method, keys_of_set(structures, arguments.references)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -162,6 +228,7 @@ def _description(dataset: Dataset) -> dict[str, Any]:
         "dataset_hash": dataset.dataset_hash,
         "target_property": dataset.config.target_property,
         "unit": dataset.unit,
+        "mock_targets": dataset.mock_targets,
         "split": dataset.config.split,
         "seed": dataset.config.seed,
         "counts": {
@@ -183,6 +250,8 @@ def _print_description(found: dict[str, Any]) -> None:
     leakage = found["leakage"]
     print(f"dataset    {found['dataset_hash']}")
     print(f"target     {found['target_property']} ({unit})")
+    if found["mock_targets"]:
+        print("target     made up (mock): no model of it can be activated")
     print(f"rows       {counts}")
     print(f"split      {found['split']}, seed {found['seed']}")
     print(f"training   mean {found['target_mean']:.6g}, std {found['target_std']:.6g}")

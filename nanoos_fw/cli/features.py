@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def add_commands(commands: Any) -> None:
     status = actions.add_parser(
         "status", help="count hit, stale, quarantined and missing structures"
     )
-    status.add_argument("--set", dest="in_set", metavar="NAME", help="default: all")
+    add_selection(status)
     add_parameters(status)
     add_json(status)
     add_launchpad(status)
@@ -109,7 +110,39 @@ def _add_structures(parser: argparse.ArgumentParser) -> None:
         "structures", nargs="*", metavar="ID", help="key, its beginning, or label"
     )
     parser.add_argument("--all", action="store_true", help="all structures")
+    add_selection(parser)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose structures by set or by query."""
     parser.add_argument("--set", dest="in_set", metavar="NAME", help="a named set")
+    parser.add_argument(
+        "--query",
+        metavar="JSON",
+        help="""a MongoDB query, e.g. '{"elements": "Fe", "n_sites": {"$lte": 20}}'""",
+    )
+
+
+def selected_keys(store: StructureStore, arguments: argparse.Namespace) -> list[str]:
+    """Return the keys of the set, of what the query finds, or of all structures."""
+    if arguments.query is None:
+        return keys_of_set(store, arguments.in_set)
+    if arguments.in_set is not None:
+        raise InputError(
+            "give --set or --query, not both",
+            advice="""a query can name a set: '{"sets": "NAME", ...}'""",
+        )
+    try:
+        query = json.loads(arguments.query)
+    except ValueError as error:
+        raise InputError(f"--query is not JSON: {error}") from error
+    keys = store.query_keys(query)
+    if not keys:
+        raise InputError(
+            f"the query finds none of {store.count()} structures",
+            evidence={"query": query},
+        )
+    return keys
 
 
 def keys_of_set(store: StructureStore, in_set: str | None) -> list[str]:
@@ -129,10 +162,15 @@ def keys_of_set(store: StructureStore, in_set: str | None) -> list[str]:
 
 
 def _compute(arguments: argparse.Namespace) -> int:
-    given = [bool(arguments.structures), arguments.all, arguments.in_set is not None]
+    given = (
+        bool(arguments.structures),
+        arguments.all,
+        arguments.in_set is not None,
+        arguments.query is not None,
+    )
     if sum(given) != 1:
         raise InputError(
-            "say which structures: give IDs, or --all, or --set NAME",
+            "say which structures: give IDs, or --all, --set NAME or --query JSON",
             advice="see 'nanoos features compute --help'",
         )
     if arguments.workers < 1:
@@ -159,7 +197,7 @@ def _compute(arguments: argparse.Namespace) -> int:
     if arguments.structures:
         keys = store.find_keys(arguments.structures)
     else:
-        keys = keys_of_set(store, arguments.in_set)
+        keys = selected_keys(store, arguments)
     progress = CountProgress(Console(stderr=True), "featurizing", len(keys))
     try:
         with progress.shown():
@@ -202,7 +240,7 @@ def _status(arguments: argparse.Namespace) -> int:
     from nanoos_fw.stores.structures import StructureStore
 
     database = open_database(launchpad)
-    keys = keys_of_set(StructureStore(database), arguments.in_set)
+    keys = selected_keys(StructureStore(database), arguments)
     described = parameters_of(arguments).model_dump(mode="json")
     status = FeatureStore(database).status(keys, described, FEATURE_VERSION)
     counts = Counter(entry.state for entry in status.values())

@@ -82,13 +82,7 @@ class GraphTable:
         if not graphs:
             raise InputError("a graph table needs at least one graph")
         kinds = {(graph.cutoff_radius, graph.max_neighbors) for graph in graphs}
-        if len(kinds) > 1:
-            raise InputError(
-                "graphs built in different ways cannot be mixed",
-                evidence={"cutoff_radius, max_neighbors": sorted(map(str, kinds))},
-                advice="featurize all structures with the same parameters",
-            )
-        cutoff_radius, max_neighbors = kinds.pop()
+        cutoff_radius, max_neighbors = _only_one_kind(kinds)
         return cls(
             numbers=np.concatenate([graph.numbers for graph in graphs]),
             degrees=np.concatenate([g.degrees for g in graphs]).astype(np.uint16),
@@ -135,6 +129,31 @@ class GraphTable:
             edge_start=_starts(n_edges),
             cutoff_radius=cutoff_radius,
             max_neighbors=max_neighbors,
+        )
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[GraphTable]) -> GraphTable:
+        """Lay tables end to end.
+
+        Raises
+        ------
+        InputError
+            As :meth:`from_graphs`.
+        """
+        if not tables:
+            raise InputError("a graph table needs at least one graph")
+        _only_one_kind({(t.cutoff_radius, t.max_neighbors) for t in tables})
+        if len(tables) == 1:
+            return tables[0]
+        return cls(
+            numbers=np.concatenate([table.numbers for table in tables]),
+            degrees=np.concatenate([table.degrees for table in tables]),
+            neighbors=np.concatenate([table.neighbors for table in tables]),
+            distances=np.concatenate([table.distances for table in tables]),
+            atom_start=_starts(np.concatenate([np.diff(t.atom_start) for t in tables])),
+            edge_start=_starts(np.concatenate([np.diff(t.edge_start) for t in tables])),
+            cutoff_radius=tables[0].cutoff_radius,
+            max_neighbors=tables[0].max_neighbors,
         )
 
     def __len__(self) -> int:
@@ -191,6 +210,17 @@ def collate_graphs(graphs: Sequence[CrystalGraph]) -> GraphBatch:
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _only_one_kind(kinds: set[tuple[float, int | None]]) -> tuple[float, int | None]:
+    if len(kinds) > 1:
+        raise InputError(
+            "graphs built in different ways cannot be mixed",
+            evidence={"cutoff_radius, max_neighbors": sorted(map(str, kinds))},
+            advice="featurize all structures with the same parameters",
+        )
+    (kind,) = kinds
+    return kind
 
 
 def _starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,18 @@ from pydantic import (
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.graphs import CrystalGraph, pack_graph, unpack_graph
+from nanoos_fw.ml.graphs import CrystalGraph, pack_graph, read_header, unpack_graph
+from nanoos_fw.ml.shards import (
+    GRAPH_COLUMNS,
+    PART_NAMES,
+    ROW_COLUMNS,
+    MappedParts,
+    MappedText,
+    ShardWriter,
+    map_column,
+    part_codes,
+    text_column,
+)
 from nanoos_fw.ml.splits import (
     Leakage,
     SplitStrategy,
@@ -31,11 +44,11 @@ from nanoos_fw.ml.splits import (
     split_rows,
 )
 from nanoos_fw.provenance import (
+    canonical_json,
     content_key,
     read_json,
     sha256_bytes,
     sha256_file,
-    write_atomic,
     write_json,
 )
 from nanoos_fw.units import unit_of
@@ -45,16 +58,13 @@ PARTS = ("train", "val", "test")
 OUTLIER = "outlier"
 """Part of rows that the interquartile filter took out of the training part."""
 
-_SCHEMA_VERSION = 1
-_LATER_FIELDS = ("split", "n_folds", "fold")
-_SHARDS = (
-    "numbers",
-    "degrees",
-    "neighbors",
-    "distances",
-    "atom_start",
-    "edge_start",
-)
+_SCHEMA_VERSION = 1  # of DatasetConfig
+# 1 had ids, parts and targets in the manifest; 2 has them in columns of their own.
+_MANIFEST_VERSION = 2
+_LATER_FIELDS = ("split", "n_folds", "fold", "mock_targets")
+# Graphs that are in memory at once while a dataset is written.
+_GRAPHS_AT_ONCE = 500
+_ITEMS_AT_ONCE = 10_000
 
 
 class DatasetConfig(BaseModel):
@@ -82,6 +92,9 @@ class DatasetConfig(BaseModel):
         shares the test part (``test_fraction`` is not used) and divide the rest in
         the proportion of ``train_fraction`` to ``val_fraction``; ``time`` trains on
         the oldest rows and tests on the newest.
+    mock_targets
+        The targets are made up, to try a workflow out: what is trained on them
+        predicts nothing and must never be activated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,7 +110,13 @@ class DatasetConfig(BaseModel):
     split: SplitStrategy = "random"
     n_folds: int = Field(default=5, ge=2)
     fold: int = Field(default=0, ge=0)
+    mock_targets: bool = False
     schema_version: int = Field(default=_SCHEMA_VERSION, ge=1, le=_SCHEMA_VERSION)
+
+    @property
+    def target_unit(self) -> str:
+        """Unit of the target; empty if nobody has said it."""
+        return unit_of(self.target_property) if self.unit is None else self.unit
 
     @model_validator(mode="after")
     def _fractions_add_up(self) -> DatasetConfig:
@@ -148,15 +167,15 @@ class Dataset:
     """
 
     config: DatasetConfig
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     targets: NDArray[np.float64]
-    parts: tuple[str, ...]
+    parts: Sequence[str]
     graphs: GraphTable
     target_mean: float
     target_std: float
     outlier_bounds: tuple[float, float] | None
     dataset_hash: str
-    times: tuple[str, ...] | None = None
+    times: Sequence[str] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -166,9 +185,12 @@ class Dataset:
     @property
     def unit(self) -> str:
         """Unit of the targets."""
-        if self.config.unit is not None:
-            return self.config.unit
-        return unit_of(self.config.target_property)
+        return self.config.target_unit
+
+    @property
+    def mock_targets(self) -> bool:
+        """Whether the targets are made up."""
+        return self.config.mock_targets
 
     @property
     def removed(self) -> tuple[tuple[str, float], ...]:
@@ -179,6 +201,9 @@ class Dataset:
 
     def rows(self, part: str) -> NDArray[np.int64]:
         """Return the row numbers of a part."""
+        if isinstance(self.parts, MappedParts):
+            code = PART_NAMES.index(part) if part in PART_NAMES else -1
+            return np.flatnonzero(self.parts.codes == code)
         return np.flatnonzero(np.array(self.parts, dtype=object) == part)
 
     def part(self, part: str) -> Dataset:
@@ -235,39 +260,68 @@ def build_regression_dataset(
         If there are too few rows, a target is not finite or has no graph, the graphs
         were built in different ways, or training rows are missing or all alike.
     """
-    missing = sorted(set(targets) - set(graphs))
-    if missing:
-        raise InputError(
-            f"{len(missing)} structures with a target have no graph",
-            evidence={"structure_ids": missing[:20]},
-            advice="featurize them first",
-        )
-    ids = tuple(sorted(targets))
-    if len(ids) < config.min_samples:
-        raise InputError(
-            f"{len(ids)} labelled structures are fewer than min_samples = "
-            f"{config.min_samples}",
-            advice="label more structures or lower min_samples",
-        )
-    values = np.array([targets[name] for name in ids], dtype=np.float64)
-    strange = [
-        name for name, ok in zip(ids, np.isfinite(values), strict=True) if not ok
-    ]
-    if strange:
-        raise InputError(
-            f"{len(strange)} targets are not finite",
-            evidence={"structure_ids": strange[:20]},
-            advice="find out why those calculations gave no number",
-        )
-    packed = (_packed(graphs[name]) for name in ids)
-    digests, opened = [], []
-    for data in packed:
-        digests.append(sha256_bytes(data))
-        # From the bytes, so that packed and unpacked input give the same dataset.
-        opened.append(unpack_graph(data))
+    ids, values = _checked_targets(targets, config, graphs)
     moments = None if times is None else tuple(times.get(name, "") for name in ids)
-    table = GraphTable.from_graphs(opened)
-    return _assemble(ids, values, table, digests, config, moments)
+    tables: list[GraphTable] = []
+    rows = _Rows()
+    rows.read(((name, graphs[name]) for name in ids), tables.append)
+    table = GraphTable.concatenate(tables)
+    facts = _facts(ids, values, rows, config, moments)
+    return Dataset(config=config, ids=ids, targets=values, graphs=table,
+                   times=moments, **facts)  # fmt: skip
+
+
+def write_regression_dataset(
+    graphs: Iterable[tuple[str, CrystalGraph | bytes]],
+    targets: Mapping[str, float],
+    config: DatasetConfig,
+    directory: Path,
+    *,
+    times: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], Leakage]:
+    """Write a dataset while its graphs are read: few of them are ever in memory.
+
+    Parameters
+    ----------
+    graphs
+        Id and graph, sorted by id, of the ids that have a target. Read once.
+    targets, config, times
+        As in :func:`build_regression_dataset`, whose dataset this is.
+    directory
+        As in :func:`write_dataset`, which writes the same bytes.
+
+    Returns
+    -------
+    manifest
+        As written.
+    leakage
+        As of :func:`check_leakage`.
+
+    Raises
+    ------
+    InputError
+        As :func:`build_regression_dataset`, and if ids are missing or not sorted.
+    """
+    ids, values = _checked_targets(targets, config)
+    moments = None if times is None else tuple(times.get(name, "") for name in ids)
+    rows = _Rows()
+    with ShardWriter(directory) as writer:
+        rows.read(_in_order(graphs, ids), writer.append)
+        facts = _facts(ids, values, rows, config, moments)
+        cutoff_radius, max_neighbors = rows.how
+        manifest = _finish(
+            writer,
+            directory,
+            config,
+            ids,
+            values,
+            moments,
+            facts,
+            cutoff_radius,
+            max_neighbors,
+        )
+    leakage = find_leakage(ids, facts["parts"], rows.digests, rows.formulas)
+    return manifest, leakage
 
 
 def split_train_val(
@@ -283,10 +337,12 @@ def split_train_val(
         Split anew by this one; None keeps the split of the dataset.
     """
     if config is not None and config != dataset.config:
-        digests = graph_digests(dataset.graphs)
-        dataset = _assemble(
-            dataset.ids, dataset.targets, dataset.graphs, digests, config, dataset.times
+        rows = _Rows(
+            reduced_formulas(dataset.graphs),
+            list(map(bytes.fromhex, graph_digests(dataset.graphs))),
         )
+        facts = _facts(dataset.ids, dataset.targets, rows, config, dataset.times)
+        dataset = replace(dataset, config=config, **facts)
     return TrainValSplit(*(dataset.part(part) for part in PARTS))
 
 
@@ -309,38 +365,28 @@ def write_dataset(dataset: Dataset, directory: Path) -> dict[str, Any]:
     Equal datasets give equal bytes. The manifest is written last: a directory
     without one is no dataset.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    files: dict[str, dict[str, Any]] = {}
-    for name in _SHARDS:
-        data = _npy(getattr(dataset.graphs, name))
-        write_atomic(directory / f"{name}.npy", data)
-        files[f"{name}.npy"] = {"sha256": sha256_bytes(data), "bytes": len(data)}
-    manifest: dict[str, Any] = {
-        "schema_version": _SCHEMA_VERSION,
-        "dataset_hash": dataset.dataset_hash,
-        "config": dataset.config.model_dump(mode="json"),
-        "target_property": dataset.config.target_property,
-        "unit": dataset.unit,
-        "cutoff_radius": dataset.graphs.cutoff_radius,
-        "max_neighbors": dataset.graphs.max_neighbors,
-        "n_samples": dataset.num_samples,
-        "counts": {p: dataset.parts.count(p) for p in (*PARTS, OUTLIER)},
-        "target_mean": dataset.target_mean,
-        "target_std": dataset.target_std,
-        "outlier_bounds": (
-            None if dataset.outlier_bounds is None else list(dataset.outlier_bounds)
-        ),
-        "ids": list(dataset.ids),
-        "parts": list(dataset.parts),
-        "targets": dataset.targets.tolist(),
-        "files": files,
-    }
-    if dataset.times is not None:
-        manifest["times"] = list(dataset.times)
-    manifest["manifest_sha256"] = content_key("dataset manifest", manifest)
-    write_json(directory / MANIFEST, manifest)
-    return manifest
+    with ShardWriter(directory) as writer:
+        for begin in range(0, len(dataset.graphs), _GRAPHS_AT_ONCE):
+            end = min(begin + _GRAPHS_AT_ONCE, len(dataset.graphs))
+            writer.append(dataset.graphs.select(np.arange(begin, end)))
+        facts = {
+            "parts": dataset.parts,
+            "target_mean": dataset.target_mean,
+            "target_std": dataset.target_std,
+            "outlier_bounds": dataset.outlier_bounds,
+            "dataset_hash": dataset.dataset_hash,
+        }
+        return _finish(
+            writer,
+            directory,
+            dataset.config,
+            dataset.ids,
+            dataset.targets,
+            dataset.times,
+            facts,
+            dataset.graphs.cutoff_radius,
+            dataset.graphs.max_neighbors,
+        )
 
 
 def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
@@ -372,26 +418,43 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
         raise CorruptArtifactError(
             f"{path} was changed after it was written", advice="build it again"
         )
+    version = manifest.get("schema_version")
+    if version not in (1, _MANIFEST_VERSION):
+        raise InputError(
+            f"{path} has schema {version}; this release reads 1 to {_MANIFEST_VERSION}",
+            advice="use the release that wrote it, or build the dataset again",
+        )
     arrays = {}
-    for name in _SHARDS:
-        file = directory / f"{name}.npy"
-        expected = manifest["files"][file.name]["sha256"]
+    for file_name, described in manifest["files"].items():
+        file = directory / file_name
+        expected = described["sha256"]
         if not file.exists() or (verify and sha256_file(file) != expected):
             raise CorruptArtifactError(
                 f"{file} is missing or does not match the manifest",
                 evidence={"sha256_expected": expected},
                 advice="build the dataset again",
             )
-        arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        arrays[file.stem] = map_column(file)
     bounds = manifest["outlier_bounds"]
-    times = manifest.get("times")
+    if version == 1:
+        old_times = manifest.get("times")
+        rows: dict[str, Any] = {
+            "ids": tuple(manifest["ids"]),
+            "targets": np.array(manifest["targets"], dtype=np.float64),
+            "parts": tuple(manifest["parts"]),
+            "times": None if old_times is None else tuple(old_times),
+        }
+    else:
+        rows = {
+            "ids": MappedText(arrays["ids"]),
+            "targets": arrays["targets"],
+            "parts": MappedParts(arrays["parts"]),
+            "times": MappedText(arrays["times"]) if "times" in arrays else None,
+        }
     return Dataset(
         config=DatasetConfig(**manifest["config"]),
-        ids=tuple(manifest["ids"]),
-        targets=np.array(manifest["targets"], dtype=np.float64),
-        parts=tuple(manifest["parts"]),
         graphs=GraphTable(
-            **arrays,
+            **{name: arrays[name] for name in GRAPH_COLUMNS},
             cutoff_radius=manifest["cutoff_radius"],
             max_neighbors=manifest["max_neighbors"],
         ),
@@ -399,17 +462,124 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
         target_std=manifest["target_std"],
         outlier_bounds=None if bounds is None else (bounds[0], bounds[1]),
         dataset_hash=manifest["dataset_hash"],
-        times=None if times is None else tuple(times),
+        **rows,
     )
+
+
+def adopt_dataset(building: Path, directory: Path) -> None:
+    """Move a dataset to the folder named by its hash, on the same file system.
+
+    One that is there already stays: it is the same, and a training may have it open.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if (directory / MANIFEST).exists():
+        return
+    try:
+        building.rename(directory)
+    except OSError:
+        # The folder is there without a manifest, left by a build that was killed, or
+        # another process was first.
+        for path in sorted(building.glob("*.npy")):
+            path.replace(directory / path.name)
+        (building / MANIFEST).replace(directory / MANIFEST)
 
 
 # ------------------------------------------------------------------------- private
 
 
+class _Rows:
+    """What is kept of each graph while many are read: formula and SHA-256.
+
+    Parameters
+    ----------
+    formulas, digests
+        Of the rows so far; equal formulas are one object.
+    """
+
+    def __init__(
+        self, formulas: list[str] | None = None, digests: list[bytes] | None = None
+    ) -> None:
+        self.formulas = formulas or []
+        self.digests = digests or []
+        self.how: tuple[float, int | None] = (0.0, None)
+
+    def read(
+        self,
+        graphs: Iterable[tuple[str, CrystalGraph | bytes]],
+        take: Callable[[GraphTable], object],
+    ) -> None:
+        """Hand graphs on in tables of a few hundred."""
+        known: dict[str, str] = {}
+        source = iter(graphs)
+        while some := list(itertools.islice(source, _GRAPHS_AT_ONCE)):
+            # From the bytes, so that packed and unpacked input give the same dataset.
+            blobs = [_packed(graph) for _, graph in some]
+            self.digests += [hashlib.sha256(blob).digest() for blob in blobs]
+            table = GraphTable.from_packed(blobs)
+            self.how = (table.cutoff_radius, table.max_neighbors)
+            self.formulas += [known.setdefault(f, f) for f in reduced_formulas(table)]
+            take(table)
+
+
+def _in_order(
+    graphs: Iterable[tuple[str, CrystalGraph | bytes]], ids: Sequence[str]
+) -> Iterator[tuple[str, CrystalGraph | bytes]]:
+    number = 0
+    for name, graph in graphs:
+        if number == len(ids) or name != ids[number]:
+            raise InputError(
+                f"graph {number} is that of {name!r}, and the next target that of "
+                f"{ids[number] if number < len(ids) else 'none'!r}",
+                advice="give the graphs of all targets, sorted by id",
+            )
+        yield name, graph
+        number += 1
+    if number < len(ids):
+        raise InputError(
+            f"{len(ids) - number} structures with a target have no graph",
+            evidence={"structure_ids": list(ids[number : number + 20])},
+            advice="featurize them first",
+        )
+
+
+def _checked_targets(
+    targets: Mapping[str, float],
+    config: DatasetConfig,
+    graphs: Mapping[str, Any] | None = None,
+) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Return sorted ids and their targets."""
+    missing = [] if graphs is None else sorted(set(targets) - set(graphs))
+    if missing:
+        raise InputError(
+            f"{len(missing)} structures with a target have no graph",
+            evidence={"structure_ids": missing[:20]},
+            advice="featurize them first",
+        )
+    ids = tuple(sorted(targets))
+    if len(ids) < config.min_samples:
+        raise InputError(
+            f"{len(ids)} labelled structures are fewer than min_samples = "
+            f"{config.min_samples}",
+            advice="label more structures or lower min_samples",
+        )
+    values = np.array([targets[name] for name in ids], dtype=np.float64)
+    strange = np.flatnonzero(~np.isfinite(values))
+    if len(strange):
+        raise InputError(
+            f"{len(strange)} targets are not finite",
+            evidence={"structure_ids": [ids[row] for row in strange[:20]]},
+            advice="find out why those calculations gave no number",
+        )
+    return ids, values
+
+
 def _packed(graph: CrystalGraph | bytes) -> bytes:
     """Return the distances-only bytes of a graph, however it comes."""
-    opened = unpack_graph(graph) if isinstance(graph, bytes) else graph
-    return pack_graph(opened)
+    if isinstance(graph, bytes):
+        if not read_header(graph).has_geometry:
+            return graph
+        graph = unpack_graph(graph)
+    return pack_graph(graph)
 
 
 def graph_digests(table: GraphTable) -> list[str]:
@@ -428,15 +598,15 @@ def graph_digests(table: GraphTable) -> list[str]:
     return digests
 
 
-def _assemble(
-    ids: tuple[str, ...],
+def _facts(
+    ids: Sequence[str],
     targets: NDArray[np.float64],
-    graphs: GraphTable,
-    digests: list[str],
+    rows: _Rows,
     config: DatasetConfig,
-    times: tuple[str, ...] | None,
-) -> Dataset:
-    parts = split_rows(ids, graphs, times, config)
+    times: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Return what follows from the rows: parts, statistics, bounds, hash."""
+    parts = split_rows(ids, rows.formulas, times, config)
     train = np.array([part == "train" for part in parts])
     bounds = None
     if config.iqr_factor is not None:
@@ -454,31 +624,98 @@ def _assemble(
             f"are equal ({mean})",
             advice="nothing can be learned: label more structures",
         )
-    key = content_key(
-        "dataset",
-        {
-            "config": config.model_dump(mode="json"),
-            "ids": ids,
-            "targets": targets.tolist(),
-            "graphs": digests,
-            "parts": parts,
+    return {
+        "parts": tuple(parts),
+        "target_mean": mean,
+        "target_std": std,
+        "outlier_bounds": bounds,
+        "dataset_hash": dataset_key(config, ids, targets, rows.digests, parts),
+    }
+
+
+def dataset_key(
+    config: DatasetConfig,
+    ids: Sequence[str],
+    targets: NDArray[np.float64],
+    digests: Sequence[bytes],
+    parts: Sequence[str],
+) -> str:
+    """Return the key of all that a training can depend on.
+
+    It is ``content_key("dataset", {config, graphs, ids, parts, targets})``, made
+    piece by piece: as one text, a million rows would take gigabytes.
+    """
+    columns: dict[str, Iterator[list[Any]]] = {
+        "graphs": ([d.hex() for d in some] for some in _pieces(digests)),
+        "ids": (list(some) for some in _pieces(ids)),
+        "parts": (list(some) for some in _pieces(parts)),
+        "targets": (some.tolist() for some in _pieces(targets)),
+    }
+    settings = canonical_json(config.model_dump(mode="json"))
+    digest = hashlib.sha256(
+        f'{{"kind":"dataset","value":{{"config":{settings}'.encode()
+    )
+    for name, pieces in columns.items():
+        digest.update(f',"{name}":['.encode())
+        for number, piece in enumerate(pieces):
+            text = json.dumps(piece, separators=(",", ":"), allow_nan=False)[1:-1]
+            digest.update(f"{',' if number else ''}{text}".encode())
+        digest.update(b"]")
+    digest.update(b"}}")
+    return digest.hexdigest()[:40]
+
+
+def _pieces(values: Any) -> Iterator[Any]:
+    for begin in range(0, len(values), _ITEMS_AT_ONCE):
+        yield values[begin : begin + _ITEMS_AT_ONCE]
+
+
+def _finish(
+    writer: ShardWriter,
+    directory: Path,
+    config: DatasetConfig,
+    ids: Sequence[str],
+    targets: NDArray[np.float64],
+    times: Sequence[str] | None,
+    facts: Mapping[str, Any],
+    cutoff_radius: float,
+    max_neighbors: int | None,
+) -> dict[str, Any]:
+    """Write the columns of the rows, put all files in place, then the manifest."""
+    parts = facts["parts"]
+    codes = part_codes(parts)
+    writer.column("ids", text_column(ids))
+    writer.column("targets", np.asarray(targets, dtype="<f8"))
+    writer.column("parts", codes)
+    if times is not None:
+        writer.column("times", text_column(times))
+    path = directory / MANIFEST
+    path.unlink(missing_ok=True)
+    files = writer.finish()
+    for name in set(ROW_COLUMNS) - {Path(file).stem for file in files}:
+        (directory / f"{name}.npy").unlink(missing_ok=True)  # of what was there before
+    bounds = facts["outlier_bounds"]
+    removed = np.flatnonzero(codes == PART_NAMES.index(OUTLIER)).tolist()
+    manifest: dict[str, Any] = {
+        "schema_version": _MANIFEST_VERSION,
+        "dataset_hash": facts["dataset_hash"],
+        "config": config.model_dump(mode="json"),
+        "mock_targets": config.mock_targets,
+        "target_property": config.target_property,
+        "unit": config.target_unit,
+        "cutoff_radius": cutoff_radius,
+        "max_neighbors": max_neighbors,
+        "n_samples": len(ids),
+        "counts": {
+            part: int((codes == PART_NAMES.index(part)).sum())
+            for part in (*PARTS, OUTLIER)
         },
-    )
-    return Dataset(
-        config=config,
-        ids=ids,
-        targets=targets,
-        parts=tuple(parts),
-        graphs=graphs,
-        target_mean=mean,
-        target_std=std,
-        outlier_bounds=bounds,
-        dataset_hash=key,
-        times=times,
-    )
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
+        "target_mean": facts["target_mean"],
+        "target_std": facts["target_std"],
+        "outlier_bounds": None if bounds is None else list(bounds),
+        "removed": [[ids[row], float(targets[row])] for row in removed],
+        "files": files,
+    }
+    manifest["manifest_sha256"] = content_key("dataset manifest", manifest)
+    write_json(path, manifest)
+    return manifest

@@ -490,6 +490,11 @@ class PackedHeader(NamedTuple):
         """Neighbours have 4 bytes instead of 2."""
         return bool(self.flags & _WIDE_INDEX)
 
+    @property
+    def has_geometry(self) -> bool:
+        """Offsets and lattice follow the distances."""
+        return bool(self.flags & _GEOMETRY)
+
 
 def read_header(data: bytes) -> PackedHeader:
     """Check a packed graph and return its header.

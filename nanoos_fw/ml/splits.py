@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -23,20 +24,33 @@ _MAX_LISTED = 20
 
 def reduced_formulas(graphs: GraphTable) -> list[str]:
     """Return the reduced formula of each graph, symbols in alphabetical order."""
-    from pymatgen.core.periodic_table import Element
-
+    symbols = _symbols()
+    # Pairs of graph and element, each with its number of atoms.
+    graph = np.repeat(np.arange(len(graphs)), graphs.graph_sizes)
+    pairs, counts = np.unique(
+        graph * 128 + np.asarray(graphs.numbers), return_counts=True
+    )
+    amounts: list[list[tuple[str, int]]] = [[] for _ in range(len(graphs))]
+    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        amounts[pair // 128].append((symbols[pair % 128], count))
     formulas = []
-    for start, end in zip(graphs.atom_start[:-1], graphs.atom_start[1:], strict=True):
-        numbers, counts = np.unique(graphs.numbers[start:end], return_counts=True)
-        divisor = math.gcd(*map(int, counts))
-        amounts = {
-            Element.from_Z(int(z)).symbol: int(n) // divisor
-            for z, n in zip(numbers, counts, strict=True)
-        }
+    for content in amounts:
+        divisor = math.gcd(*(count for _, count in content))
         formulas.append(
-            "".join(f"{s}{n if n > 1 else ''}" for s, n in sorted(amounts.items()))
+            "".join(
+                symbol if count == divisor else f"{symbol}{count // divisor}"
+                for symbol, count in sorted(content)
+            )
         )
     return formulas
+
+
+@functools.cache
+def _symbols() -> tuple[str, ...]:
+    """Return the symbols of the elements by atomic number."""
+    from pymatgen.core.periodic_table import Element
+
+    return ("", *(str(Element.from_Z(z).symbol) for z in range(1, 119)))
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Leakage:
 def find_leakage(
     ids: Sequence[str],
     parts: Sequence[str],
-    digests: Sequence[str],
+    digests: Sequence[str] | Sequence[bytes],
     formulas: Sequence[str],
 ) -> Leakage:
     """Return what is in more than one part.
@@ -81,12 +95,19 @@ def find_leakage(
         Of each row: id, part, hash of the graph, reduced formula. Rows that are in
         none of ``train``, ``val``, ``test`` leak nothing.
     """
-    same_graph: dict[str, dict[str, str]] = {}
+    judged = ("train", "val", "test")
+    known: set[Any] = set()
+    repeated: set[Any] = set()
+    for digest, part in zip(digests, parts, strict=True):
+        if part in judged:
+            (repeated if digest in known else known).add(digest)
+    same_graph: dict[Any, dict[str, str]] = {}
     same_formula: dict[str, dict[str, int]] = {}
     for row, part, digest, formula in zip(ids, parts, digests, formulas, strict=True):
-        if part not in ("train", "val", "test"):
+        if part not in judged:
             continue
-        same_graph.setdefault(digest, {})[row] = part
+        if digest in repeated:
+            same_graph.setdefault(digest, {})[row] = part
         counts = same_formula.setdefault(formula, {})
         counts[part] = counts.get(part, 0) + 1
     return Leakage(
@@ -102,9 +123,9 @@ def find_leakage(
 
 
 def split_rows(
-    ids: tuple[str, ...],
-    graphs: GraphTable,
-    times: tuple[str, ...] | None,
+    ids: Sequence[str],
+    formulas: Sequence[str],
+    times: Sequence[str] | None,
     config: DatasetConfig,
 ) -> list[str]:
     """Return the part of each row: groups dealt out by a hash of seed and name.
@@ -117,7 +138,7 @@ def split_rows(
     else:
         names = list(ids)
         if config.split.startswith("composition"):
-            names = reduced_formulas(graphs)
+            names = list(formulas)
         members: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             members.setdefault(name, []).append(row)
@@ -186,13 +207,14 @@ def _even_shares(groups: list[list[int]], n_folds: int) -> list[list[list[int]]]
     return shares
 
 
-def _newest_first(ids: tuple[str, ...], times: tuple[str, ...] | None) -> list[int]:
-    missing = ids if times is None else [i for i, t in zip(ids, times, strict=True)
-                                         if not t]  # fmt: skip
+def _newest_first(ids: Sequence[str], times: Sequence[str] | None) -> list[int]:
+    missing = list(ids)
+    if times is not None:
+        missing = [name for name, t in zip(ids, times, strict=True) if not t]
     if times is None or missing:
         raise InputError(
             f"{len(missing)} rows have no time to split by",
-            evidence={"structure_ids": list(missing[:_MAX_LISTED])},
+            evidence={"structure_ids": missing[:_MAX_LISTED]},
             advice="choose another split, or give times",
         )
     return sorted(range(len(ids)), key=lambda r: (times[r], ids[r]), reverse=True)

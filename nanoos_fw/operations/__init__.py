@@ -11,9 +11,12 @@ from nanoos_fw.operations.campaign import (
     run_embedded,
     submit,
 )
+from nanoos_fw.operations.tables import TableReport, import_property_table
 
 __all__ = [
     "ImportReport",
+    "TableReport",
+    "import_property_table",
     "import_structures",
     "prepare_launchpad",
     "quiet_fireworks",

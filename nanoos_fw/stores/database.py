@@ -253,6 +253,21 @@ def upsert_many(
     return set(result.upserted_ids or {})
 
 
+def update_many(
+    collection: Any, updates: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """Apply (filter, update) pairs to documents that are there."""
+    from pymongo import UpdateOne
+
+    if not updates:
+        return
+    if type(collection).__module__.startswith("mongomock"):  # as in upsert_many
+        for query, update in updates:
+            collection.update_one(query, update)
+        return
+    collection.bulk_write([UpdateOne(q, u) for q, u in updates], ordered=False)
+
+
 # --------------------------------------------------------------------- artifacts
 
 

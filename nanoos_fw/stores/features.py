@@ -33,6 +33,8 @@ STATES = (HIT, COMPUTED, STALE, QUARANTINED, MISSING)
 MAX_INLINE_BYTES = 8 * 1024 * 1024
 # Keys per query, and bytes of graphs per write: both far below 16 MB and 48 MB.
 _KEYS_PER_QUERY = 5000
+# Of a reader that wants little memory: a megabyte of small graphs.
+_GRAPHS_AT_ONCE = 1000
 _OK = "ok"
 
 
@@ -234,6 +236,22 @@ class FeatureStore:
         entries = self._entries(keys, fields, parameters, version, extra)
         found = dict(map(self._graph, entries))
         return {key: found[key] for key in keys if key in found}
+
+    def stream_graphs(
+        self,
+        keys: Sequence[str],
+        parameters: Mapping[str, Any],
+        version: int,
+        *,
+        at_once: int = _GRAPHS_AT_ONCE,
+    ) -> Iterator[tuple[str, bytes]]:
+        """Yield the packed graphs that are there, in the order of the keys.
+
+        Holds ``at_once`` of them.
+        """
+        for start in range(0, len(keys), at_once):
+            part = keys[start : start + at_once]
+            yield from self.graphs(part, parameters, version).items()
 
     def _graph(self, document: Mapping[str, Any]) -> tuple[str, bytes]:
         """Return the key and the verified graph of an entry."""

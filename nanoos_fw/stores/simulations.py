@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.database import store_errors, upsert_many
 
 Status = Literal["done", "failed"]
+
+_KEYS_PER_QUERY = 5000
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,34 @@ class SimulationStore:
             documents = list(self._simulations.find(query))
         found = {d["structure"]: _simulation(d) for d in documents}
         return {key: found[key] for key in structures if key in found}
+
+    def results(
+        self, structures: Sequence[str], method: str, names: Sequence[str]
+    ) -> Iterator[tuple[str, Simulation]]:
+        """Yield structure key and simulation with some parts of its result alone.
+
+        A relaxation holds coordinates, and a trajectory thousands of numbers, which
+        are not read here.
+
+        Parameters
+        ----------
+        names
+            Names in ``result``, with dots for what is inside of them.
+        """
+        fields = dict.fromkeys(("structure", "method", "kind", "status", "error"), 1)
+        fields |= {f"result.{name}": 1 for name in names}
+        for start in range(0, len(structures), _KEYS_PER_QUERY):
+            part = list(structures[start : start + _KEYS_PER_QUERY])
+            query = {"structure": {"$in": part}, "method": method}
+            with store_errors("read simulations"):
+                for document in self._simulations.find(query, fields):
+                    whole = {"result": {}, "files": {}, "environment": {}, **document}
+                    yield document["structure"], _simulation(whole)
+
+    def methods(self, limit: int = 20) -> list[str]:
+        """Return the keys of methods that there are results of, sorted."""
+        with store_errors("list methods"):
+            return sorted(self._simulations.distinct("method"))[:limit]
 
     def analysed(self, simulation: Simulation, name: str, result: Any) -> None:
         """Add a named analysis to a stored simulation."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.crystals import (
+    decode_arrays,
     decode_structure,
     encode_structure,
     structure_key,
@@ -15,13 +17,21 @@ from nanoos_fw.crystals import (
 )
 from nanoos_fw.errors import InputError
 from nanoos_fw.provenance import utc_now
-from nanoos_fw.stores.database import store_errors, upsert_many
+from nanoos_fw.stores.database import store_errors, update_many, upsert_many
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 _BATCH = 1000
 _KEYS_PER_QUERY = 5000
+_QUERY_FIELDS = (
+    "formula", "chemical_system", "elements", "n_sites", "volume_a3", "label",
+    "prototype", "sets", "source",
+)  # fmt: skip
+_QUERY_OPERATORS = (
+    "$eq", "$ne", "$lt", "$lte", "$gt", "$gte", "$in", "$nin", "$all", "$exists",
+    "$regex", "$not", "$size",
+)  # fmt: skip
 _KEY_START = re.compile(r"[0-9a-f]{6,40}")
 
 
@@ -71,6 +81,8 @@ class StructureLabels:
     ----------
     created
         When it was stored, ISO 8601 in UTC.
+    units
+        Units of the properties that came in a table and have been recorded with it.
     """
 
     key: str
@@ -78,6 +90,7 @@ class StructureLabels:
     properties: dict[str, float]
     n_sites: int
     created: str
+    units: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,23 @@ class AddResult:
 
     keys: list[str]
     added: list[bool]
+
+
+@dataclass(frozen=True)
+class PropertyResult:
+    """What became of the values of a property.
+
+    Parameters
+    ----------
+    written, unchanged
+        Structure keys.
+    conflicts
+        Structure key -> the value there is, and the one that was not written.
+    """
+
+    written: list[str]
+    unchanged: list[str]
+    conflicts: dict[str, tuple[float, float]]
 
 
 class StructureStore:
@@ -194,9 +224,27 @@ class StructureStore:
         documents = self._fields(keys, ("n_sites",))
         return {key: int(document["n_sites"]) for key, document in documents.items()}
 
+    def element_counts(self, keys: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Return the atoms of each element by key; raises like :meth:`encoded`.
+
+        Elements come in the order in which the sites have them.
+        """
+        from pymatgen.core import Element
+
+        counts: dict[str, dict[str, int]] = {}
+        symbols = [""] + [str(Element.from_Z(z).symbol) for z in range(1, 119)]
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
+            for key, document in self.encoded(part).items():
+                own: dict[str, int] = {}
+                for z in decode_arrays(document)[0].tolist():
+                    own[symbols[z]] = own.get(symbols[z], 0) + 1
+                counts[key] = own
+        return counts
+
     def labels(self, keys: Sequence[str]) -> dict[str, StructureLabels]:
         """Return what datasets need of structures; raises like :meth:`encoded`."""
-        fields = ("label", "properties", "n_sites", "created")
+        fields = ("label", "properties", "property_sources", "n_sites", "created")
         return {
             key: StructureLabels(
                 key=key,
@@ -204,9 +252,94 @@ class StructureStore:
                 properties=dict(document["properties"]),
                 n_sites=int(document["n_sites"]),
                 created=str(document["created"]),
+                units={
+                    name: str(source["unit"])
+                    for name, source in document.get("property_sources", {}).items()
+                },
             )
             for key, document in self._fields(keys, fields).items()
         }
+
+    def resolve(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Return the keys of the structures that have a name as key or label."""
+        found: dict[str, list[str]] = {name: [] for name in names}
+        for start in range(0, len(names), _KEYS_PER_QUERY):
+            part = list(names[start : start + _KEYS_PER_QUERY])
+            query = {"$or": [{"_id": {"$in": part}}, {"label": {"$in": part}}]}
+            with store_errors("look for structures"):
+                documents = list(self._structures.find(query, {"label": 1}))
+            for document in documents:
+                for name in {document["_id"], document["label"]} & found.keys():
+                    found[name].append(document["_id"])
+        # A key means its structure, whatever is called like it.
+        return {
+            name: [name] if name in keys else sorted(keys)
+            for name, keys in found.items()
+        }
+
+    def set_property(
+        self,
+        name: str,
+        values: Mapping[str, float],
+        *,
+        unit: str,
+        source: str,
+        replace: bool = False,
+    ) -> PropertyResult:
+        """Give stored structures a property, and note where it came from.
+
+        Parameters
+        ----------
+        name, unit, source
+            Of the property; the unit in which it is stored; where the values are from.
+        values
+            By structure key.
+        replace
+            Write over values that differ; without it they are reported.
+        """
+        known = self._fields(list(values), ("properties", "property_sources"))
+        changes, unchanged, conflicts = [], [], {}
+        for key, value in values.items():
+            properties = known[key]["properties"]
+            noted = known[key].get("property_sources", {}).get(name, {}).get("unit")
+            before = properties.get(name)
+            same_unit = noted in (None, unit)
+            if before is not None and same_unit and _close(before, value):
+                unchanged.append(key)
+            elif before is not None and not replace:
+                conflicts[key] = (float(before), value)
+            else:
+                note = {"unit": unit, "source": source, "imported": utc_now()}
+                change = {
+                    f"properties.{name}": float(value),
+                    f"property_sources.{name}": note,
+                }
+                changes.append(({"_id": key}, {"$set": change}))
+        for start in range(0, len(changes), _BATCH):
+            with store_errors("store a property"):
+                update_many(self._structures, changes[start : start + _BATCH])
+        return PropertyResult([c[0]["_id"] for c in changes], unchanged, conflicts)
+
+    def query_keys(self, query: Mapping[str, Any]) -> list[str]:
+        """Return the keys of the structures that a query finds, sorted.
+
+        Parameters
+        ----------
+        query
+            MongoDB query on ``formula``, ``chemical_system``, ``elements``,
+            ``n_sites``, ``volume_a3``, ``label``, ``prototype``, ``sets``, ``source``
+            and ``properties.<name>``, with comparisons, ``$in``, ``$nin``, ``$all``,
+            ``$exists``, ``$regex``, ``$and``, ``$or`` and ``$not``.
+
+        Raises
+        ------
+        InputError
+            If it asks for anything else.
+        """
+        _check_query(query)
+        with store_errors("look for structures"):
+            found = self._structures.find(dict(query), {"_id": 1})
+            return sorted(document["_id"] for document in found)
 
     def _fields(
         self, keys: Sequence[str], fields: Sequence[str]
@@ -241,6 +374,42 @@ class StructureStore:
         with store_errors("count structures"):
             query = {} if in_set is None else {"sets": in_set}
             return int(self._structures.count_documents(query))
+
+
+def _close(a: float, b: float) -> bool:
+    """Tell whether values differ by rounding alone."""
+    return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def _check_query(query: Any, *, inside: bool = False) -> None:
+    """Refuse fields that structures do not have, and operators that run code."""
+    if not isinstance(query, Mapping):
+        raise InputError(
+            f"a query is a JSON object, not {type(query).__name__}",
+            advice="""for example '{"elements": "Fe", "n_sites": {"$lte": 20}}'""",
+        )
+    for name, value in query.items():
+        if name in ("$and", "$or") and not inside:
+            if not isinstance(value, list) or not value:
+                raise InputError(f"{name} in a query needs a list of queries")
+            for part in value:
+                _check_query(part)
+        elif inside:
+            if name not in _QUERY_OPERATORS:
+                raise InputError(
+                    f"a query cannot use {name!r}",
+                    advice=f"operators: {', '.join(_QUERY_OPERATORS)}, $and, $or",
+                )
+            if name == "$not":
+                _check_query(value, inside=True)
+        elif name in _QUERY_FIELDS or re.fullmatch(r"properties\.\w+", name):
+            if isinstance(value, Mapping):
+                _check_query(value, inside=True)
+        else:
+            raise InputError(
+                f"structures have no field {name!r}",
+                advice=f"fields: {', '.join(_QUERY_FIELDS)}, properties.NAME",
+            )
 
 
 def _refuse_missing(keys: Sequence[str], found: Mapping[str, Any]) -> None:

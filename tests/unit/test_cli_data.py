@@ -109,6 +109,41 @@ def test_features_datasets_and_exports_from_end_to_end(folder: Path) -> None:
     assert exported["rows"] == 12
     assert len((folder / "d.csv").read_text().splitlines()) == 13
 
+    # A property from a table becomes the target, of the structures of a query.
+    keys = [k for k in found["structures"] if k != alone]
+    rows = [f"{key},{100 * number}" for number, key in enumerate(keys)]
+    (folder / "gaps.csv").write_text("\n".join(["key,value", *rows, "nobody,1"]))
+    table = answer(
+        "import-table", "gaps.csv", "--property", "bandgap", "--unit", "meV",
+        "--source", "a paper", *db, cwd=folder, code=1,
+    )  # fmt: skip
+    assert sorted(table["written"]) == sorted(keys)
+    assert [failure["line"] for failure in table["failures"]] == [14]
+    query = json.dumps({"properties.bandgap": {"$gte": 0.2}})
+    built = answer(
+        "dataset", "build", "--query", query, "--target", "bandgap", "--min-samples",
+        "5", "-o", "gaps", *db, cwd=folder,
+    )  # fmt: skip
+    assert (sum(built["counts"].values()), built["unit"]) == (10, "eV")
+    status = answer("features", "status", "--query", query, *db, cwd=folder)
+    assert status["counts"]["hit"] == 10
+    mock = run(
+        "dataset", "build", "--query", query, "--target", "x", "--min-samples", "5",
+        "--mock-targets", "-o", "mock", *db, cwd=folder,
+    )  # fmt: skip
+    assert "made up (mock)" in mock.stdout
+    assert json.loads((folder / "mock" / "manifest.json").read_text())["mock_targets"]
+    for rest, words in (
+        (("--query", "{", "--target", "x"), "not JSON"),
+        (("--query", "{}", "--set", "good", "--target", "x"), "not both"),
+        (("--query", '{"label": "?"}', "--target", "x"), "finds none of"),
+        (("--references", "good", "--target", "energy"), "--references needs --method"),
+        (("--method", "m", "--target", "energy"), "has a simulation by method"),
+        (("--campaign", "c", "--target", "energy"), "no campaign 'c'"),
+    ):
+        told = message("dataset", "build", "-o", "no", *rest, *db, cwd=folder)
+        assert words in told
+
 
 def test_the_schema_is_shown_and_moved(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "db").mkdir()

@@ -8,17 +8,22 @@ from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.ml import datasets
 from nanoos_fw.ml.datasets import (
     OUTLIER,
     PARTS,
     DatasetConfig,
+    adopt_dataset,
     build_regression_dataset,
+    check_leakage,
     open_dataset,
     split_train_val,
     write_dataset,
+    write_regression_dataset,
 )
 from nanoos_fw.ml.exports import export_dataset_to_pandas
 from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.provenance import content_key, sha256_bytes
 
 N = 40
 RNG = np.random.default_rng(0)
@@ -223,3 +228,141 @@ def test_pandas_export_has_one_row_per_structure():
     row = frame.set_index("structure_id").loc["s04"]
     assert row["formation_energy_per_atom"] == TARGETS["s04"]
     assert (row["elements"], row["n_atoms"], row["n_edges"]) == ("Al Ti", 2, 24)
+
+
+# ------------------------------------------------------------------------ streamed
+
+
+def stream(targets=TARGETS):
+    return ((name, pack_graph(GRAPHS[name])) for name in sorted(targets))
+
+
+@pytest.mark.parametrize("split", ["random", "composition", "kfold", "time"])
+def test_a_streamed_dataset_has_the_bytes_of_one_built_in_memory(
+    tmp_path, monkeypatch, split
+):
+    monkeypatch.setattr(datasets, "_GRAPHS_AT_ONCE", 7)
+    config = CONFIG.model_copy(update={"split": split, "iqr_factor": 0.5})
+    times = {name: f"2026-01-{1 + i % 28:02d}" for i, name in enumerate(GRAPHS)}
+    times = times if split == "time" else None
+    dataset = build_regression_dataset(GRAPHS, TARGETS, config, times=times)
+    expected = write_dataset(dataset, tmp_path / "memory")
+    manifest, leakage = write_regression_dataset(
+        stream(), TARGETS, config, tmp_path / "stream", times=times
+    )
+    assert files(tmp_path / "stream") == files(tmp_path / "memory")
+    assert manifest == expected
+    assert manifest["removed"] == [list(row) for row in dataset.removed]
+    assert manifest["removed"]
+    assert leakage == check_leakage(dataset)
+
+
+def test_the_hash_is_the_content_key_of_all_columns(monkeypatch):
+    monkeypatch.setattr(datasets, "_ITEMS_AT_ONCE", 3)
+    dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    content = {
+        "config": CONFIG.model_dump(mode="json"),
+        "ids": list(dataset.ids),
+        "targets": dataset.targets.tolist(),
+        "graphs": [sha256_bytes(pack_graph(GRAPHS[name])) for name in dataset.ids],
+        "parts": list(dataset.parts),
+    }
+    assert dataset.dataset_hash == content_key("dataset", content)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (sorted(TARGETS)[:-1], "1 structures with a target have no graph"),
+        (sorted(TARGETS, reverse=True), "sorted by id"),
+        ([*sorted(TARGETS), "s00"], "next target that of 'none'"),
+    ],
+)
+def test_a_stream_that_breaks_off_leaves_nothing(tmp_path, names, words):
+    graphs = ((name, GRAPHS[name]) for name in names)
+    with pytest.raises(InputError) as raised:
+        write_regression_dataset(graphs, TARGETS, CONFIG, tmp_path)
+    assert words in str(raised.value) + str(raised.value.advice)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mock_targets_are_marked_and_are_another_dataset(tmp_path):
+    mock = CONFIG.model_copy(update={"mock_targets": True})
+    dataset = build_regression_dataset(GRAPHS, TARGETS, mock)
+    real = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    assert write_dataset(dataset, tmp_path / "mock")["mock_targets"] is True
+    assert write_dataset(real, tmp_path / "real")["mock_targets"] is False
+    assert open_dataset(tmp_path / "mock").mock_targets
+    assert not open_dataset(tmp_path / "real").mock_targets
+    assert dataset.dataset_hash != real.dataset_hash
+
+
+def test_datasets_with_rows_in_the_manifest_still_open(tmp_path):
+    dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    manifest = write_dataset(dataset, tmp_path)
+    del manifest["manifest_sha256"], manifest["mock_targets"], manifest["removed"]
+    for name in ("ids", "parts", "targets"):
+        (tmp_path / f"{name}.npy").unlink()
+        del manifest["files"][f"{name}.npy"]
+    manifest |= {
+        "schema_version": 1,
+        "ids": list(dataset.ids),
+        "parts": list(dataset.parts),
+        "targets": dataset.targets.tolist(),
+    }
+    manifest["manifest_sha256"] = content_key("dataset manifest", manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    old = open_dataset(tmp_path)
+    write_dataset(old, tmp_path / "new")
+    write_dataset(dataset, tmp_path / "expected")
+    assert files(tmp_path / "new") == files(tmp_path / "expected")
+
+    manifest["schema_version"] = 3
+    del manifest["manifest_sha256"]
+    manifest["manifest_sha256"] = content_key("dataset manifest", manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="schema 3"):
+        open_dataset(tmp_path)
+
+
+def test_columns_on_disk_read_like_tuples(tmp_path):
+    dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    write_dataset(dataset, tmp_path)
+    back = open_dataset(tmp_path)
+    for name in ("ids", "parts"):
+        ours, theirs = getattr(dataset, name), getattr(back, name)
+        assert not isinstance(theirs, tuple)
+        assert tuple(theirs) == ours
+        assert theirs == ours
+        assert ours == theirs
+        assert theirs != ours[:-1]
+        assert theirs[3:7] == ours[3:7]
+        assert theirs[-1] == ours[-1]
+        assert theirs.index(ours[5]) == ours.index(ours[5])
+    assert [back.parts.count(p) for p in (*PARTS, "x")] == [28, 8, 4, 0]
+    for part in (*PARTS, "x"):
+        np.testing.assert_array_equal(back.rows(part), dataset.rows(part))
+
+
+def test_a_dataset_moves_to_the_folder_of_its_hash_once(tmp_path):
+    dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    for name in ("first", "second", "third"):
+        write_dataset(dataset, tmp_path / name)
+    written = files(tmp_path / "first")
+    place = tmp_path / "datasets" / "ab"
+    adopt_dataset(tmp_path / "first", place)
+    assert files(place) == written
+    adopt_dataset(tmp_path / "second", place)  # is there
+    assert files(place) == written
+    (place / "manifest.json").unlink()  # of a build that was killed
+    (place / "numbers.npy").write_bytes(b"half")
+    adopt_dataset(tmp_path / "third", place)
+    assert files(place) == written
+
+
+def test_ids_that_a_column_cannot_hold_are_refused(tmp_path):
+    graphs = {f"{name}\0": graph for name, graph in GRAPHS.items()}
+    targets = {f"{name}\0": value for name, value in TARGETS.items()}
+    dataset = build_regression_dataset(graphs, targets, CONFIG)
+    with pytest.raises(InputError, match="NUL"):
+        write_dataset(dataset, tmp_path)

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError, MissingDependencyError
+from nanoos_fw.firetasks import BuildDatasetTask
+from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
     build_regression_dataset,
@@ -26,9 +28,13 @@ from nanoos_fw.ml.exports import export_dataset
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 from nanoos_fw.ml.splits import reduced_formulas
+from nanoos_fw.settings import load_settings
+from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import ensure_indexes
 from nanoos_fw.stores.datasets import build_train_val_datasets
 from nanoos_fw.stores.features import Features, FeatureStore
+from nanoos_fw.stores.models import ModelRegistry
+from nanoos_fw.stores.simulations import Simulation, SimulationStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 N = 60
@@ -270,3 +276,146 @@ def test_what_gives_no_dataset_is_told_with_the_next_step(database: Any) -> None
         build(train_fraction=1.5)
     with pytest.raises(InputError, match="either the keys or the set"):
         build(keys=["a"])
+
+
+def test_a_dataset_is_written_while_it_is_read(database: Any, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"in_set": "all", "features": FEATURES, "iqr_factor": 1}
+    memory = build_train_val_datasets(database, "energy", 0.6, **arguments)
+    write_dataset(memory.dataset, tmp_path / "memory")
+    steps: list[tuple[int, int]] = []
+    written = build_train_val_datasets(
+        database, "energy", 0.6, directory=tmp_path / "written",
+        on_progress=lambda *step: steps.append(step), **arguments,
+    )  # fmt: skip
+    assert isinstance(written.dataset.graphs.distances, np.memmap)
+    assert written.leakage == memory.leakage
+    assert steps[-1] == (N - 3, N - 3)
+    for path in (tmp_path / "memory").iterdir():
+        assert (tmp_path / "written" / path.name).read_bytes() == path.read_bytes()
+    assert written.split.train.ids == memory.split.train.ids
+
+
+def test_labels_come_from_simulations(database: Any) -> None:
+    structures = StructureStore(database)
+    keys = structures.keys("all")
+    elements = ["Al", *METALS]
+    cells = [Structure(Lattice.cubic(3), [e], [[0] * 3]) for e in elements]
+    references = structures.add(
+        [NewStructure(cell, e) for cell, e in zip(cells, elements, strict=True)],
+        in_set="elements",
+    ).keys
+    results: dict[str, dict[str, Any]] = {
+        key: {
+            "energy_ev": -4.0 - 0.1 * i,
+            "energy_per_atom_ev": -2.0 - 0.05 * i,
+            "volume_a3": 30.0 + i,
+            "averages": {"density": {"mean": 5.0 + i}, "name": "x"},
+        }
+        for i, key in enumerate(keys)
+    }
+    results |= {key: {"energy_ev": -1.0 * i} for i, key in enumerate(references)}
+    failed = keys[7]
+    SimulationStore(database).put_many(
+        Simulation(key, "m", "relaxation", "done", result)
+        if key != failed
+        else Simulation(key, "m", "relaxation", "failed", error={"message": "burst"})
+        for key, result in results.items()
+    )
+
+    def build(target: str, **changes: Any) -> Any:
+        arguments: dict[str, Any] = {"in_set": "all", "features": FEATURES}
+        return build_train_val_datasets(
+            database, target, **{**arguments, "method": "m", **changes}
+        )
+
+    energy_of = dict(zip(elements, [-1.0 * i for i in range(11)], strict=True))
+    built = build("formation_energy_per_atom", references=references)
+    assert built.failed_labels == {failed: "burst"}
+    stored = structures.get_many(list(built.dataset.ids))
+    for key, target in zip(built.dataset.ids, built.dataset.targets, strict=True):
+        parts = sum(energy_of[site.specie.symbol] for site in stored[key].structure)
+        assert target == pytest.approx((results[key]["energy_ev"] - parts) / 2)
+    for target, unit, value in (
+        ("energy", "eV", lambda r: r["energy_ev"]),
+        ("energy_per_atom", "eV/atom", lambda r: r["energy_per_atom_ev"]),
+        ("volume_per_atom", "Å³/atom", lambda r: r["volume_a3"] / 2),
+        ("averages.density.mean", "", lambda r: r["averages"]["density"]["mean"]),
+    ):
+        built = build(target)
+        assert built.dataset.unit == unit
+        assert built.dataset.targets.tolist() == [
+            value(results[key]) for key in built.dataset.ids
+        ]
+        assert failed in built.without_label
+    with pytest.raises(InputError, match=r"no number 'averages\.name'"):
+        build("averages.name")
+    with pytest.raises(InputError, match="needs the relaxed elements"):
+        build("formation_energy_per_atom")
+    with pytest.raises(InputError, match="by method 'other'") as raised:
+        build("energy", method="other")
+    assert raised.value.evidence == {"methods": ["m"]}
+    with pytest.raises(InputError, match="not in meV"):
+        build("energy", unit="meV")
+
+
+def test_mock_targets_need_no_labels_and_say_so(database: Any) -> None:
+    built = build_train_val_datasets(
+        database, "anything", in_set="all", features=FEATURES, mock_targets=True
+    )
+    assert built.dataset.mock_targets
+    assert built.dataset.num_samples == N - 2
+    assert np.abs(built.dataset.targets).max() < 1
+    assert 0.4 < built.dataset.targets.std() < 0.75  # of an even spread: 0.577
+
+
+def test_units_of_tables_reach_the_dataset(database: Any) -> None:
+    structures = StructureStore(database)
+    keys = structures.keys("all")
+    values = {key: float(i) for i, key in enumerate(keys)}
+    structures.set_property("hardness", values, unit="GPa", source="a paper")
+
+    def build(**changes: Any) -> Any:
+        arguments: dict[str, Any] = {"in_set": "all", "features": FEATURES, **changes}
+        return build_train_val_datasets(database, "hardness", **arguments)
+
+    assert build().dataset.unit == "GPa"
+    with pytest.raises(InputError, match="are in GPa, not in bar"):
+        build(unit="bar")
+    structures.set_property("hardness", {keys[5]: 1.0}, unit="bar", source="another",
+                            replace=True)  # fmt: skip
+    with pytest.raises(InputError, match="several units: GPa, bar"):
+        build()
+
+
+def test_the_firetask_builds_from_imported_labels(
+    database: Any, tmp_path: Path
+) -> None:
+    store = StructureStore(database)
+    keys = store.keys("all")
+    store.set_property(
+        "hardness", {k: float(i) for i, k in enumerate(keys[:-1])}, unit="GPa",
+        source="a paper",
+    )  # fmt: skip
+    CampaignStore(database).create("c", {})
+    place = TaskContext(
+        database=database,
+        structures=store,
+        features=FeatureStore(database),
+        simulations=SimulationStore(database),
+        models=ModelRegistry(database),
+        campaigns=CampaignStore(database),
+        settings=load_settings(),
+        work_root=tmp_path,
+        deadline=None,
+    )
+    task = BuildDatasetTask(
+        campaign="c", structures=keys, dataset={"target_property": "hardness"}
+    )
+    answer = task.run(place)
+    assert (answer["without_label"], answer["without_features"]) == (1, 2)
+    assert task.run(place) == answer
+    dataset = open_dataset(place.work_dir("datasets", answer["dataset"]))
+    assert (dataset.unit, dataset.num_samples) == ("GPa", N - 3)
+    assert CampaignStore(database).get("c")["outputs"] == {"dataset": answer["dataset"]}
+    left = [path.name for path in (tmp_path / "datasets").iterdir()]
+    assert left == [answer["dataset"][:2]]
