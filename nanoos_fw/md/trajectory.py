@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -274,7 +275,7 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.step)
 
-    def __getitem__(self, chosen: slice) -> Trajectory:
+    def __getitem__(self, chosen: slice | NDArray[Any]) -> Trajectory:
         """Return a part of the trajectory, such as ``trajectory[100::10]``."""
         part = copy.copy(self)
         part._select(self._source[chosen], self._number[chosen])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
-import struct
 
 import numpy as np
 import pytest
+from dump_writer import binary_frame, bounding_box
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.md.binary_dumps import BLOCK_BYTES
@@ -32,49 +32,12 @@ def atoms(step, n=5, order=None):
     return rows if order is None else rows[order]
 
 
-def bounding(matrix):
-    lx, ly, lz = np.diag(matrix)
-    xy, xz, yz = matrix[1, 0], matrix[2, 0], matrix[2, 1]
-    low, high = ORIGIN.copy(), ORIGIN + np.array([lx, ly, lz])
-    low[:2] += min(0.0, xy, xz, xy + xz), min(0.0, yz)
-    high[:2] += max(0.0, xy, xz, xy + xz), max(0.0, yz)
-    return low, high, (xy, xz, yz)
-
-
-def binary(
-    step,
-    rows,
-    matrix=MATRIX,
-    columns=COLUMNS,
-    chunks=1,
-    order="<",
-    units=b"",
-    time=None,
-):
-    """A frame as LAMMPS' DumpCustom::header_binary writes it."""
-    low, high, tilts = bounding(matrix)
-    out = (
-        struct.pack(order + "q", -10) + b"DUMPCUSTOM" + struct.pack(order + "ii", 1, 2)
-    )
-    out += struct.pack(order + "qqi", step, len(rows), int(any(tilts)))
-    out += struct.pack(order + "6i", *[0] * 6)
-    out += struct.pack(order + "6d", *np.column_stack([low, high]).ravel())
-    if any(tilts):
-        out += struct.pack(order + "3d", *tilts)
-    out += struct.pack(order + "ii", len(columns.split()), len(units)) + units
-    out += struct.pack("b", time is not None)
-    if time is not None:
-        out += struct.pack(order + "d", time)
-    out += struct.pack(order + "i", len(columns)) + columns.encode()
-    out += struct.pack(order + "i", chunks)
-    for part in np.array_split(rows, chunks):
-        data = part.astype(order + "f8").tobytes()
-        out += struct.pack(order + "i", part.size) + data
-    return out
+def binary(step, rows, matrix=MATRIX, columns=COLUMNS, **options):
+    return binary_frame(step, rows, matrix, columns, origin=ORIGIN, **options)
 
 
 def text(step, rows, matrix=MATRIX, columns=COLUMNS, time=None):
-    low, high, tilts = bounding(matrix)
+    low, high, tilts = bounding_box(matrix, ORIGIN)
     out = io.StringIO()
     if time is not None:
         out.write(f"ITEM: TIME\n{time}\n")
