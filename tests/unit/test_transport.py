@@ -155,8 +155,8 @@ def test_memory_is_bounded_whatever_the_number_of_frames(tmp_path):
         trajectory_msd(trajectory, 1.0, memory_mb=2.0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # 4000 frames take 10 MB with their transforms. What grows are numbers per frame, not
-    # per frame and atom: step, box, centre, sums.
+    # 4000 frames take 10 MB with their transforms. What grows are numbers per
+    # frame, not per frame and atom: step, box, centre, sums.
     assert peaks[1] < 5e6
     assert atoms_at_once(trajectory, 2.0) == 2
 
