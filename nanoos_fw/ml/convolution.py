@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanoos_fw.ml.process_groups import sum_tensor
 from nanoos_fw.parallel import Communicator
 
 EPSILON = 1e-5
@@ -200,11 +201,10 @@ class _EdgeConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table = _padded(edge_weight, plan)
         two = own.shape[1]
-        sums = np.zeros(2 * two + 1)
-        sums[:-1] = _moments(own, other, table, plan).ravel()
-        sums[-1] = plan.n_edges
-        comm.sum_in_place(sums)
-        moments = torch.from_numpy(sums)
+        moments = torch.empty(2 * two + 1, dtype=torch.float64)
+        moments[:-1] = torch.from_numpy(_moments(own, other, table, plan)).flatten()
+        moments[-1] = plan.n_edges
+        sum_tensor(moments, comm)
         count = moments[-1]
         mean = moments[:two] / count.clamp(min=1)
         # In double precision, where the squares of floats are exact: a mean of 1e6
@@ -232,7 +232,7 @@ class _EdgeConvolution(torch.autograd.Function):
         weight_gradient = (double * slopes[1]).sum(0) * inverse
         two = centred.shape[1]
         sums = torch.cat([bias_gradient.double(), weight_gradient.double()])
-        ctx.comm.sum_in_place(sums.numpy())
+        sum_tensor(sums, ctx.comm)
         means = sums / count.clamp(min=1)
         shift = (scale * means[:two]).to(centred.dtype)
         slant = (scale * inverse * means[two:]).to(centred.dtype)

@@ -3,13 +3,19 @@
 Data parallel: each rank takes its share of every batch, gradients are summed over
 the ranks and divided by the global number of graphs, batch normalization runs over
 all ranks. The number of ranks changes rounding, not the training.
+
+All that is random is a function of the seed, the member and the number of the step:
+the order of the rows, and which units drop out. So no generator has a state, and a
+checkpoint is tensors and a few numbers.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +26,8 @@ from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.network import TensorBatch, build_network
+from nanoos_fw.ml.network import CountedDropout, TensorBatch, build_network
+from nanoos_fw.ml.process_groups import sum_tensor
 from nanoos_fw.parallel import Communicator
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from nanoos_fw.ml.training import TrainingConfig
 
 _EVALUATION_BATCH = 256
+_N_SUMS = 3  # loss, squared and absolute error
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +47,12 @@ class FitData:
     table
         All graphs.
     targets
-        ``(n,) float64``, normalized; rows outside ``train`` and ``val`` unused.
+        ``(n,) float64``, normalized (classes: 0 or 1); rows outside ``train`` and
+        ``val`` unused.
     train, val
         Row numbers.
     scale
-        Unit of the target per normalized unit, for the validation error.
+        Unit of the target per normalized unit, for errors.
     """
 
     table: GraphTable
@@ -55,10 +64,20 @@ class FitData:
 
 @dataclass
 class History:
-    """Learning curve of one network, one entry per finished epoch."""
+    """Learning curve of one network, one entry per finished epoch.
+
+    The numbers of the training part are those of its batches while weights changed,
+    with dropout; those of validation are of the averaged weights after the epoch.
+    """
 
     train_loss: list[float] = field(default_factory=list)
+    train_mse: list[float] = field(default_factory=list)
+    train_mae: list[float] = field(default_factory=list)
+    train_r2: list[float | None] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_mse: list[float] = field(default_factory=list)
     val_mae: list[float] = field(default_factory=list)
+    val_r2: list[float | None] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     best_epoch: int = 0
 
@@ -66,6 +85,22 @@ class History:
     def epochs(self) -> int:
         """Finished epochs."""
         return len(self.train_loss)
+
+
+@dataclass
+class Position:
+    """Where a fit is within its epoch.
+
+    Parameters
+    ----------
+    step
+        Steps done.
+    sums
+        Over their graphs: loss, squared and absolute error, normalized.
+    """
+
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * _N_SUMS)
 
 
 class Fit:
@@ -80,10 +115,14 @@ class Fit:
     data
         Graphs and targets.
     member
-        Number in the ensemble; with ``config.seed`` it decides initial weights and
-        the order of the rows.
+        Number in the ensemble; with ``config.seed`` it decides initial weights, the
+        order of the rows and dropout.
     comm
         Ranks that share the work.
+    device
+        Of this rank.
+    start
+        Weights to start from, by name; None draws them.
     """
 
     def __init__(
@@ -94,20 +133,36 @@ class Fit:
         data: FitData,
         member: int,
         comm: Communicator,
+        *,
+        device: torch.device | None = None,
+        start: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         self.config, self.data, self.member, self.comm = config, data, member, comm
-        self.dtype: torch.dtype = getattr(torch, config.precision)
+        self.device = torch.device("cpu") if device is None else device
+        double = config.precision == "float64"
+        self.dtype = torch.float64 if double else torch.float32
+        self.classes = getattr(architecture, "n_outputs", 1) > 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(config.seed, member))
             network = build_network(architecture, atom_table)
-        self.network = network.to(self.dtype)
+        if start is not None:
+            given = {name: np.array(value) for name, value in start.items()}
+            network.load_state_dict(
+                {name: torch.from_numpy(value) for name, value in given.items()}
+            )
+        self.network = network.to(device=self.device, dtype=self.dtype)
         self.network.use_communicator(comm)
+        self._frozen = freeze(self.network, config.freeze)
+        self._dropouts = [
+            m for m in self.network.modules() if isinstance(m, CountedDropout) and m.p
+        ]
         self._flatten()
         self.optimizer = _optimizer(config, self._decayed, self._rest)
-        self.history = History()
+        self.history, self.position = History(), Position()
         self._average = (self._weights.clone(), self._moments.clone())
         self._best = self._average
         self._targets = torch.from_numpy(data.targets).to(self.dtype)
+        self._spread = float(np.var(data.targets[data.train]))
         # Batches of nearly equal size, none of a single graph: batch normalization
         # needs company.
         n_train = len(data.train)
@@ -123,50 +178,71 @@ class Fit:
         waited = history.epochs - history.best_epoch
         return bool(patience and len(self.data.val) and waited >= patience)
 
-    def run_epoch(self, interrupted: Callable[[], bool]) -> bool:
-        """Run one epoch; return False if it was interrupted.
+    def run_epoch(
+        self,
+        interrupted: Callable[[], bool],
+        after_step: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Run what is left of an epoch; return False if it was interrupted.
 
-        An interrupted epoch leaves no trace: the fit is as it was before it.
+        An interrupted epoch goes on at the step where it stopped, in this process or
+        after :meth:`restore` in another.
 
         Parameters
         ----------
         interrupted
             Asked on all ranks before each step; must answer alike on all.
+        after_step
+            Called after each step but the last of an epoch.
 
         Raises
         ------
         InputError
             If the loss is not finite any more.
         """
-        before = self.state()
-        epoch = self.history.epochs
-        order = np.random.default_rng([self.config.seed, self.member, epoch])
-        rows = self.data.train[order.permutation(len(self.data.train))]
+        epoch, position = self.history.epochs, self.position
+        batches = self.batches(epoch)
         self.network.train()
-        total = np.zeros(1)
+        for module in self._frozen:
+            module.eval()
         rate = 0.0
-        for step, batch in enumerate(np.array_split(rows, self.steps_per_epoch)):
+        while position.step < len(batches):
             if interrupted():
-                self.restore(before)
                 return False
-            number = epoch * self.steps_per_epoch + step
+            number = epoch * self.steps_per_epoch + position.step
             rate = self._learning_rate(number)
-            total += self._step(batch, rate)
+            sums = self._step(batches[position.step], number, rate)
+            position.sums = [a + b for a, b in zip(position.sums, sums, strict=True)]
+            if not math.isfinite(position.sums[0]):
+                raise InputError(
+                    f"training diverged: the loss of member {self.member} is "
+                    f"{position.sums[0]} in step {position.step + 1} of epoch "
+                    f"{epoch + 1}",
+                    evidence={
+                        "learning_rate": rate,
+                        "losses": self.history.train_loss[-20:],
+                    },
+                    advice="lower learning_rate, or set clip_norm",
+                )
             self._update_average(number)
-        self.comm.sum_in_place(total)
-        loss = float(total[0]) / len(rows)
-        if not math.isfinite(loss):
-            raise InputError(
-                f"training diverged: the loss of member {self.member} is {loss} in "
-                f"epoch {epoch + 1}",
-                evidence={"learning_rate": rate, "losses": self.history.train_loss},
-                advice="lower learning_rate",
-            )
-        self._record(loss, rate)
+            position.step += 1
+            if position.step < len(batches):
+                after_step()
+        self._record(position.sums, rate)
+        self.position = Position()
         return True
 
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the rows of each global batch of an epoch, in order."""
+        order = np.random.default_rng([self.config.seed, self.member, epoch])
+        rows = self.data.train[order.permutation(len(self.data.train))]
+        return np.array_split(rows, self.steps_per_epoch)
+
     def predict(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the normalized predictions for rows, ``(n,)``, on all ranks."""
+        """Return the normalized predictions for rows, ``(n,)``, on all ranks.
+
+        Of two classes it is the probability of the second.
+        """
         self.network.eval()
         answers = np.zeros(len(rows))
         starts = range(0, len(rows), _EVALUATION_BATCH)
@@ -175,8 +251,8 @@ class Fit:
                 if index % self.comm.size != self.comm.rank:
                     continue
                 chunk = rows[start : start + _EVALUATION_BATCH]
-                batch = TensorBatch.from_batch(self.data.table.batch(chunk), self.dtype)
-                answers[start : start + len(chunk)] = self.network(batch).numpy()
+                output = self.network(self._batch(chunk))
+                answers[start : start + len(chunk)] = self._values(output).cpu().numpy()
         self.comm.sum_in_place(answers)
         return answers
 
@@ -184,12 +260,28 @@ class Fit:
         """Go back to the weights with the lowest validation error."""
         self._use(self._best)
 
+    def use_last(self) -> None:
+        """Go to the averaged weights of the last epoch."""
+        self._use(self._average)
+
     def weights(self) -> dict[str, Tensor]:
-        """Return the named tensors of the network."""
-        return dict(self.network.state_dict())
+        """Return the named tensors of the network, as copies on the CPU."""
+        return {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in self.network.state_dict().items()
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return the part of the state that is no tensor, for JSON."""
+        return {"history": asdict(self.history), "position": asdict(self.position)}
+
+    def restore_record(self, record: Mapping[str, Any]) -> None:
+        """Put back what :meth:`record` returned."""
+        self.history = History(**record["history"])
+        self.position = Position(**record["position"])
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next epoch depends on, as copies."""
+        """Return the tensors that the next step depends on, as copies on the CPU."""
         tensors = {
             "weights": self._weights,
             "moments": self._moments,
@@ -202,21 +294,18 @@ class Fit:
             for name, value in self.optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{group}.{name}"] = value
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put a state back; the history is separate."""
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put the tensors of a state back."""
         self._weights.copy_(state["weights"])
         self._moments.copy_(state["moments"])
-        self._average = (
-            state["average_weights"].clone(),
-            state["average_moments"].clone(),
-        )
-        self._best = (state["best_weights"].clone(), state["best_moments"].clone())
+        self._average = self._pair(state, "average")
+        self._best = self._pair(state, "best")
         for group, parameter in enumerate((self._decayed, self._rest)):
             prefix = f"optimizer.{group}."
             values: dict[str, Any] = {
-                name.removeprefix(prefix): tensor.clone()
+                name.removeprefix(prefix): self._placed(name, tensor)
                 for name, tensor in state.items()
                 if name.startswith(prefix)
             }
@@ -225,15 +314,33 @@ class Fit:
             else:
                 self.optimizer.state.pop(parameter, None)
 
+    def _pair(self, state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+        return (
+            state[f"{name}_weights"].to(self.device, copy=True),
+            state[f"{name}_moments"].to(self.device, copy=True),
+        )
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        # The optimizers keep their step counter on the CPU.
+        device = torch.device("cpu") if name.endswith(".step") else self.device
+        return tensor.to(device, copy=True)
+
     def _flatten(self) -> None:
         """Lay weights, gradients and running moments out in one buffer each.
 
         One message then carries all gradients, and the optimizer makes one pass.
         Weight matrices come first: they decay, biases and normalization do not.
         """
-        parameters = sorted(self.network.parameters(), key=lambda p: p.ndim < 2)
+        parameters = sorted(
+            (p for p in self.network.parameters() if p.requires_grad),
+            key=lambda p: p.ndim < 2,
+        )
         self._weights = torch.cat([p.detach().reshape(-1) for p in parameters])
-        self._gradients = torch.zeros_like(self._weights)
+        # Losses and errors travel with the gradients.
+        self._message = torch.zeros(
+            len(self._weights) + _N_SUMS, dtype=self.dtype, device=self.device
+        )
+        self._gradients = self._message[: len(self._weights)]
         position = 0
         for parameter in parameters:
             span = slice(position, position + parameter.numel())
@@ -258,32 +365,84 @@ class Fit:
             setattr(module, name, self._moments[span])
             position = span.stop
 
-    def _step(self, rows: NDArray[np.int64], rate: float) -> float:
-        """Make one step on a global batch; return this rank's sum of losses."""
-        mine = share(rows, self.data.table.graph_sizes[rows], self.comm)
-        batch = TensorBatch.from_batch(self.data.table.batch(mine), self.dtype)
-        output = self.network(batch)
-        targets = self._targets[torch.from_numpy(mine)]
-        loss = _LOSSES[self.config.loss](output, targets, reduction="sum")
-        self._gradients.zero_()
+    def _batch(self, rows: NDArray[np.int64]) -> TensorBatch:
+        batch = self.data.table.batch(rows)
+        return TensorBatch.from_batch(batch, self.dtype, self.device)
+
+    def _step(
+        self, rows: NDArray[np.int64], number: int, rate: float
+    ) -> tuple[float, ...]:
+        """Make one step on a global batch; return its sums over all ranks."""
+        places = share(self.data.table.graph_sizes[rows], self.comm)
+        mine = rows[places]
+        self._draw_dropout(len(rows), places, number)
+        self._message.zero_()
+        with self._autocast():
+            output = self.network(self._batch(mine))
+        targets = self._targets[torch.from_numpy(mine)].to(self.device)
+        loss = self._loss(output.to(self.dtype), targets)
         torch.autograd.backward([loss / len(rows)])
-        self.comm.sum_in_place(self._gradients.numpy())
+        with torch.no_grad():
+            error = self._values(output.detach().to(self.dtype)) - targets
+            sums = [loss.detach(), (error * error).sum(), error.abs().sum()]
+            self._message[-_N_SUMS:] = torch.stack(sums)
+        sum_tensor(self._message, self.comm)
+        if self.config.clip_norm is not None:
+            # Of the sum over the ranks: alike on all of them, and on one.
+            norm = torch.linalg.vector_norm(self._gradients)
+            self._gradients.mul_((self.config.clip_norm / norm).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return float(loss.detach())
+        return tuple(self._message[-_N_SUMS:].tolist())
+
+    def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        if self.classes:
+            logs = functional.log_softmax(output, dim=1)
+            return functional.nll_loss(logs, targets.long(), reduction="sum")
+        return _LOSSES[self.config.loss](output, targets, reduction="sum")
+
+    def _values(self, output: Tensor) -> Tensor:
+        """Return what is compared with the targets."""
+        return functional.softmax(output, dim=1)[:, 1] if self.classes else output
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _draw_dropout(
+        self, n_rows: int, places: NDArray[np.int64], number: int
+    ) -> None:
+        """Choose the units that drop out, in the global batch, whoever has its rows."""
+        if not self._dropouts:
+            return
+        seed = _seed(self.config.seed, self.member, number, 1)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self._dropouts:
+            kept = torch.rand(n_rows, layer.channels, generator=generator) >= layer.p
+            mask = kept[torch.from_numpy(places)].to(self.dtype) / (1.0 - layer.p)
+            layer.mask = mask.to(self.device)
 
     def _learning_rate(self, step: int) -> float:
         """Return the rate of a step, a function of its number alone."""
         config = self.config
         total = config.epochs * self.steps_per_epoch
         warmup = round(config.warmup_fraction * total)
+        done = (step - warmup) / max(1, total - warmup)
+        if config.schedule == "one-cycle":
+            if step < warmup:
+                return config.learning_rate * _ease(1 / 25, 1.0, step / warmup)
+            return config.learning_rate * _ease(1.0, 1 / 25e4, done)
         if step < warmup:
             return config.learning_rate * (step + 1) / warmup
         if config.schedule == "constant":
             return config.learning_rate
-        done = (step - warmup) / max(1, total - warmup)
-        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        if config.schedule == "step":
+            epoch = step // self.steps_per_epoch
+            passed = sum(epoch >= milestone for milestone in config.milestones)
+            return config.learning_rate * config.gamma**passed
+        return config.learning_rate * _ease(1.0, 0.0, done)
 
     def _update_average(self, step: int) -> None:
         """Take a step's weights and moments into their running average."""
@@ -293,47 +452,106 @@ class Fit:
         self._average[0].lerp_(self._weights, 1.0 - decay)
         self._average[1].lerp_(self._moments, 1.0 - decay)
 
-    def _record(self, loss: float, rate: float) -> None:
+    def _record(self, sums: list[float], rate: float) -> None:
         """Judge the averaged weights and keep them if they are the best so far."""
-        history, val = self.history, self.data.val
+        history, val, scale = self.history, self.data.val, self.data.scale
+        loss, square, absolute = (value / len(self.data.train) for value in sums)
         history.train_loss.append(loss)
+        history.train_mse.append(square * scale**2)
+        history.train_mae.append(absolute * scale)
+        history.train_r2.append(1.0 - square / self._spread if self._spread else None)
         history.learning_rate.append(rate)
         averaged = (self._average[0].clone(), self._average[1].clone())
         improved = True
         if len(val):
             current = (self._weights.clone(), self._moments.clone())
             self._use(averaged)
-            error = np.abs(self.predict(val) - self.data.targets[val]).mean()
+            found, truth = self.predict(val), self.data.targets[val]
             self._use(current)
-            history.val_mae.append(float(error) * self.data.scale)
-            improved = history.val_mae[-1] <= min(history.val_mae)
+            error = found - truth
+            square, spread = float((error**2).mean()), float(np.var(truth))
+            history.val_mse.append(square * scale**2)
+            history.val_mae.append(float(np.abs(error).mean()) * scale)
+            history.val_r2.append(1.0 - square / spread if spread else None)
+            history.val_loss.append(self._criterion(found, truth))
+            # Of a number, the mean absolute error decides; of classes, the likelihood.
+            curve = history.val_loss if self.classes else history.val_mae
+            improved = curve[-1] <= min(curve)
         if improved:
             history.best_epoch = history.epochs
             self._best = averaged
+
+    def _criterion(
+        self, found: NDArray[np.float64], truth: NDArray[np.float64]
+    ) -> float:
+        """Return the mean loss of predictions."""
+        if self.classes:
+            likely = np.where(truth > 0.5, found, 1.0 - found)
+            return float(-np.log(np.maximum(likely, 1e-300)).mean())
+        pair = (torch.from_numpy(found), torch.from_numpy(truth))
+        return float(_LOSSES[self.config.loss](*pair, reduction="mean"))
 
     def _use(self, buffers: tuple[Tensor, Tensor]) -> None:
         self._weights.copy_(buffers[0])
         self._moments.copy_(buffers[1])
 
 
-def share(
-    rows: NDArray[np.int64], sizes: NDArray[np.int64], comm: Communicator
-) -> NDArray[np.int64]:
-    """Return this rank's rows of a batch, atoms spread as evenly as greed allows.
+def share(sizes: NDArray[np.int64], comm: Communicator) -> NDArray[np.int64]:
+    """Return this rank's places in a batch, atoms spread as evenly as greed allows.
 
     The largest graphs are dealt first, each to the rank with the fewest atoms so
     far; ranks may come out empty.
+
+    Parameters
+    ----------
+    sizes
+        ``(n,)``, atoms of each graph of the batch.
+    comm
+        The ranks.
     """
     if comm.size == 1:
-        return rows
-    loads = np.zeros(comm.size, dtype=np.int64)
+        return np.arange(len(sizes))
+    loads = [(0, rank) for rank in range(comm.size)]
     mine = []
-    for index in np.argsort(-sizes, kind="stable"):
-        rank = int(np.argmin(loads))
-        loads[rank] += sizes[index]
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + int(sizes[place]), rank))
         if rank == comm.rank:
-            mine.append(rows[index])
+            mine.append(place)
     return np.array(mine, dtype=np.int64)
+
+
+def freeze(network: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Keep parts of a network as they are and return them.
+
+    Parameters
+    ----------
+    network
+        Of :mod:`nanoos_fw.ml.network`.
+    names
+        Modules such as ``embedding``, ``convolutions.0``, ``dense``. Their running
+        moments stand still too.
+
+    Raises
+    ------
+    InputError
+        If there is no such module, or nothing would be left to train.
+    """
+    modules = dict(network.named_modules())
+    unknown = sorted(set(names) - (set(modules) - {""}))
+    if unknown:
+        known = [name for name, _ in network.named_children()]
+        known += [name for name in modules if name.startswith("convolutions.")][:1]
+        raise InputError(
+            f"the network has no part {unknown[0]!r} to freeze",
+            advice=f"parts: {', '.join(known)} ...",
+        )
+    frozen = [modules[name] for name in names]
+    for module in frozen:
+        module.requires_grad_(requires_grad=False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise InputError("all of the network is frozen: nothing is left to train")
+    return frozen
 
 
 # ------------------------------------------------------------------------- private
@@ -353,9 +571,18 @@ def _optimizer(
         {"params": [rest], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum
+        )
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
-def _seed(seed: int, member: int) -> int:
-    return int(np.random.SeedSequence([seed, member]).generate_state(1)[0])
+def _ease(begin: float, end: float, done: float) -> float:
+    """Go from one number to another along half a cosine."""
+    return end + (begin - end) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -161,7 +161,7 @@ def fit_line_graph(
         elements=tuple(np.flatnonzero(fractions[train].any(axis=0)).tolist()),
         dataset_hash=dataset_hash,
         n_train=len(train),
-        precision=config.precision,
+        precision="float64" if config.precision == "float64" else "float32",
     )
     data = FitData(table, (residual - mean) / std, train, val, std)
     fits = []

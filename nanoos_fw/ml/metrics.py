@@ -49,6 +49,70 @@ def regression_metrics(
     return metrics
 
 
+def classification_metrics(
+    truth: NDArray[np.float64], probability: NDArray[np.float64]
+) -> dict[str, float | int | None]:
+    """Return accuracy, area under the ROC curve and mean negative log-likelihood.
+
+    Parameters
+    ----------
+    truth
+        ``(n,)``, 0 or 1.
+    probability
+        ``(n,)`` of class 1.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` at 0.5, ``roc_auc``, ``nll``; None where not defined.
+    """
+    n_ones = int((truth > 0.5).sum())
+    n_zeros = len(truth) - n_ones
+    if len(truth) == 0:
+        return {"accuracy": None, "roc_auc": None, "nll": None}
+    likely = np.where(truth > 0.5, probability, 1.0 - probability)
+    auc = None
+    if n_ones and n_zeros:
+        # Share of pairs in the right order, ties count half (Mann and Whitney).
+        _, place, count = np.unique(
+            probability, return_inverse=True, return_counts=True
+        )
+        rank = (np.cumsum(count) - (count - 1) / 2)[place]
+        above = rank[truth > 0.5].sum() - n_ones * (n_ones + 1) / 2
+        auc = float(above / (n_ones * n_zeros))
+    return {
+        "accuracy": float(((probability > 0.5) == (truth > 0.5)).mean()),
+        "roc_auc": auc,
+        "nll": float(-np.log(np.maximum(likely, 1e-300)).mean()),
+    }
+
+
+def element_errors(
+    fractions: NDArray[np.float64], error: NDArray[np.float64]
+) -> dict[str, dict[str, float | int]]:
+    """Return rows and mean absolute error of the structures that hold an element.
+
+    Parameters
+    ----------
+    fractions
+        ``(n, 119)``, see :func:`element_fractions`.
+    error
+        ``(n,)``.
+
+    Returns
+    -------
+    dict
+        ``n`` and ``mae`` by symbol, by atomic number.
+    """
+    from pymatgen.core.periodic_table import Element
+
+    found: dict[str, dict[str, float | int]] = {}
+    for z in np.flatnonzero(fractions.any(axis=0)).tolist():
+        holds = np.abs(error[fractions[:, z] > 0])
+        found[Element.from_Z(z).symbol] = {"n": len(holds), "mae": float(holds.mean())}
+    return found
+
+
 def calibrate(
     truth: NDArray[np.float64],
     mean: NDArray[np.float64],

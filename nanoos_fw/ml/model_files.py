@@ -54,6 +54,8 @@ class Architecture(BaseModel):
         Width and number of the dense layers after pooling.
     n_outputs
         1 for a number; for classes, one of each.
+    dropout
+        Share of the units of the first dense layer that drop out in training.
     gaussian_max, gaussian_step
         Distances are expanded in Gaussians at 0, step ... max (Å).
     gaussian_width
@@ -67,6 +69,7 @@ class Architecture(BaseModel):
     readout_dim: int = Field(default=128, ge=1)
     dense_layers: int = Field(default=1, ge=1)
     n_outputs: int = Field(default=1, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     gaussian_max: float = Field(default=8.0, gt=0.0)
     gaussian_step: float = Field(default=0.2, gt=0.0)
     gaussian_width: float = Field(default=0.2, gt=0.0)

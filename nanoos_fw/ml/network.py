@@ -29,6 +29,7 @@ from nanoos_fw.ml.model_files import (
     Architecture,
     LineGraphArchitecture,
 )
+from nanoos_fw.ml.process_groups import sum_tensor
 from nanoos_fw.parallel import Communicator
 
 _MOMENTUM = 0.1
@@ -114,16 +115,16 @@ class _GlobalNormalization(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, comm: Communicator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
-        sums = torch.empty(channels + 1, dtype=torch.float64)
+        sums = torch.empty(channels + 1, dtype=torch.float64, device=x.device)
         sums[:channels] = x.sum(0)
         sums[channels] = x.shape[0]
-        comm.sum_in_place(sums.numpy())
+        sum_tensor(sums, comm)
         count = sums[channels]
         mean = sums[:channels] / count
         # Around the mean, since E[x²] - E[x]² cancels in float32.
         centered = x - mean.to(x.dtype)
         squares = (centered * centered).sum(0).double()
-        comm.sum_in_place(squares.numpy())
+        sum_tensor(squares, comm)
         variance = squares / count
         inverse = torch.rsqrt(variance + EPSILON).to(x.dtype)
         normal = centered.mul_(inverse)
@@ -139,10 +140,8 @@ class _GlobalNormalization(torch.autograd.Function):
         channels = gradient.shape[1]
         bias_gradient = gradient.sum(0)
         weight_gradient = (gradient * normal).sum(0)
-        sums = torch.empty(2 * channels, dtype=torch.float64)
-        sums[:channels] = bias_gradient
-        sums[channels:] = weight_gradient
-        ctx.comm.sum_in_place(sums.numpy())
+        sums = torch.cat([bias_gradient, weight_gradient]).double()
+        sum_tensor(sums, ctx.comm)
         means = (sums / ctx.count).to(gradient.dtype)
         scale = weight * inverse
         x_gradient = scale * (gradient - means[:channels] - normal * means[channels:])
@@ -205,6 +204,33 @@ class GlobalBatchNorm(nn.Module):
         self.running_var.data.lerp_(unbiased.to(self.running_var), _MOMENTUM)
 
 
+class CountedDropout(nn.Dropout):
+    """Dropout whose mask the training loop draws for the global batch.
+
+    Parameters
+    ----------
+    rate
+        Share of the units that drop out.
+    channels
+        Columns of the input ``(rows, channels)``.
+
+    Notes
+    -----
+    ``mask``, ``(rows, channels)``, holds 0 or 1 / (1 - rate). Without one, torch draws.
+    """
+
+    def __init__(self, rate: float, channels: int) -> None:
+        super().__init__(rate)
+        self.channels = channels
+        self.mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop units out in training."""
+        if not self.training or self.p == 0.0 or self.mask is None:
+            return super().forward(x)
+        return x * self.mask
+
+
 Edges = EdgePlan | tuple[TensorBatch, Tensor]
 """Edges for the compiled passes, or the batch and the Gaussians of its edges."""
 
@@ -231,15 +257,17 @@ class GatedConvolution(nn.Module):
 
     def forward(self, atoms: Tensor, edges: Edges) -> Tensor:
         """Return new atom vectors ``(n_atoms, hidden_dim)``."""
-        own, other = self.centre(atoms), self.neighbor(atoms)
+        # Under autocast products come in bfloat16; all else is done in the type of
+        # the weights.
+        own, other = self.centre(atoms).to(atoms), self.neighbor(atoms).to(atoms)
         if isinstance(edges, EdgePlan):
-            summed = self._compiled(own.to(atoms), other.to(atoms), edges)
+            summed = self._compiled(own, other, edges)
         else:
             batch, gaussians = edges
-            z = self.edge(gaussians)
+            z = self.edge(gaussians).to(atoms)
             z = z + own.index_select(0, batch.centre)
             z = z + other.index_select(0, batch.neighbor)
-            gate, core = self.edge_norm(z.to(atoms)).chunk(2, dim=1)
+            gate, core = self.edge_norm(z).chunk(2, dim=1)
             messages = torch.sigmoid(gate) * functional.softplus(core)
             summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
         return functional.softplus(atoms + self.atom_norm(summed))
@@ -301,6 +329,7 @@ class CrystalGraphNetwork(Network):
         )
         width = architecture.readout_dim
         self.dense = nn.Linear(hidden, width)
+        self.dropout = CountedDropout(architecture.dropout, width)
         self.inner = nn.ModuleList(
             nn.Linear(width, width) for _ in range(architecture.dense_layers - 1)
         )
@@ -313,6 +342,7 @@ class CrystalGraphNetwork(Network):
         """
         # All elements at once: 119 rows are fewer than the atoms of most batches.
         atoms = self.embedding(self.atom_table).index_select(0, batch.numbers)
+        atoms = atoms.to(self.output.weight.dtype)
         edges = self._edges(batch)
         for convolution in self.convolutions:
             atoms = convolution(atoms, edges)
@@ -321,14 +351,15 @@ class CrystalGraphNetwork(Network):
         crystals = crystals.index_add(0, batch.graph_index, atoms)
         crystals = crystals / batch.graph_sizes.to(atoms.dtype).unsqueeze(1)
         hidden = functional.softplus(self.dense(functional.softplus(crystals)))
+        hidden = self.dropout(hidden)
         for layer in self.inner:
             hidden = functional.softplus(layer(hidden))
         return cast(Tensor, self.output(hidden)).squeeze(1)
 
     def _edges(self, batch: TensorBatch) -> Edges:
-        """Prepare the edges; the compiled passes have no gradient in evaluation."""
+        """Prepare the edges, for the compiled passes where they can be used."""
         on_cpu = batch.distances.device.type == "cpu"
-        if self.compiled and on_cpu and (self.training or not torch.is_grad_enabled()):
+        if self.compiled and on_cpu and self._differentiable():
             return plan_edges(
                 starts=batch.edge_start.numpy(),
                 neighbors=batch.neighbor.numpy(),
@@ -342,3 +373,19 @@ class CrystalGraphNetwork(Network):
         centers = torch.from_numpy(self.gaussian_centers).to(batch.distances)
         shifted = (batch.distances.unsqueeze(1) - centers) / self.gaussian_width
         return batch, torch.exp(-(shifted**2))
+
+    def _differentiable(self) -> bool:
+        """Tell whether the compiled passes can give the gradients that are wanted.
+
+        A convolution in evaluation has none, which does not matter below all that is
+        trained.
+        """
+        if not torch.is_grad_enabled():
+            return True
+        frozen = not any(p.requires_grad for p in self.embedding.parameters())
+        for convolution in self.convolutions:
+            fixed = not any(p.requires_grad for p in convolution.parameters())
+            if not convolution.training and not (frozen and fixed):
+                return False
+            frozen = frozen and fixed
+        return True

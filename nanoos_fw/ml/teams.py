@@ -33,6 +33,8 @@ class FitContext:
     pause_after
         Epochs after which a member pauses, short of those of the configuration; None
         goes on to the end.
+    group
+        Makes the ranks of a team able to sum tensors on their devices.
     """
 
     work_dir: Path
@@ -40,6 +42,7 @@ class FitContext:
     comm: Communicator
     stop: StopRequest
     pause_after: int | None = None
+    group: Callable[[Communicator], Communicator] = lambda team: team
 
 
 def fit_members(
@@ -70,12 +73,15 @@ def fit_members(
     """
     comm = place.comm
     team, first, step = _team(comm, training.ensemble_size)
-    checkpoints = Checkpoints(place.work_dir, place.key, team)
     mine = range(first, training.ensemble_size, step)
     fitted: dict[int, Fit] = {}
     stopped: OutOfTimeError | None = None
+    grouped = place.group(team)
+    checkpoints = Checkpoints(
+        place.work_dir, place.key, team, training.keep_checkpoints
+    )
     for turn, member in enumerate(mine):
-        fit = new_fit(member, team)
+        fit = new_fit(member, grouped)
         checkpoints.load(fit)
 
         def tell(epochs: int, text: str, turn: int = turn) -> None:
@@ -127,19 +133,33 @@ def _fit_one(
     tell: Callable[[int, str], None],
 ) -> None:
     """Run the epochs of one member that are left, or those up to the pause."""
-    every, history, stop = fit.config.checkpoint_every, fit.history, place.stop
-    limit = place.pause_after or fit.config.epochs
+    config, history, stop = fit.config, fit.history, place.stop
+    limit = place.pause_after or config.epochs
+
+    def interrupted() -> bool:
+        return fit.comm.any(stop.requested)
+
+    def after_step() -> None:
+        checkpoints.save_if_due(fit, config.checkpoint_minutes)
+
     while not fit.done and history.epochs < limit:
-        if not fit.run_epoch(lambda: fit.comm.any(stop.requested)):
+        if not fit.run_epoch(interrupted, after_step):
             checkpoints.save(fit)
             raise OutOfTimeError(
                 f"training stopped ({stop.reason}) in epoch {history.epochs + 1} of "
-                f"member {fit.member + 1}",
-                evidence={"member": fit.member, "epochs": history.epochs},
+                f"member {fit.member + 1}, after step {fit.position.step}",
+                evidence={
+                    "member": fit.member,
+                    "epochs": history.epochs,
+                    "step": fit.position.step,
+                },
                 advice="rerun to resume from the checkpoint",
             )
-        if fit.done or history.epochs == limit or (history.epochs % every == 0):
+        due = history.epochs % config.checkpoint_every == 0
+        if fit.done or history.epochs == limit or due:
             checkpoints.save(fit)
+        else:
+            after_step()
         text = f"member {fit.member + 1}, epoch {history.epochs}"
         if history.val_mae:
             text += f", validation MAE {history.val_mae[-1]:.4g}"
@@ -151,18 +171,17 @@ def _collect(
 ) -> list[Fit]:
     """Bring the members of all teams to rank 0, with their best weights in place."""
     states = comm.gather(
-        [(member, fit.state(), vars(fit.history)) for member, fit in fitted.items()]
+        [(member, fit.state(), fit.record()) for member, fit in fitted.items()]
     )
     if states is None:
         return []
     fits = []
-    for member, state, history in sorted(
+    for member, state, record in sorted(
         (entry for team in states for entry in team), key=lambda entry: entry[0]
     ):
         fit = fitted[member] if member in fitted else empty(member)
         fit.restore(state)
-        for name, value in history.items():
-            setattr(fit.history, name, value)
+        fit.restore_record(record)
         fit.use_best()
         fits.append(fit)
     return fits

@@ -11,32 +11,45 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.cgcnn import (
-    Architecture,
-    ModelCard,
-    atom_features,
-    dropout_spread,
-    ensemble,
-    predict_table,
-    save_checkpoint,
-)
+from nanoos_fw.ml.cgcnn import dropout_spread, ensemble, predict_table
+from nanoos_fw.ml.cgcnn_format import published_element_vectors
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
+from nanoos_fw.ml.forest import fit_forest, graph_scalars
 from nanoos_fw.ml.metrics import (
     calibrate,
+    classification_metrics,
+    element_errors,
     element_fractions,
     fit_element_reference,
     regression_metrics,
 )
+from nanoos_fw.ml.model_files import (
+    ATOM_TABLE,
+    REFERENCE,
+    AnyArchitecture,
+    Architecture,
+    ModelCard,
+    atom_features,
+    read_checkpoint,
+    save_checkpoint,
+)
 from nanoos_fw.ml.teams import FitContext, fit_members
+from nanoos_fw.ml.training_config import (
+    PUBLISHED,
+    LearningCurve,
+    TrainingConfig,
+    TrainingResult,
+    read_training_config,
+)
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     DROPOUT_SAMPLES,
@@ -55,6 +68,7 @@ from nanoos_fw.parallel import (
 from nanoos_fw.provenance import (
     content_key,
     run_environment,
+    sha256_bytes,
     sha256_file,
     write_json,
 )
@@ -62,146 +76,27 @@ from nanoos_fw.provenance import (
 if TYPE_CHECKING:
     from nanoos_fw.ml.fitting import Fit, FitData
 
+__all__ = [
+    "CHECKPOINT",
+    "PUBLISHED",
+    "RANK_CONFIG",
+    "RANK_PROGRAM",
+    "LearningCurve",
+    "TrainingConfig",
+    "TrainingResult",
+    "main",
+    "read_training_config",
+    "train_cgcnn_model",
+    "with_parent",
+]
+
 logger = logging.getLogger(__name__)
 
 RANK_PROGRAM = "nanoos_fw.ml.training"
 RANK_CONFIG = "train.json"
 CHECKPOINT = "model.safetensors"
+LAST_CHECKPOINT = "model-last.safetensors"
 _PRELOAD_BYTES = 1 << 28
-
-
-class TrainingConfig(BaseModel):
-    """How an ensemble is trained.
-
-    Parameters
-    ----------
-    target
-        Target property; must be that of the dataset.
-    epochs
-        Passes over the training part, for each member.
-    batch_size
-        Graphs per step over all ranks; batches of an epoch are nearly equal.
-    learning_rate
-        Highest rate.
-    hidden_dim, num_layers, readout_dim
-        Sizes of the network.
-    gaussian_step
-        Distance between Gaussians of the bond expansion, and their width (Å).
-    ensemble_size
-        Networks, differing in initial weights and order of rows. One gives no
-        uncertainty.
-    optimizer, weight_decay
-        AdamW or SGD with momentum 0.9. Only weight matrices decay.
-    schedule, warmup_fraction
-        Linear rise over this share of all steps, then a cosine to zero or constant.
-    loss
-        Of the normalized target.
-    averaging_epochs
-        The model's weights are a running average with this memory, which smooths the
-        noise of small batches; 0 takes the weights of the last step.
-    patience
-        Stop a member after this many epochs without a lower validation error; None
-        goes on to the end. The weights of the best epoch are kept either way.
-    element_reference
-        Let the network learn what a linear model in composition leaves over.
-    checkpoint_every
-        Epochs between checkpoints.
-    seed
-        Decides every random number.
-    precision
-        Of weights and arithmetic.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    target: str = Field(min_length=1)
-    epochs: int = Field(default=100, ge=1)
-    batch_size: int = Field(default=32, ge=2)
-    learning_rate: float = Field(default=3e-3, gt=0.0)
-    hidden_dim: int = Field(default=64, ge=1)
-    num_layers: int = Field(default=2, ge=1)
-    readout_dim: int = Field(default=128, ge=1)
-    gaussian_step: float = Field(default=0.2, gt=0.0)
-    ensemble_size: int = Field(default=5, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = Field(default=1e-2, ge=0.0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
-    loss: Literal["mse", "mae", "huber"] = "mse"
-    averaging_epochs: float = Field(default=5.0, ge=0.0)
-    patience: int | None = Field(default=None, ge=1)
-    element_reference: bool = True
-    checkpoint_every: int = Field(default=10, ge=1)
-    seed: int = Field(default=0, ge=0)
-    precision: Literal["float32", "float64"] = "float32"
-    schema_version: Literal[1] = 1
-
-
-class LearningCurve(BaseModel):
-    """One member's way: entries per epoch, loss normalized, errors in the unit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    member: int
-    epochs: int
-    best_epoch: int
-    train_loss: list[float]
-    val_mae: list[float]
-    learning_rate: list[float]
-
-
-class TrainingResult(BaseModel):
-    """What a training gave.
-
-    Parameters
-    ----------
-    target, unit
-        What the model predicts.
-    checkpoint, checkpoint_sha256
-        The ensemble's file.
-    dataset_hash, config
-        What it was trained on, and how.
-    curves
-        Learning curve of each member.
-    metrics
-        Of the ensemble mean by part: ``n``, ``mse``, ``mae``, ``rmse``, ``r2`` and,
-        with several members, ``within_1_std``, ``within_2_std``;
-        ``within_interval`` is the share inside the 90 % interval; units follow
-        ``unit``.
-    baselines
-        The same by part for ``mean`` (of the training targets) and ``composition``
-        (least squares in the fractions of the elements): what needs no structure.
-    predictions
-        For validation and test: rows of ``structure_id``, ``target``, ``mean``,
-        ``std`` (None with one member and no dropout) and ``half_width`` of the 90 %
-        interval (None without validation rows).
-    uncertainty_scale
-        See :class:`nanoos_fw.ml.cgcnn.ModelCard`.
-    n_parameters
-        Weights of one member.
-    ranks, wall_s
-        Of the launch that finished; time in seconds, earlier launches not counted.
-    environment
-        Versions and host.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    target: str
-    unit: str
-    checkpoint: str
-    checkpoint_sha256: str
-    dataset_hash: str
-    config: TrainingConfig
-    curves: list[LearningCurve]
-    metrics: dict[str, dict[str, float | int | None]]
-    baselines: dict[str, dict[str, dict[str, float | int | None]]]
-    predictions: dict[str, list[dict[str, Any]]]
-    uncertainty_scale: float
-    n_parameters: int
-    ranks: int
-    wall_s: float
-    environment: dict[str, Any]
 
 
 def train_cgcnn_model(
@@ -213,6 +108,8 @@ def train_cgcnn_model(
     resources: Resources = Resources(),  # noqa: B008 - frozen
     deadline: float | None = None,
     pause_after: int | None = None,
+    parent: str | Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> TrainingResult:
     """Train an ensemble on the ranks of a child program.
 
@@ -235,6 +132,11 @@ def train_cgcnn_model(
         Stop after this many epochs and return the model as it is then. The schedule
         is still that of ``config.epochs``: called again with a larger number, or
         None, the training goes on as if it had not paused, bit for bit.
+    parent
+        Checkpoint whose weights are trained further. Sizes that ``config`` does not
+        give are those of the parent.
+    device
+        ``auto`` takes GPUs where there are any, one for each rank of a node.
 
     Raises
     ------
@@ -259,12 +161,16 @@ def train_cgcnn_model(
     if isinstance(config, TrainingConfig):
         checked = config
     else:
-        try:
-            checked = TrainingConfig(**{"target": target, **(config or {})})
-        except ValidationError as error:
-            raise InputError(f"the training config is not valid: {error}") from error
+        checked = read_training_config({"target": target, **(config or {})})
     if checked.target != target:
         raise InputError(f"the config is for {checked.target!r}, not {target!r}")
+    if parent is not None:
+        checked = with_parent(checked, Path(parent))
+    elif checked.parent_sha256 is not None:
+        raise InputError(
+            "the config names a parent by its checksum, but no file was given",
+            advice="give the file as parent",
+        )
     directory = Path(work_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / RANK_CONFIG
@@ -276,6 +182,8 @@ def train_cgcnn_model(
             "threads": resources.threads,
             "deadline": deadline,
             "pause_after": pause_after,
+            "parent": None if parent is None else str(Path(parent).resolve()),
+            "device": device,
         },
     )
     result = launch_ranks(RANK_PROGRAM, path, resources=resources, deadline=deadline)
@@ -289,7 +197,67 @@ def train_cgcnn_model(
     return trained
 
 
+def with_parent(config: TrainingConfig, parent: Path) -> TrainingConfig:
+    """Return a config that names a parent and has its sizes.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, or the config gives sizes that the parent does not
+        have, or the parent is the answer to another question.
+    CorruptArtifactError
+        If the file is no checkpoint.
+    """
+    card, _, digest = _read_parent(parent)
+    if card.target_property != config.target:
+        raise InputError(
+            f"{parent} predicts {card.target_property}, not {config.target}",
+            advice="train further what predicts the same property",
+        )
+    sizes = _sizes(card)
+    given = config.model_dump(exclude_unset=True)
+    for name, value in sizes.items():
+        if name in given and given[name] != value:
+            raise InputError(
+                f"{name} is {given[name]} in the config but {value} in {parent}",
+                advice=f"leave {name} out to take that of the parent",
+            )
+    if config.parent_sha256 not in (None, digest):
+        raise InputError(
+            f"{parent} is not the parent that the config names",
+            evidence={"sha256": digest, "sha256_expected": config.parent_sha256},
+        )
+    # Copies keep what was given apart from defaults, for the next time.
+    values = {**given, **sizes, "parent_sha256": digest}
+    return read_training_config(values)
+
+
 # ------------------------------------------------------------------------ the ranks
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is trained on, and how its numbers are to be read."""
+
+    data: FitData
+    card: ModelCard
+    atom_table: NDArray[np.float32]
+    reference: NDArray[np.float64]
+    composition: NDArray[np.float64]
+    fractions: NDArray[np.float64]
+    parent: dict[str, NDArray[Any]] | None
+    parent_members: int
+
+    def start(self, member: int) -> dict[str, NDArray[Any]] | None:
+        """Return the weights that a member starts from."""
+        if self.parent is None:
+            return None
+        prefix = f"members.{member % self.parent_members}."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.parent.items()
+            if name.startswith(prefix)
+        }
 
 
 def main(
@@ -299,6 +267,11 @@ def main(
     import torch
 
     from nanoos_fw.ml.fitting import Fit
+    from nanoos_fw.ml.process_groups import (
+        GroupCommunicator,
+        choose_backend,
+        choose_device,
+    )
 
     start = time.time()
     torch.set_num_threads(int(config["threads"]))
@@ -306,55 +279,167 @@ def main(
     dataset = _open(Path(config["dataset_dir"]), comm)
     _check(dataset, training)
     table = _preload(dataset.graphs)
-    fractions = element_fractions(table)
-    composition = fit_element_reference(
-        fractions[dataset.rows("train")], dataset.targets[dataset.rows("train")]
+    parent = config.get("parent")
+    plan = _plan(training, dataset, table, None if parent is None else Path(parent))
+    key = content_key(
+        "training",
+        {"config": training.model_dump(mode="json"), "dataset": dataset.dataset_hash},
     )
+    device = choose_device(config.get("device", "cpu"), comm)
+
+    def group(team: Communicator) -> Communicator:
+        backend = config.get("backend") or choose_backend(device, team)
+        if backend is None or team.size == 1:
+            return team
+        return GroupCommunicator(team, backend)
+
+    fits = fit_members(
+        training,
+        lambda member, team: Fit(
+            training,
+            plan.card.architecture,
+            plan.atom_table,
+            plan.data,
+            member,
+            team,
+            device=device,
+            start=plan.start(member),
+        ),
+        FitContext(work_dir, key, comm, stop, config.get("pause_after"), group),
+    )
+    result: dict[str, Any] = {}
+    if comm.rank == 0:
+        result = _finish(training, plan, dataset, table, fits, work_dir)
+        result["baselines"] = _baselines(training, plan, dataset, table)
+        result["ranks"] = comm.size
+        result["device"] = str(device)
+        result["wall_s"] = time.time() - start
+    return result
+
+
+def _plan(
+    training: TrainingConfig, dataset: Dataset, table: GraphTable, parent: Path | None
+) -> _Plan:
+    fractions = element_fractions(table)
+    train = dataset.rows("train")
+    composition = fit_element_reference(fractions[train], dataset.targets[train])
     reference = composition if training.element_reference else np.zeros(119)
-    data, mean, std = _fit_data(dataset, table, fractions @ reference)
+    atom_table = atom_features()
+    if training.element_vectors == "published":
+        atom_table, _ = published_element_vectors()
+    architecture: AnyArchitecture = Architecture(
+        hidden_dim=training.hidden_dim,
+        num_layers=training.num_layers,
+        readout_dim=training.readout_dim,
+        dense_layers=training.dense_layers,
+        n_outputs=max(1, len(training.classes)),
+        dropout=training.dropout,
+        gaussian_max=table.cutoff_radius,
+        gaussian_step=training.gaussian_step,
+        gaussian_width=training.gaussian_step,
+    )
+    scale: tuple[float, float] | None = None
+    arrays, members = None, 0
+    if parent is not None:
+        card, arrays, _ = _read_parent(parent)
+        _check_parent(training, card, table, parent)
+        atom_table, members = arrays[ATOM_TABLE], card.n_members
+        # Expansion and dropout come with the weights; all else was compared.
+        architecture = card.architecture.model_copy(
+            update={"dropout": training.dropout}
+        )
+        if training.normalizer == "keep":
+            reference = np.asarray(arrays[REFERENCE], dtype=np.float64)
+            scale = (card.target_mean, card.target_std)
+    if training.classes:
+        scale = (0.0, 1.0)
+        _check_labels(dataset)
+    data, mean, std = _fit_data(dataset, table, fractions @ reference, scale)
     card = ModelCard(
         target_property=training.target,
         unit=dataset.unit,
         target_mean=mean,
         target_std=std,
         n_members=training.ensemble_size,
-        architecture=Architecture(
-            hidden_dim=training.hidden_dim,
-            num_layers=training.num_layers,
-            readout_dim=training.readout_dim,
-            gaussian_max=table.cutoff_radius,
-            gaussian_step=training.gaussian_step,
-            gaussian_width=training.gaussian_step,
-        ),
+        architecture=architecture,
         cutoff_radius=table.cutoff_radius,
         max_neighbors=table.max_neighbors,
         elements=tuple(np.flatnonzero(fractions[data.train].any(axis=0)).tolist()),
         dataset_hash=dataset.dataset_hash,
         n_train=len(data.train),
-        precision=training.precision,
+        precision="float64" if training.precision == "float64" else "float32",
+        classes=training.classes,
     )
-    key = content_key(
-        "training",
-        {"config": training.model_dump(mode="json"), "dataset": dataset.dataset_hash},
+    return _Plan(
+        data, card, atom_table, reference, composition, fractions, arrays, members
     )
-    fits = fit_members(
-        training,
-        lambda member, team: Fit(
-            training, card.architecture, atom_features(), data, member, team
-        ),
-        FitContext(work_dir, key, comm, stop, config.get("pause_after")),
-    )
-    result: dict[str, Any] = {}
-    if comm.rank == 0:
-        result = _finish(training, card, dataset, table, reference, fits, work_dir)
-        constant = np.full(dataset.num_samples, dataset.target_mean)
-        result["baselines"] = {
-            "mean": _by_part(dataset, constant, None),
-            "composition": _by_part(dataset, fractions @ composition, None),
-        }
-        result["ranks"] = comm.size
-        result["wall_s"] = time.time() - start
-    return result
+
+
+def _read_parent(path: Path) -> tuple[ModelCard, dict[str, NDArray[Any]], str]:
+    if not path.is_file():
+        raise InputError(
+            f"there is no checkpoint {path} to train further",
+            advice="give the file of a model, or fetch it from the model registry",
+        )
+    raw = path.read_bytes()
+    card, arrays = read_checkpoint(raw, str(path))
+    return card, arrays, sha256_bytes(raw)
+
+
+def _sizes(card: ModelCard) -> dict[str, Any]:
+    """Return the fields of a config that a parent decides."""
+    architecture = card.architecture
+    if not isinstance(architecture, Architecture):
+        raise InputError(
+            f"networks of kind {type(architecture).__name__} cannot be trained further",
+            advice="take a CGCNN model as the parent",
+        )
+    return {
+        "hidden_dim": architecture.hidden_dim,
+        "num_layers": architecture.num_layers,
+        "readout_dim": architecture.readout_dim,
+        "dense_layers": architecture.dense_layers,
+        "gaussian_step": architecture.gaussian_step,
+    }
+
+
+def _check_parent(
+    training: TrainingConfig, card: ModelCard, table: GraphTable, path: Path
+) -> None:
+    sizes = _sizes(card)
+    differ = {
+        name: (getattr(training, name), value)
+        for name, value in sizes.items()
+        if getattr(training, name) != value
+    }
+    built = (table.cutoff_radius, table.max_neighbors)
+    if built != (card.cutoff_radius, card.max_neighbors):
+        differ["cutoff_radius, max_neighbors"] = (
+            built,
+            (card.cutoff_radius, card.max_neighbors),
+        )
+    if len(training.classes) != len(card.classes):
+        differ["classes"] = (training.classes, card.classes)
+    if differ:
+        raise InputError(
+            f"training and parent {path} do not fit: {', '.join(differ)}",
+            evidence={
+                name: {"training": ours, "parent": theirs}
+                for name, (ours, theirs) in differ.items()
+            },
+            advice="use the parent's sizes and graphs",
+        )
+
+
+def _check_labels(dataset: Dataset) -> None:
+    wrong = ~np.isin(dataset.targets, (0.0, 1.0))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise InputError(
+            f"{int(wrong.sum())} targets are neither 0 nor 1, such as "
+            f"{dataset.targets[row]} of {dataset.ids[row]}",
+            advice="label the two classes by 0 and 1, or leave classes out",
+        )
 
 
 def _open(directory: Path, comm: Communicator) -> Dataset:
@@ -390,13 +475,19 @@ def _preload(table: GraphTable) -> GraphTable:
 
 
 def _fit_data(
-    dataset: Dataset, table: GraphTable, composition: NDArray[np.float64]
+    dataset: Dataset,
+    table: GraphTable,
+    composition: NDArray[np.float64],
+    scale: tuple[float, float] | None,
 ) -> tuple[FitData, float, float]:
     from nanoos_fw.ml.fitting import FitData
 
     train = dataset.rows("train")
     residual = dataset.targets - composition
-    mean, std = float(residual[train].mean()), float(residual[train].std())
+    if scale is None:
+        mean, std = float(residual[train].mean()), float(residual[train].std())
+    else:
+        mean, std = scale
     if std < 1e-12 * max(1.0, float(np.abs(dataset.targets[train]).max())):
         raise InputError(
             "composition alone explains the training targets: nothing is left to "
@@ -415,15 +506,23 @@ def _fit_data(
 
 def _finish(
     training: TrainingConfig,
-    card: ModelCard,
+    plan: _Plan,
     dataset: Dataset,
     table: GraphTable,
-    reference: NDArray[np.float64],
     fits: list[Fit],
     work_dir: Path,
 ) -> dict[str, Any]:
     """Write the ensemble and judge it (rank 0)."""
-    networks = [fit.network for fit in fits]
+    card, reference, atom_table = plan.card, plan.reference, plan.atom_table
+    for fit in fits:
+        fit.use_last()
+    last = work_dir / LAST_CHECKPOINT
+    last_digest = save_checkpoint(
+        last, card, [fit.weights() for fit in fits], atom_table, reference
+    )
+    for fit in fits:
+        fit.use_best()
+    networks = [fit.network.cpu() for fit in fits]
     members = predict_table(networks, card, reference, table)
     mean, std = ensemble(members)
     passes = -(-DROPOUT_SAMPLES // len(networks)) if has_dropout(networks) else 0
@@ -441,22 +540,27 @@ def _finish(
         card = card.model_copy(update={"uncertainty_scale": scale})
         std = scale * std
     path = work_dir / CHECKPOINT
-    weights = [fit.weights() for fit in fits]
-    digest = save_checkpoint(
-        path, card, weights, atom_features(), reference, uncertainty
-    )
+    weights = [network.state_dict() for network in networks]
+    digest = save_checkpoint(path, card, weights, atom_table, reference, uncertainty)
+    metrics = _by_part(dataset, mean, std, half_width)
+    if training.classes:
+        for part in PARTS:
+            rows = dataset.rows(part)
+            metrics[part] |= classification_metrics(dataset.targets[rows], mean[rows])
     return {
         "target": training.target,
         "unit": dataset.unit,
         "checkpoint": str(path),
         "checkpoint_sha256": digest,
+        "last_checkpoint": str(last),
+        "last_checkpoint_sha256": last_digest,
         "dataset_hash": dataset.dataset_hash,
         "config": training.model_dump(mode="json"),
         "curves": [
             {"member": fit.member, "epochs": fit.history.epochs, **vars(fit.history)}
             for fit in fits
         ],
-        "metrics": _by_part(dataset, mean, std, half_width),
+        "metrics": metrics,
         "uncertainty_scale": card.uncertainty_scale,
         "predictions": {
             part: [
@@ -468,14 +572,57 @@ def _finish(
                     "half_width": (
                         None if half_width is None else float(half_width[row])
                     ),
+                    "members": members[:, row].tolist(),
                 }
                 for row in dataset.rows(part)
             ]
             for part in PARTS[1:]
         },
-        "n_parameters": sum(p.numel() for p in fits[0].network.parameters()),
+        "per_element": {
+            part: element_errors(
+                plan.fractions[dataset.rows(part)],
+                (mean - dataset.targets)[dataset.rows(part)],
+            )
+            for part in PARTS[1:]
+        },
+        "parent": _ancestry(training),
+        "n_parameters": sum(p.numel() for p in networks[0].parameters()),
         "environment": run_environment(),
     }
+
+
+def _ancestry(training: TrainingConfig) -> dict[str, Any] | None:
+    if training.parent_sha256 is None:
+        return None
+    return {
+        "sha256": training.parent_sha256,
+        "frozen": list(training.freeze),
+        "normalizer": training.normalizer,
+    }
+
+
+def _baselines(
+    training: TrainingConfig, plan: _Plan, dataset: Dataset, table: GraphTable
+) -> dict[str, Any]:
+    """Judge what is simpler on the same parts."""
+    constant = np.full(dataset.num_samples, dataset.target_mean)
+    found = {
+        "mean": _by_part(dataset, constant, None),
+        "composition": _by_part(dataset, plan.fractions @ plan.composition, None),
+    }
+    if training.forest_baseline:
+        train = dataset.rows("train")
+        forest = fit_forest(
+            graph_scalars(table.select(train)),
+            dataset.targets[train],
+            training.seed,
+            target_property=training.target,
+            unit=dataset.unit,
+            dataset_hash=dataset.dataset_hash,
+        )
+        said, _ = forest.predict_features(graph_scalars(table))
+        found["forest"] = _by_part(dataset, said, None)
+    return found
 
 
 def _uncertainty(

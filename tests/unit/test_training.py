@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
+from safetensors.numpy import load_file
 from torch.nn import functional
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
@@ -42,6 +43,7 @@ SMALL = {
     "gaussian_step": 0.5,
     "ensemble_size": 2,
     "checkpoint_every": 2,
+    "forest_baseline": False,
 }
 
 
@@ -141,12 +143,19 @@ def test_training_leaves_the_global_random_state_alone(dataset_dir, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "dropout": 0.3},
+        {"optimizer": "sgd", "schedule": "step", "milestones": (2,), "clip_norm": 0.5},
+        {"optimizer": "adam", "schedule": "one-cycle", "precision": "bfloat16"},
+    ],
+)
 @pytest.mark.parametrize("questions", [0, 4, 9, 25])
 def test_a_resumed_training_equals_an_uninterrupted_one(
-    dataset_dir, tmp_path, questions, optimizer
+    dataset_dir, tmp_path, questions, changes
 ):
-    changes = {"optimizer": optimizer, "epochs": 5}
+    changes = {**changes, "epochs": 5}
     whole = train(dataset_dir, tmp_path / "whole", **changes)
     parts = tmp_path / "parts"
     with pytest.raises(OutOfTimeError) as stopped:
@@ -155,6 +164,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert stopped.value.evidence == {
         "member": questions // (5 * steps),
         "epochs": questions % (5 * steps) // steps,
+        "step": questions % steps,
     }
     resumed = train(dataset_dir, parts, **changes)
     assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
@@ -168,25 +178,63 @@ def test_a_killed_training_resumes_from_the_last_checkpoint(
     whole = train(dataset_dir, tmp_path / "whole")
     run_epoch = Fit.run_epoch
 
-    def dies(self, interrupted):
+    def dies(self, interrupted, after_step):
         if (self.member, self.history.epochs) == (1, 5):
             raise KeyboardInterrupt
-        return run_epoch(self, interrupted)
+        return run_epoch(self, interrupted, after_step)
 
     monkeypatch.setattr(Fit, "run_epoch", dies)
     with pytest.raises(KeyboardInterrupt):
         train(dataset_dir, tmp_path / "parts")
     epochs = []
 
-    def counts(self, interrupted):
+    def counts(self, interrupted, after_step):
         epochs.append((self.member, self.history.epochs))
-        return run_epoch(self, interrupted)
+        return run_epoch(self, interrupted, after_step)
 
     monkeypatch.setattr(Fit, "run_epoch", counts)
     resumed = train(dataset_dir, tmp_path / "parts")
     assert epochs == [(1, 4), (1, 5)]  # checkpoint_every = 2
     assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
-    assert len(list((tmp_path / "parts").glob("member*-*"))) == 2
+
+
+def test_checkpoints_go_by_the_clock_within_an_epoch_too(
+    dataset_dir, tmp_path, monkeypatch
+):
+    changes = {"checkpoint_every": 100, "epochs": 4, "ensemble_size": 1}
+    whole = train(dataset_dir, tmp_path / "whole", **changes)
+    step = Fit._step
+
+    def dies(self, rows, number, rate):
+        if number == 8:  # the last of three steps of the third epoch
+            raise KeyboardInterrupt
+        return step(self, rows, number, rate)
+
+    monkeypatch.setattr(Fit, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset_dir, tmp_path / "parts", checkpoint_minutes=0, **changes)
+    names = sorted(path.name for path in (tmp_path / "parts").glob("member0-*"))
+    assert [name[:26] for name in names] == [
+        "member0-epoch00002-step000001"[:26],
+        "member0-epoch00002-step000002"[:26],
+    ]
+    numbers = []
+
+    def counts(self, rows, number, rate):
+        numbers.append(number)
+        return step(self, rows, number, rate)
+
+    monkeypatch.setattr(Fit, "_step", counts)
+    resumed = train(dataset_dir, tmp_path / "parts", checkpoint_minutes=0, **changes)
+    assert numbers == [8, 9, 10, 11]
+    assert model_bytes(resumed) == model_bytes(whole)
+
+
+def model_bytes(result):
+    """All weights of a model; its file also tells of the configuration."""
+    return {
+        name: value.tobytes() for name, value in load_file(result.checkpoint).items()
+    }
 
 
 def test_finished_members_are_never_fitted_again(dataset_dir, tmp_path, monkeypatch):
@@ -195,12 +243,27 @@ def test_finished_members_are_never_fitted_again(dataset_dir, tmp_path, monkeypa
     assert train(dataset_dir, tmp_path).checkpoint_sha256 == first.checkpoint_sha256
 
 
-def test_a_changed_checkpoint_is_noticed(dataset_dir, tmp_path):
-    train(dataset_dir, tmp_path, epochs=2)
-    path = next(tmp_path.glob("member1-*"))
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(CorruptArtifactError, match="member1"):
-        train(dataset_dir, tmp_path, epochs=2)
+def test_a_changed_checkpoint_falls_back_to_the_one_before(
+    dataset_dir, tmp_path, caplog
+):
+    whole = train(dataset_dir, tmp_path)
+    files = sorted(tmp_path.glob("member1-*"))
+    assert len(files) == 2
+    data = files[1].read_bytes()
+    files[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with caplog.at_level("WARNING"):
+        again = train(dataset_dir, tmp_path)
+    assert files[1].name in caplog.text
+    assert again.checkpoint_sha256 == whole.checkpoint_sha256
+    for path in tmp_path.glob("member1-*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptArtifactError, match="member 1"):
+        train(dataset_dir, tmp_path)
+
+
+def test_as_many_checkpoints_stay_as_asked_for(dataset_dir, tmp_path):
+    train(dataset_dir, tmp_path, keep_checkpoints=1)
+    assert len(list(tmp_path.glob("member*-*"))) == 2
 
 
 def test_a_work_directory_belongs_to_one_training(dataset_dir, tmp_path):
@@ -260,8 +323,9 @@ def test_uncertainty_is_calibrated_on_validation(dataset_dir, tmp_path):
 
 
 def test_divergence_is_an_error_with_advice(dataset_dir, tmp_path):
-    with pytest.raises(InputError, match="learning_rate"):
+    with pytest.raises(InputError, match="learning_rate") as caught:
         train(dataset_dir, tmp_path, learning_rate=1e30, warmup_fraction=0.0)
+    assert "step" in str(caught.value)
 
 
 def test_a_dataset_of_another_target_is_refused(dataset_dir, tmp_path):
@@ -312,7 +376,7 @@ class Size:
 def test_shares_of_a_batch_are_a_partition_balanced_by_atoms(size):
     rng = np.random.default_rng(size)
     rows, sizes = rng.permutation(50)[:40], rng.integers(1, 20, 40)
-    shares = [share(rows, sizes, Size(rank, size)) for rank in range(size)]
+    shares = [rows[share(sizes, Size(rank, size))] for rank in range(size)]
     assert sorted(np.concatenate(shares)) == sorted(rows)
     atoms = dict(zip(rows.tolist(), sizes.tolist(), strict=True))
     loads = [sum(atoms[row] for row in mine.tolist()) for mine in shares]
@@ -320,10 +384,8 @@ def test_shares_of_a_batch_are_a_partition_balanced_by_atoms(size):
 
 
 def test_more_ranks_than_rows_leave_some_without():
-    shares = [
-        share(np.array([4, 9]), np.array([3, 3]), Size(rank, 3)) for rank in range(3)
-    ]
-    assert [mine.tolist() for mine in shares] == [[4], [9], []]
+    shares = [share(np.array([3, 3]), Size(rank, 3)) for rank in range(3)]
+    assert [mine.tolist() for mine in shares] == [[0], [1], []]
 
 
 def test_global_normalization_equals_torch_and_its_gradients():
