@@ -18,6 +18,7 @@ from nanoos_fw.firetasks.ml import (
     ScreenCandidatesTask,
     TrainModelTask,
 )
+from nanoos_fw.firetasks.search import SearchTask
 
 __all__ = [
     "AnalyzeTrajectoryTask",
@@ -27,6 +28,7 @@ __all__ = [
     "RelaxStructuresTask",
     "RunMDTask",
     "ScreenCandidatesTask",
+    "SearchTask",
     "TrainModelTask",
     "WriteReportTask",
 ]

@@ -27,6 +27,7 @@ from nanoos_fw.firetasks import (
     RelaxStructuresTask,
     RunMDTask,
     ScreenCandidatesTask,
+    SearchTask,
     TrainModelTask,
     WriteReportTask,
 )
@@ -285,6 +286,47 @@ def verification_workflow(plan: CampaignPlan, candidates: Iterable[str]) -> Work
         allow_fizzled_parents=True,
     )
     return _workflow(plan, "verification", [*labels, report])
+
+
+def search_workflow(search: str, work_root: str, workers: int, turn: int) -> Workflow:
+    """Return fireworks that work on a hyper-parameter search, all alike.
+
+    Parameters
+    ----------
+    search
+        Name of the search, which is in the database.
+    work_root
+        Folder of the work directories, which all workers share.
+    workers
+        How many; each takes one trial after the other.
+    turn
+        Tells the workers that are submitted first from those that come later.
+    """
+    if not 1 <= workers <= MAX_FAN:
+        raise InputError(f"workers must be 1 to {MAX_FAN}, not {workers}")
+    key = content_key("search workers", {"search": search, "turn": turn})
+    fireworks = [
+        Firework(
+            [SearchTask(search=search)],
+            spec={
+                "_category": "train",
+                "_add_launchpad_and_fw_id": True,
+                SPEC_KEY: {
+                    "search": search,
+                    "stage": "search",
+                    "key": f"{key}-{number}",
+                    "work_root": str(Path(work_root)),
+                },
+            },
+            name=f"{search} search {number + 1}",
+        )
+        for number in range(workers)
+    ]
+    return Workflow(
+        fireworks,
+        name=f"{search} search",
+        metadata={"search": search, "kind": "search", "key": key},
+    )
 
 
 def _firework(

@@ -20,6 +20,7 @@ from nanoos_fw.cli import (
     features,
     models,
     potentials,
+    search,
     tables,
 )
 from nanoos_fw.cli.common import (
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_commands(commands)
     datasets.add_commands(commands)
     models.add_commands(commands)
+    search.add_commands(commands)
     databases.add_commands(commands)
     potentials.add_commands(commands)
     cluster.add_commands(commands)

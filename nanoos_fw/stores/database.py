@@ -47,6 +47,8 @@ INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     "model_aliases": ((("name", "alias", "sequence"), True),),
     "predictions": ((("model", "structure"), True), (("model", "prediction"), False)),
     "campaigns": (),
+    "searches": (),
+    "trials": ((("search", "number"), True),),
     "artifacts.files": ((("filename",), True),),
 }
 

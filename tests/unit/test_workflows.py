@@ -26,6 +26,7 @@ TASK_NAMES = {
     "RelaxStructuresTask",
     "RunMDTask",
     "ScreenCandidatesTask",
+    "SearchTask",
     "TrainModelTask",
     "WriteReportTask",
 }
@@ -71,7 +72,7 @@ def test_every_task_survives_the_database(plan: CampaignPlan) -> None:
             assert type(loaded) is type(task)
             assert loaded.parameters == task.parameters
             seen.add(type(task).__name__)
-    assert seen == TASK_NAMES
+    assert seen == TASK_NAMES - {"SearchTask"}  # no part of a campaign
 
 
 def test_building_twice_gives_one_key(plan: CampaignPlan) -> None:
