@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from abc import abstractmethod
@@ -13,7 +14,13 @@ from typing import Any, ClassVar
 from fireworks.core.firework import FiretaskBase, FWAction
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, OutOfTimeError
+from nanoos_fw.firetasks.handover import (
+    hand_over,
+    ignore_stop_signals,
+    launch_no_more,
+    stopping_on_signals,
+)
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.slurm import allocation_times
@@ -22,6 +29,7 @@ from nanoos_fw.stores.database import embedded_file, load_launchpad, open_databa
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.models import ModelRegistry
+from nanoos_fw.stores.places import noted_place
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
 
@@ -30,6 +38,8 @@ from nanoos_fw.stores.structures import StructureStore
 _MAX_STORED_BYTES = 64 * 1024
 # Time for the checkpoint, the result and the database after the ranks have stopped;
 # less in an allocation so short that it would spend its time on stopping.
+# A task is not begun with less.
+_MIN_USEFUL_S = 3.0
 _STOP_MARGIN_S, _MIN_STOP_MARGIN_S, _STOP_MARGIN_PART = 120.0, 15.0, 0.15
 
 
@@ -63,6 +73,28 @@ class TaskContext:
     settings: Settings
     work_root: Path
     deadline: float | None
+
+    def check_time(self, needed_s: float = 0.0, **progress: Any) -> None:
+        """Stop in time; for tasks without a child that does it.
+
+        Parameters
+        ----------
+        needed_s
+            Time that the next piece of work takes.
+        progress
+            How far the work is; the next allocation must get further.
+
+        Raises
+        ------
+        OutOfTimeError
+            If less time is left.
+        """
+        if self.deadline is not None and time.time() + needed_s > self.deadline:
+            raise OutOfTimeError(
+                "stopped at the end of the allocation",
+                evidence=progress,
+                advice="what was finished is kept; the rest continues in another job",
+            )
 
     def work_dir(self, kind: str, key: str) -> Path:
         """Return the work directory of a piece of work."""
@@ -106,8 +138,25 @@ class NanoTask(FiretaskBase):
             ) from error
 
     def run_task(self, fw_spec: Mapping[str, Any]) -> FWAction:
-        """Run the task and store its small answer with the launch."""
-        stored = self.run(self._context(fw_spec))
+        """Run the task and store its small answer with the launch.
+
+        When time is up the firework hands over to its continuation, see ``handover``.
+        """
+        try:
+            with stopping_on_signals():
+                place = self._context(fw_spec)
+                place.check_time(_MIN_USEFUL_S)
+                fw_id = getattr(self, "fw_id", None)
+                with (
+                    noted_place(place.database, fw_id)
+                    if fw_id is not None
+                    else contextlib.nullcontext()
+                ):
+                    stored = self.run(place)
+        except OutOfTimeError as error:
+            ignore_stop_signals()
+            launch_no_more(getattr(self, "launchpad", None))
+            return hand_over(fw_spec, error, getattr(self, "fw_id", None))
         size = len(json.dumps(stored))
         if size > _MAX_STORED_BYTES:
             raise InputError(

@@ -267,6 +267,7 @@ class FeaturizeStructuresTask(NanoTask):
             retry_quarantined=parameters.retry_quarantined,
             workers=parameters.workers,
             guard=parameters.guard,
+            on_progress=lambda now: place.check_time(done=now.done),
         )
         reasons = sorted(report.quarantined.items())[:_MAX_LISTED]
         return {

@@ -240,6 +240,7 @@ class ScreenCandidatesTask(NanoTask):
                     reference,
                     [Prediction.from_row(row, DEFAULT_COVERAGE) for row in rows],
                 )
+                place.check_time(predicted=len(known) + written)
         return {
             "model": reference,
             "structures": len(keys),

@@ -96,6 +96,12 @@ class OutOfMemoryError(NanoOSError):
     kind = "out_of_memory"
 
 
+class LostRunError(NanoOSError):
+    """A run whose process is gone: node failure, preemption, a kill from outside."""
+
+    kind = "lost_run"
+
+
 class SimulationError(NanoOSError):
     """LAMMPS ran and failed: lost atoms, a bad potential, a non-numeric pressure."""
 
@@ -118,6 +124,7 @@ _KINDS: dict[str, type[NanoOSError]] = {
         LaunchError,
         OutOfTimeError,
         OutOfMemoryError,
+        LostRunError,
         SimulationError,
         CorruptArtifactError,
     )

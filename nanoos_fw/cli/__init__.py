@@ -19,6 +19,7 @@ from nanoos_fw.cli import (
     datasets,
     features,
     models,
+    operations,
     potentials,
     search,
     tables,
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     databases.add_commands(commands)
     potentials.add_commands(commands)
     cluster.add_commands(commands)
+    operations.add_commands(commands)
     return parser
 
 

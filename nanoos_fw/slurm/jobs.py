@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from nanoos_fw.errors import LaunchError
 from nanoos_fw.slurm.commands import run_slurm, slurm_time
-from nanoos_fw.slurm.request import walltime_seconds
+from nanoos_fw.slurm.request import memory_mib, walltime_seconds
 
 # Job numbers per sacct command: the kernel limits the length of a command line.
 _SACCT_BATCH = 2000
@@ -48,6 +48,7 @@ class QueuedJob:
     partition: str
     name: str
     reason: str
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class EndedJob:
     ----------
     state
         SLURM's own word, such as ``NODE_FAIL``.
+    memory_mib
+        What was allocated on each node.
     out_of_memory
         Whether the job, or one of its steps, was killed for memory; SLURM calls a
         job whose script noticed this merely FAILED.
@@ -72,6 +75,7 @@ class EndedJob:
     end: float | None
     limit_s: float | None
     out_of_memory: bool
+    memory_mib: float | None = None
 
     @property
     def cause(self) -> str:
@@ -81,6 +85,13 @@ class EndedJob:
         return _CAUSES.get(self.state, "unknown")
 
 
+def has_accounting() -> bool:
+    """Return whether ``sacct`` has anything to say on this cluster."""
+    config = run_slurm(["scontrol", "show", "config"])
+    found = re.search(r"^AccountingStorageType\s*=\s*(\S+)", config, re.MULTILINE)
+    return found is not None and not found[1].endswith(("/none", "(null)"))
+
+
 def queued_jobs() -> dict[str, QueuedJob]:
     """Return the jobs that SLURM still has, of all users, by their number.
 
@@ -88,14 +99,15 @@ def queued_jobs() -> dict[str, QueuedJob]:
     too. One ``squeue`` command.
     """
     answer = run_slurm(
-        ["squeue", "--noheader", "--array", "--format=%A|%F|%T|%P|%r|%j"]
+        ["squeue", "--noheader", "--array", "--format=%A|%F|%T|%P|%S|%r|%j"]
     )
     jobs: dict[str, QueuedJob] = {}
     for line in answer.splitlines():
-        words = line.strip().split("|", 5)
-        if len(words) == 6:
-            number, array, state, partition, reason, name = words
-            job = QueuedJob(number, array, state, partition, name, reason)
+        words = line.strip().split("|", 6)
+        if len(words) == 7:
+            number, array, state, partition, start, reason, name = words
+            began = None if state == "PENDING" else slurm_time(start)  # else a guess
+            job = QueuedJob(number, array, state, partition, name, reason, began)
             jobs[number] = job
             jobs.setdefault(array, job)
     return jobs
@@ -129,7 +141,7 @@ def ended_jobs(
     return found
 
 
-_SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList,Timelimit"
+_SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList,Timelimit,AllocTRES"
 
 
 def _from_accounting(job_ids: list[str]) -> dict[str, EndedJob]:
@@ -151,9 +163,9 @@ def parse_sacct(text: str) -> dict[str, EndedJob]:
     steps_without_memory: set[str] = set()
     for line in text.splitlines():
         words = line.split("|")
-        if len(words) != 7:
+        if len(words) != 8:
             continue
-        number, state, exit_code, start, end, nodes, limit = words
+        number, state, exit_code, start, end, nodes, limit, tres = words
         state = state.split()[0].rstrip("+") if state else ""  # CANCELLED by 1000
         if "." in number:
             if state == "OUT_OF_MEMORY":
@@ -162,7 +174,7 @@ def parse_sacct(text: str) -> dict[str, EndedJob]:
         if state in _LIVING:
             jobs.pop(number, None)
             continue
-        jobs[number] = _ended(number, state, exit_code, start, end, nodes, limit)
+        jobs[number] = _ended(number, state, exit_code, start, end, nodes, limit, tres)
     return {
         number: replace(job, out_of_memory=True)
         if number in steps_without_memory
@@ -197,6 +209,7 @@ def parse_scontrol_jobs(text: str) -> dict[str, EndedJob]:
             fields.get("EndTime", ""),
             fields.get("NodeList", ""),
             fields.get("TimeLimit", ""),
+            fields.get("TRES", ""),
         )
     return jobs
 
@@ -209,6 +222,7 @@ def _ended(
     end: str,
     nodes: str,
     limit: str,
+    tres: str,
 ) -> EndedJob:
     code, _, signal = exit_code.partition(":")
     try:
@@ -225,4 +239,14 @@ def _ended(
         end=slurm_time(end),
         limit_s=limit_s,
         out_of_memory=state == "OUT_OF_MEMORY",
+        memory_mib=_memory_per_node(tres),
     )
+
+
+def _memory_per_node(tres: str) -> float | None:
+    """Return the memory of each node in a list like ``cpu=2,mem=6026M,node=2``."""
+    found = dict(re.findall(r"(\w+)=([0-9.]+[KMGT]?)", tres))
+    if "mem" not in found:
+        return None
+    amount, unit = re.match(r"([0-9.]+)([KMGT]?)", found["mem"]).groups()  # type: ignore[union-attr]
+    return float(amount) * memory_mib(f"1{unit}") / float(found.get("node", 1))

@@ -49,6 +49,9 @@ INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     "campaigns": (),
     "searches": (),
     "trials": ((("search", "number"), True),),
+    "launch_places": ((("fw_id",), False),),
+    "stale_locks": (),
+    "reruns": ((("fw_id",), False), (("batch",), False)),
     "artifacts.files": ((("filename",), True),),
 }
 

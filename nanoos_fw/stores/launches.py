@@ -12,6 +12,8 @@ from nanoos_fw.stores.database import store_errors
 
 # Key of our part of a firework's spec: campaign, stage, key, work_root.
 SPEC_KEY = "nanoos"
+# Key below SPEC_KEY: a firework that continues one whose allocation ended.
+CONTINUATION = "continuation"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class StageTime:
 def stage_counts(database: Any, campaign: str) -> dict[str, dict[str, int]]:
     """Return the number of fireworks by stage and state, first stage first.
 
+    A firework whose allocation ended has completed only by handing over; it and its
+    continuations count as one, in the state of the last.
+
     Raises
     ------
     InputError
@@ -48,6 +53,15 @@ def stage_counts(database: Any, campaign: str) -> dict[str, dict[str, int]]:
             "$group": {
                 "_id": {"stage": f"$spec.{SPEC_KEY}.stage", "state": "$state"},
                 "count": {"$sum": 1},
+                "continued": {
+                    "$sum": {
+                        "$cond": [
+                            {"$gt": [f"$spec.{SPEC_KEY}.{CONTINUATION}.number", 0]},
+                            1,
+                            0,
+                        ]
+                    }
+                },
                 "order": {"$min": f"$spec.{SPEC_KEY}.order"},
             }
         },
@@ -63,6 +77,11 @@ def stage_counts(database: Any, campaign: str) -> dict[str, dict[str, int]]:
     for row in sorted(rows, key=lambda r: (r["order"], r["_id"]["stage"])):
         stage = counts.setdefault(row["_id"]["stage"], {})
         stage[row["_id"]["state"]] = row["count"]
+    for row in rows:
+        stage = counts[row["_id"]["stage"]]
+        stage["COMPLETED"] = stage.get("COMPLETED", 0) - row["continued"]
+        if stage["COMPLETED"] == 0:
+            del stage["COMPLETED"]
     return counts
 
 

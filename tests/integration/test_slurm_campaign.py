@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_campaign import rows, small_plan
+from small_campaign import NAME, rows, small_plan
 
 from nanoos_fw.cli import main
 from nanoos_fw.operations.cluster_files import CATEGORIES
+from nanoos_fw.slurm import ended_jobs, has_accounting
 from nanoos_fw.stores.database import load_launchpad
 from nanoos_fw.stores.launches import SPEC_KEY
 
@@ -29,7 +31,7 @@ pytestmark = [
 
 BIN = Path(sys.executable).parent
 # Upper bound after which a run counts as hanging; passing runs take a minute.
-HANGING_S = 300.0
+HANGING_S = 480.0
 
 
 @pytest.fixture
@@ -148,6 +150,152 @@ def test_a_campaign_runs_through_qlaunch_and_the_queue(
     assert model["environment"]["ranks"] == 2
     train = mongodb_database["fireworks"].find_one({f"spec.{SPEC_KEY}.stage": "train"})
     launch = mongodb_database["launches"].find_one({"fw_id": train["fw_id"]})
-    reserved = [h["reservation_id"] for h in launch["state_history"][:1]]
-    job = slurm("scontrol", "show", "job", *reserved)
-    assert "NodeList=n[1-2]" in job
+    job = launch["state_history"][0]["reservation_id"]
+    assert ended_jobs([job], accounting=has_accounting())[job].nodes == "n[1-2]"
+
+
+# ------------------------------------------------------------------- walltime and kills
+
+
+def submit_simulations(
+    cluster: Path,
+    folder: Path,
+    *,
+    steps: int,
+    runs: int = 1,
+    campaign: str = NAME,
+    **spec: Any,
+) -> Any:
+    """Submit simulations of some alloys, a workflow each, and return the plan."""
+    from fireworks import Firework, Workflow
+
+    from nanoos_fw import demo, operations
+    from nanoos_fw.firetasks import RelaxStructuresTask, RunMDTask
+    from nanoos_fw.stores.campaigns import CampaignStore
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.structures import StructureStore
+
+    launchpad = load_launchpad(cluster / "my_launchpad.yaml")
+    database = open_database(launchpad)
+    plan = small_plan(folder)
+    config = plan.md.config.model_copy(
+        update={
+            "equilibration_steps": 1000,
+            "num_steps": steps,  # in thousands: the thermo table ends with the run
+            "thermo_every": 1000,
+            "dump_every": 5000,
+            "restart_every": 20_000,
+        }
+    )
+    method = plan.md.model_copy(update={"config": config})
+    plan = plan.model_copy(update={"name": campaign, "md": method})
+    elements = plan.relaxation.potential.elements
+    keys = StructureStore(database).add(demo.candidates(elements), in_set="all").keys
+    campaigns = CampaignStore(database)
+    campaigns.create(plan.name, plan.model_dump(mode="json"))
+    campaigns.record(plan.name, ranking=list(keys[:runs]))
+    relax = plan.relaxation.model_dump(mode="json")
+    for rank in range(1, runs + 1):
+        firework = Firework(
+            [
+                RelaxStructuresTask(structures=[keys[rank - 1]], method=relax),
+                RunMDTask(
+                    campaign=plan.name,
+                    rank=rank,
+                    relaxation=relax,
+                    md=plan.md.model_dump(mode="json"),
+                ),
+            ],
+            name=f"simulation {rank}",
+            spec={
+                "_category": "md",
+                "_add_launchpad_and_fw_id": True,
+                SPEC_KEY: {
+                    "campaign": plan.name,
+                    "stage": "md",
+                    "order": 8,
+                    "work_root": str(folder / "work"),
+                },
+                **spec,
+            },
+        )
+        workflow = Workflow([firework], metadata={"key": f"{campaign} {rank}"})
+        assert operations.submit(launchpad, workflow)
+    return plan
+
+
+def assert_complete(database: Any, plan: Any, runs: int = 1) -> None:
+    """Every simulation is there once, with all its steps, each step once."""
+    found = list(database["simulations"].find({"kind": "md"}))
+    assert len(found) == runs
+    total = plan.md.config.equilibration_steps + plan.md.config.num_steps
+    for row in found:
+        assert row["status"] == "done"
+        assert row["result"]["steps"] == total
+        steps = row["result"]["thermo"]["step"]
+        assert steps[0] == 0
+        assert steps[-1] == total
+        assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
+    cluster: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """One minute is the shortest limit that SLURM has; the simulation takes longer."""
+    with submitting(cluster):
+        submit_simulations(cluster, tmp_path, steps=10_000, campaign="speed")
+        wait_until_ended(mongodb_database, cluster)
+        short = mongodb_database["simulations"].find_one({"kind": "md"})
+        per_second = 10_000 / short["environment"]["wall_s"]
+        plan = submit_simulations(
+            cluster,
+            tmp_path,
+            steps=math.ceil(80 * per_second / 1000) * 1000,
+            _queueadapter={"walltime": 1, "ntasks": 1},
+        )
+        wait_until_ended(mongodb_database, cluster)
+
+    assert states(mongodb_database).keys() == {"COMPLETED"}, failures(mongodb_database)
+    mongodb_database["simulations"].delete_one({"_id": short["_id"]})
+    assert_complete(mongodb_database, plan)
+    row = mongodb_database["simulations"].find_one({"kind": "md"})
+    jobs = list(
+        mongodb_database["fireworks"]
+        .find({f"spec.{SPEC_KEY}.campaign": plan.name})
+        .sort("fw_id", 1)
+    )
+    assert row["environment"]["segments"] == len(jobs)
+    assert len(jobs) > 1
+    numbers = [j["spec"][SPEC_KEY].get("continuation", {}).get("number") for j in jobs]
+    assert numbers == [None, *range(1, len(jobs))]
+    # They stopped in time: SLURM had to end none of them.
+    launches = list(mongodb_database["launches"].find())
+    job_ids = [launch["state_history"][0]["reservation_id"] for launch in launches]
+    ended = ended_jobs(job_ids, accounting=has_accounting())
+    assert {job.cause for job in ended.values()} == {"completed"}
+    assert len(ended) == len(launches)
+
+
+def running_jobs(name: str) -> list[str]:
+    return slurm("squeue", "--noheader", f"--name={name}", "--states=R", "-o%A").split()
+
+
+def test_a_warned_job_hands_its_work_over(
+    cluster: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """SLURM's warning before an end or a preemption is a signal to the batch shell."""
+    plan = submit_simulations(
+        cluster, tmp_path, steps=60_000, _queueadapter={"ntasks": 1}
+    )
+
+    with submitting(cluster):
+        wait_for(lambda: bool(list(tmp_path.rglob("md/*/*/output/progress.json"))), str)
+        (job,) = running_jobs("simulation_1")
+        slurm("scancel", "--batch", "--signal=USR1", job)
+        wait_until_ended(mongodb_database, cluster)
+
+    assert states(mongodb_database) == {"COMPLETED": 2}, failures(mongodb_database)
+    assert_complete(mongodb_database, plan)
+    row = mongodb_database["simulations"].find_one({"kind": "md"})
+    assert row["environment"]["segments"] == 2

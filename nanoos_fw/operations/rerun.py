@@ -1,0 +1,422 @@
+"""Rerun failed fireworks, each according to why it failed.
+
+The class of a failure follows from its stored error: one that a firetask raised, or one
+that ``reconcile`` stored for a run that was gone. A rule per class says what the next
+attempt gets, and how many attempts there are. Programming errors and bad input are not
+rerun: they would fail again.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.provenance import utc_now
+from nanoos_fw.slurm import Cluster, memory_mib, walltime_seconds
+from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.launches import SPEC_KEY, launch_error
+
+logger = logging.getLogger(__name__)
+
+COLLECTION = "reruns"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the next attempt after a failure of a class gets.
+
+    Parameters
+    ----------
+    attempts
+        Reruns after failures of this class; None for no limit.
+    longer, memory
+        Factors of walltime and memory.
+    exclude
+        Whether the node is excluded.
+    why
+        For the user, where there is no rerun.
+    """
+
+    attempts: int | None
+    longer: float = 1.0
+    memory: float = 1.0
+    exclude: bool = False
+    why: str = ""
+
+
+RULES: dict[str, Rule] = {
+    "timeout": Rule(attempts=5, longer=1.5),
+    "oom": Rule(attempts=3, memory=1.75),
+    "node": Rule(attempts=5, exclude=True),
+    "preempted": Rule(attempts=None),
+    "killed": Rule(attempts=3),
+    "store": Rule(attempts=5),
+    "launch": Rule(attempts=1),
+    "cancelled": Rule(attempts=0, why="somebody cancelled its job"),
+    "lammps": Rule(attempts=0, why="it would fail again; change its settings"),
+    "input": Rule(attempts=0, why="it would fail again; correct the input"),
+    "code": Rule(attempts=0, why="it would fail again; correct the program"),
+}
+CLASSES = tuple(RULES)
+# Kind of the stored error -> class.
+_KINDS = {
+    "out_of_time": "timeout",
+    "out_of_memory": "oom",
+    "store": "store",
+    "launch": "launch",
+    "simulation": "lammps",
+    "input": "input",
+    "missing_dependency": "input",
+    "corrupt_artifact": "input",
+}
+_SIGKILL = 9
+# What srun, slurmstepd and LAMMPS leave in the log of the ranks.
+_OUT_OF_MEMORY = ("oom-kill", "oom_kill", "Out Of Memory", "Failed to allocate")
+
+
+def failure_class(error: NanoOSError) -> str:
+    """Return the class of a failure, from the stored error."""
+    if error.kind == "lost_run":
+        cause = str(error.evidence.get("cause"))
+        return cause if cause in RULES and cause != "code" else "killed"
+    if error.kind == "launch":
+        log = str(error.evidence.get("log_tail", ""))
+        if any(sign in log for sign in _OUT_OF_MEMORY):
+            return "oom"
+        if error.evidence.get("exit_code") in {-_SIGKILL, 128 + _SIGKILL}:
+            return "killed"
+    return _KINDS.get(error.kind, "code")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A failed firework, and what is to be done about it.
+
+    Parameters
+    ----------
+    previous
+        Reruns so far after failures of this class.
+    resources
+        ``_queueadapter`` of the next attempt.
+    changes
+        What is new in it, in words.
+    refused
+        Why there is no next attempt; empty if there is.
+    """
+
+    fw_id: int
+    name: str
+    stage: str
+    failure: str
+    error: NanoOSError
+    previous: int
+    resources: dict[str, Any]
+    changes: tuple[str, ...]
+    refused: str
+    descendants: int
+
+
+@dataclass
+class RerunReport:
+    """What was rerun, what was not, and the name to undo it by."""
+
+    batch: str = ""
+    rerun: list[Attempt] = field(default_factory=list)
+    refused: list[Attempt] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of reruns by class."""
+        return dict(Counter(attempt.failure for attempt in self.rerun))
+
+
+def plan_reruns(
+    database: Any,
+    *,
+    campaign: str | None = None,
+    classes: Collection[str] = (),
+    cluster: Cluster | None = None,
+) -> list[Attempt]:
+    """Return what a rerun would do with each failed firework. Four queries.
+
+    Parameters
+    ----------
+    database
+        Of the launchpad.
+    campaign
+        Only its fireworks; None for all.
+    classes
+        Only failures of these classes; empty for all.
+    cluster
+        Whose limits the resources keep; None for no limits.
+    """
+    unknown = set(classes) - set(RULES)
+    if unknown:
+        raise InputError(
+            f"no failure class {', '.join(sorted(unknown))}",
+            advice=f"classes: {', '.join(CLASSES)}",
+        )
+    query: dict[str, Any] = {"state": "FIZZLED"}
+    if campaign is not None:
+        query[f"spec.{SPEC_KEY}.campaign"] = campaign
+    with store_errors("read failed fireworks"):
+        fields = {"fw_id": 1, "name": 1, "launches": 1, f"spec.{SPEC_KEY}": 1}
+        fireworks = list(
+            database["fireworks"]
+            .find(query, {**fields, "spec._queueadapter": 1})
+            .sort("fw_id", 1)
+        )
+        ids = [fw["fw_id"] for fw in fireworks]
+        launches = {
+            launch["launch_id"]: launch
+            for launch in database["launches"].find(
+                {"launch_id": {"$in": [n for fw in fireworks for n in fw["launches"]]}},
+                {"launch_id": 1, "action": 1, "state": 1},
+            )
+        }
+        history = Counter(
+            (row["fw_id"], row["failure"])
+            for row in database[COLLECTION].find(
+                {"fw_id": {"$in": ids}, "undone": {"$exists": False}},
+                {"fw_id": 1, "failure": 1},
+            )
+        )
+        links = {
+            int(parent): children
+            for document in database["workflows"].find(
+                {"nodes": {"$in": ids}}, {"links": 1}
+            )
+            for parent, children in document["links"].items()
+        }
+    attempts = []
+    for firework in fireworks:
+        last = launches.get(firework["launches"][-1]) if firework["launches"] else None
+        error = launch_error(last)
+        failure = failure_class(error)
+        if not classes or failure in classes:
+            previous = history[firework["fw_id"], failure]
+            # Asked for by name, what has no rule of its own runs again as it is.
+            descendants = _descendants(links, firework["fw_id"])
+            asked_for = failure in classes
+            attempts.append(
+                _attempt(
+                    firework, error, failure, previous, asked_for, cluster, descendants
+                )
+            )
+    return attempts
+
+
+def _descendants(links: Mapping[int, list[int]], fw_id: int) -> int:
+    found: set[int] = set()
+    todo = list(links.get(fw_id, ()))
+    while todo:
+        child = todo.pop()
+        if child not in found:
+            found.add(child)
+            todo += links.get(child, ())
+    return len(found)
+
+
+def _attempt(
+    firework: Mapping[str, Any],
+    error: NanoOSError,
+    failure: str,
+    previous: int,
+    asked_for: bool,
+    cluster: Cluster | None,
+    descendants: int,
+) -> Attempt:
+    rule = RULES[failure]
+    refused = ""
+    if rule.attempts == 0 and not asked_for:
+        refused = rule.why
+    elif rule.attempts and previous >= rule.attempts:
+        refused = f"{previous} reruns after {failure} did not help"
+    before = firework["spec"].get("_queueadapter") or {}
+    resources, changes, limit = _next_resources(before, rule, error, cluster)
+    if not refused and limit:
+        refused = limit
+    return Attempt(
+        fw_id=firework["fw_id"],
+        name=firework["name"],
+        stage=(firework["spec"].get(SPEC_KEY) or {}).get("stage", ""),
+        failure=failure,
+        error=error,
+        previous=previous,
+        resources=resources,
+        changes=tuple(changes),
+        refused=refused,
+        descendants=descendants,
+    )
+
+
+def _next_resources(
+    before: Mapping[str, Any],
+    rule: Rule,
+    error: NanoOSError,
+    cluster: Cluster | None,
+) -> tuple[dict[str, Any], list[str], str]:
+    """Return the next request, what changed, and why it cannot grow any more."""
+    after = dict(before)
+    changes: list[str] = []
+    partition = cluster.partition(_first(before.get("queue"))) if cluster else None
+    if rule.longer > 1:
+        had = error.evidence.get("limit_s")
+        if before.get("walltime") is not None:
+            had = walltime_seconds(before["walltime"])
+        if had and math.isfinite(had):
+            most = partition.max_time_s if partition else math.inf
+            asked = min(had * rule.longer, most)
+            # At the partition's limit it goes on with what it gets: it resumes.
+            if asked > had:
+                minutes = math.ceil(asked / 60)
+                after["walltime"] = f"{minutes // 60}:{minutes % 60:02d}:00"
+                changes.append(f"walltime {after['walltime']}")
+    if rule.memory > 1:
+        had = error.evidence.get("memory_mib")
+        if before.get("mem") is not None:
+            had = memory_mib(before["mem"])
+        if not had and before.get("mem_per_cpu") is not None:
+            cpus = int(before.get("ntasks_per_node") or before.get("ntasks") or 1)
+            cpus *= int(before.get("cpus_per_task") or 1)
+            had = memory_mib(before["mem_per_cpu"]) * cpus
+        if not had:
+            return after, changes, "its memory request is not known; set _queueadapter"
+        most = partition.memory_mib if partition else math.inf
+        if had >= most:
+            return after, changes, f"it had all the memory of a node, {had:.0f} MiB"
+        after.pop("mem_per_cpu", None)
+        after["mem"] = f"{math.ceil(min(had * rule.memory, most))}M"
+        changes.append(f"memory {after['mem']}")
+    if rule.exclude:
+        nodes = str(error.evidence.get("nodes") or "")
+        listed = [
+            part for part in (str(before.get("exclude_nodes") or ""), nodes) if part
+        ]
+        # A list of several nodes does not say which one failed.
+        if nodes and re.fullmatch(r"[\w.-]+", nodes) and nodes not in listed[:-1]:
+            after["exclude_nodes"] = ",".join(listed)
+            changes.append(f"without node {nodes}")
+    return after, changes, ""
+
+
+def _first(queue: Any) -> str | None:
+    return str(queue).split(",")[0] if queue else None
+
+
+def rerun_failed_fireworks(
+    launchpad: Any,
+    *,
+    campaign: str | None = None,
+    classes: Collection[str] = (),
+    cluster: Cluster | None = None,
+    dry_run: bool = False,
+) -> RerunReport:
+    """Rerun failed fireworks by the rules, and write the journal.
+
+    Everything a firework had finished is found again by its content, so that neither
+    the firework nor its descendants write anything twice. A firework that another
+    process reruns at the same time is left to it.
+    """
+    report = RerunReport()
+    attempts = plan_reruns(
+        launchpad.db, campaign=campaign, classes=classes, cluster=cluster
+    )
+    report.refused = [attempt for attempt in attempts if attempt.refused]
+    wanted = [attempt for attempt in attempts if not attempt.refused]
+    if dry_run:
+        report.rerun = wanted
+        return report
+    now = utc_now()
+    report.batch = f"{now}-{getpass.getuser()}"
+    for attempt in wanted:
+        if _rerun(launchpad, attempt, report.batch, now):
+            report.rerun.append(attempt)
+    return report
+
+
+def _rerun(launchpad: Any, attempt: Attempt, batch: str, now: str) -> bool:
+    change: dict[str, Any] = (
+        {"$set": {"spec._queueadapter": attempt.resources}}
+        if attempt.resources
+        else {"$unset": {"spec._queueadapter": ""}}
+    )
+    with store_errors(f"rerun firework {attempt.fw_id}"):
+        before = launchpad.fireworks.find_one_and_update(
+            {"fw_id": attempt.fw_id, "state": "FIZZLED"}, change
+        )
+        if before is None:
+            return False
+        launchpad.db[COLLECTION].insert_one(
+            {
+                "batch": batch,
+                "fw_id": attempt.fw_id,
+                "time": now,
+                "user": getpass.getuser(),
+                "failure": attempt.failure,
+                "error": attempt.error.to_dict(),
+                "attempt": attempt.previous + 1,
+                "before": before["spec"].get("_queueadapter"),
+                "after": attempt.resources,
+                "launches": before["launches"],
+            }
+        )
+        launchpad.rerun_fw(attempt.fw_id)
+    return True
+
+
+def undo_reruns(launchpad: Any, batch: str | None = None) -> tuple[int, int]:
+    """Take back reruns that have not begun; return how many were, and were not.
+
+    Parameters
+    ----------
+    launchpad
+        Of FireWorks.
+    batch
+        Name that the rerun printed; None for the last one.
+    """
+    from fireworks.core.launchpad import WFLock
+
+    journal = launchpad.db[COLLECTION]
+    undone = begun = 0
+    with store_errors("undo reruns"):
+        if batch is None:
+            last = journal.find_one({"undone": {"$exists": False}}, sort=[("_id", -1)])
+            if last is None:
+                raise InputError("no rerun is in the journal")
+            batch = last["batch"]
+        rows = list(journal.find({"batch": batch, "undone": {"$exists": False}}))
+        if not rows:
+            raise InputError(f"the journal has no rerun {batch!r} to undo")
+        for row in rows:
+            fw_id = row["fw_id"]
+            change: dict[str, Any] = {
+                "$set": {"state": "FIZZLED", "launches": row["launches"]},
+                "$pull": {"archived_launches": {"$in": row["launches"]}},
+            }
+            if row["before"] is None:
+                change["$unset"] = {"spec._queueadapter": ""}
+            else:
+                change["$set"]["spec._queueadapter"] = row["before"]
+            with WFLock(launchpad, fw_id):
+                found = launchpad.fireworks.find_one_and_update(
+                    {
+                        "fw_id": fw_id,
+                        "state": {"$in": ["READY", "WAITING"]},
+                        "launches": [],
+                    },
+                    change,
+                )
+            if found is None:
+                begun += 1
+                continue
+            launchpad._refresh_wf(fw_id)
+            journal.update_one({"_id": row["_id"]}, {"$set": {"undone": utc_now()}})
+            undone += 1
+    return undone, begun

@@ -1,0 +1,127 @@
+"""Where a launch runs: SLURM job, host, process, and its heartbeat.
+
+FireWorks knows the SLURM job only of reserved launches, and its heartbeat ends with the
+first database error. So each firetask writes down where it runs, and beats by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from nanoos_fw.stores.database import store_errors
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 60.0
+COLLECTION = "launch_places"
+
+
+@dataclass(frozen=True)
+class LaunchPlace:
+    """Where a launch runs; see the fields of ``note_place``."""
+
+    launch_id: int
+    fw_id: int
+    host: str
+    pid: int
+    job_id: str | None
+    started: datetime
+    beat: datetime
+
+
+@contextlib.contextmanager
+def noted_place(
+    database: Any, fw_id: int, environ: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Write down where this launch runs, and beat until the block ends.
+
+    A database that is away for a while stops neither the work nor the heartbeat.
+    """
+    env = os.environ if environ is None else environ
+    with store_errors("note where a launch runs"):
+        launch = database["launches"].find_one(
+            {"fw_id": fw_id, "state": "RUNNING"},
+            {"launch_id": 1},
+            sort=[("launch_id", -1)],
+        )
+    if launch is None:
+        yield
+        return
+    now = datetime.now(UTC)
+    place = {
+        "fw_id": fw_id,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm": {
+            name.removeprefix("SLURM_").lower(): env[name]
+            for name in (
+                "SLURM_JOB_ID",
+                "SLURM_ARRAY_JOB_ID",
+                "SLURM_ARRAY_TASK_ID",
+                "SLURM_STEP_ID",
+                "SLURM_JOB_PARTITION",
+                "SLURM_CLUSTER_NAME",
+                "SLURM_RESTART_COUNT",
+            )
+            if name in env
+        },
+        "started": now,
+        "beat": now,
+    }
+    key = {"_id": launch["launch_id"]}
+    with store_errors("note where a launch runs"):
+        database[COLLECTION].update_one(key, {"$set": place}, upsert=True)
+    if type(database).__module__.startswith("mongomock"):
+        yield  # made for one thread, and nobody else could read the heartbeat
+        return
+    end = threading.Event()
+
+    def beat() -> None:
+        from pymongo.errors import PyMongoError
+
+        while not end.wait(BEAT_S):
+            try:
+                database[COLLECTION].update_one(
+                    key, {"$set": {"beat": datetime.now(UTC)}}
+                )
+            except PyMongoError as error:
+                logger.warning("no heartbeat: %s", error)
+
+    thread = threading.Thread(target=beat, name="nanoos-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+
+
+def read_places(database: Any, launch_ids: list[int]) -> dict[int, LaunchPlace]:
+    """Return the places of launches that have noted one. One query."""
+    with store_errors("read where launches run"):
+        documents = list(database[COLLECTION].find({"_id": {"$in": launch_ids}}))
+    return {
+        document["_id"]: LaunchPlace(
+            launch_id=document["_id"],
+            fw_id=document["fw_id"],
+            host=document["host"],
+            pid=document["pid"],
+            job_id=document["slurm"].get("job_id"),
+            started=utc(document["started"]),
+            beat=utc(document["beat"]),
+        )
+        for document in documents
+    }
+
+
+def utc(value: Any) -> datetime:
+    """Return a time of the database; both it and FireWorks keep UTC."""
+    time = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

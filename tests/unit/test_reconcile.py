@@ -1,0 +1,513 @@
+"""Lost runs and their reruns, on a LaunchPad over an in-memory database."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import mongomock
+import pytest
+from fireworks import Firework, FWAction, LaunchPad, Workflow
+from fireworks.core.fworker import FWorker
+
+from nanoos_fw import operations
+from nanoos_fw.errors import (
+    InputError,
+    LaunchError,
+    LostRunError,
+    NanoOSError,
+    OutOfMemoryError,
+    OutOfTimeError,
+    SimulationError,
+    StoreError,
+)
+from nanoos_fw.firetasks import WriteReportTask
+from nanoos_fw.operations import reconcile as module
+from nanoos_fw.operations.reconcile import (
+    ALIVE,
+    LOST,
+    UNKNOWN,
+    OpenLaunch,
+    judge,
+    reconcile,
+)
+from nanoos_fw.operations.rerun import (
+    failure_class,
+    plan_reruns,
+    rerun_failed_fireworks,
+    undo_reruns,
+)
+from nanoos_fw.slurm import EndedJob, QueuedJob, parse_cluster
+from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
+from nanoos_fw.stores.places import noted_place, read_places
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+CLUSTER = parse_cluster(
+    partitions="PartitionName=cpu Default=YES MaxNodes=2 MaxTime=12:00:00 State=UP\n",
+    nodes="cpu|n1|16|64000|(null)|idle\n",
+    config="ClusterName = mat\n",
+)
+
+
+def queued(job: str, state: str = "RUNNING", start: float | None = None) -> QueuedJob:
+    return QueuedJob(job, job, state, "cpu", "x", "None", start)
+
+
+def ended(job: str, state: str, **changes: Any) -> EndedJob:
+    found = EndedJob(
+        job_id=job,
+        state=state,
+        exit_code=0,
+        signal=0,
+        nodes="n1",
+        start=0.0,
+        end=100.0,
+        limit_s=3600.0,
+        out_of_memory=state == "OUT_OF_MEMORY",
+        memory_mib=4000.0,
+    )
+    return replace(found, **changes)
+
+
+RUNNING = OpenLaunch(
+    launch_id=1,
+    fw_id=1,
+    name="x",
+    state="RUNNING",
+    job_id="7",
+    host="n1",
+    pid=1234,
+    since=NOW - timedelta(hours=5),
+    seen=NOW - timedelta(hours=5),
+)
+RESERVED = replace(RUNNING, state="RESERVED", pid=None)
+
+
+# ------------------------------------------------------------------------------ judge
+
+
+def test_a_run_whose_job_lives_is_alive_without_any_heartbeat() -> None:
+    began = (RUNNING.since - timedelta(minutes=1)).timestamp()
+    verdict = judge(RUNNING, {"7": queued("7", start=began)}, {}, NOW)
+    assert verdict.fate == ALIVE
+
+
+def test_a_run_whose_job_began_anew_is_lost() -> None:
+    began = (RUNNING.since + timedelta(hours=1)).timestamp()
+    verdict = judge(RUNNING, {"7": queued("7", start=began)}, {}, NOW)
+    assert (verdict.fate, verdict.cause) == (LOST, "node")
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ("TIMEOUT", "timeout"),
+        ("OUT_OF_MEMORY", "oom"),
+        ("NODE_FAIL", "node"),
+        ("CANCELLED", "cancelled"),
+        ("PREEMPTED", "preempted"),
+        ("COMPLETED", "completed"),
+    ],
+)
+def test_a_run_whose_job_has_ended_is_lost_with_a_fresh_heartbeat_too(
+    state: str, cause: str
+) -> None:
+    fresh = replace(RUNNING, seen=NOW)
+    verdict = judge(fresh, {}, {"7": ended("7", state)}, NOW)
+    assert (verdict.fate, verdict.cause) == (LOST, cause)
+
+
+def test_a_job_that_slurm_does_not_know_is_left_alone() -> None:
+    assert judge(RUNNING, {}, {}, NOW).fate == UNKNOWN
+    assert judge(RESERVED, {}, {}, NOW).fate == UNKNOWN
+
+
+def test_a_reservation_without_a_job_is_given_some_minutes() -> None:
+    young = replace(RESERVED, job_id=None, since=NOW - timedelta(minutes=5))
+    assert judge(young, {}, {}, NOW).fate == ALIVE
+    old = replace(young, since=NOW - timedelta(hours=1))
+    assert judge(old, {}, {}, NOW).fate == LOST
+
+
+def test_without_a_job_the_process_counts_here_and_the_heartbeat_elsewhere() -> None:
+    here = replace(RUNNING, job_id=None, host="here", pid=os.getpid())
+    assert judge(here, {}, {}, NOW, this_host="here").fate == ALIVE
+    gone = replace(here, pid=2**22 + 1, seen=NOW)  # above the largest process number
+    assert judge(gone, {}, {}, NOW, this_host="here").fate == LOST
+    assert judge(gone, {}, {}, NOW, this_host="there").fate == ALIVE
+    silent = replace(gone, seen=NOW - timedelta(hours=1))
+    assert judge(silent, {}, {}, NOW, this_host="there").fate == LOST
+
+
+# -------------------------------------------------------------------------- reconcile
+
+
+@pytest.fixture
+def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from mongomock.gridfs import enable_gridfs_integration
+
+    enable_gridfs_integration()
+    client = mongomock.MongoClient()
+    monkeypatch.setattr(
+        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
+    )
+    found = LaunchPad(strm_lvl="CRITICAL")
+    operations.prepare_launchpad(found)
+    return found
+
+
+class Slurm:
+    """What SLURM says, and how often it is asked."""
+
+    def __init__(self) -> None:
+        self.queued: dict[str, QueuedJob] = {}
+        self.ended: dict[str, EndedJob] = {}
+        self.calls: list[str] = []
+
+    def queued_jobs(self) -> dict[str, QueuedJob]:
+        self.calls.append("squeue")
+        return self.queued
+
+    def ended_jobs(self, jobs: set[str], **_options: Any) -> dict[str, EndedJob]:
+        self.calls.append("sacct")
+        return {job: self.ended[job] for job in jobs if job in self.ended}
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    found = Slurm()
+    monkeypatch.setattr(module, "queued_jobs", found.queued_jobs)
+    monkeypatch.setattr(module, "ended_jobs", found.ended_jobs)
+    return found
+
+
+def firework(**spec: Any) -> Firework:
+    nanoos = {"campaign": "c", "stage": "md", "order": 8}
+    return Firework(
+        [WriteReportTask(campaign="c", path="r.html")],
+        spec={SPEC_KEY: nanoos, **spec},
+        name="c md",
+    )
+
+
+def reserved(launchpad: Any, job: str, folder: Path, **spec: Any) -> Any:
+    """Return a firework that qlaunch has submitted as a job."""
+    added = firework(**spec)
+    launchpad.add_wf(added)
+    fw, launch_id = launchpad.reserve_fw(FWorker("w"), str(folder), fw_id=added.fw_id)
+    launchpad.set_reservation_id(launch_id, job)
+    return fw
+
+
+def running(launchpad: Any, job: str, folder: Path, **spec: Any) -> Any:
+    """Return a firework that its job has begun."""
+    fw = reserved(launchpad, job, folder, **spec)
+    return launchpad.checkout_fw(FWorker("w"), str(folder), fw_id=fw.fw_id)[0]
+
+
+def state(launchpad: Any, fw: Any) -> str:
+    return str(launchpad.fireworks.find_one({"fw_id": fw.fw_id})["state"])
+
+
+def test_slurm_is_asked_once_for_all_runs(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    lost = [running(launchpad, str(job), tmp_path) for job in range(1, 6)]
+    alive = running(launchpad, "9", tmp_path)
+    slurm.ended = {str(job): ended(str(job), "NODE_FAIL") for job in range(1, 6)}
+    slurm.queued = {"9": queued("9")}
+
+    dry = reconcile(launchpad, dry_run=True)
+    assert len(dry.lost) == 5
+    assert {state(launchpad, fw) for fw in lost} == {"RUNNING"}
+    slurm.calls.clear()
+    report = reconcile(launchpad)
+
+    assert slurm.calls == ["squeue", "sacct"]
+    assert report.alive == 1
+    assert {state(launchpad, fw) for fw in lost} == {"FIZZLED"}
+    assert state(launchpad, alive) == "RUNNING"
+    failed = failed_fireworks(launchpad.db, "c")
+    assert {type(f.error) for f in failed} == {LostRunError}
+    assert failed[0].error.evidence["nodes"] == "n1"
+    assert reconcile(launchpad).clean
+
+
+def test_the_cause_decides_the_error(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    causes = {"1": "TIMEOUT", "2": "OUT_OF_MEMORY", "3": "NODE_FAIL"}
+    for job in causes:
+        running(launchpad, job, tmp_path)
+    slurm.ended = {job: ended(job, cause) for job, cause in causes.items()}
+    reconcile(launchpad)
+    errors = [f.error for f in failed_fireworks(launchpad.db, "c")]
+    assert [type(e) for e in errors] == [OutOfTimeError, OutOfMemoryError, LostRunError]
+    assert [failure_class(e) for e in errors] == ["timeout", "oom", "node"]
+
+
+def test_a_dead_reservation_becomes_ready_and_a_poison_job_is_paused(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    fw = reserved(launchpad, "1", tmp_path)
+    slurm.ended = {"1": ended("1", "CANCELLED")}
+    assert len(reconcile(launchpad).unreserved) == 1
+    assert state(launchpad, fw) == "READY"
+
+    for attempt, expected in enumerate(["READY", "READY", "PAUSED"], start=2):
+        _, launch_id = launchpad.reserve_fw(FWorker("w"), str(tmp_path))
+        launchpad.set_reservation_id(launch_id, str(attempt))
+        slurm.ended = {str(attempt): ended(str(attempt), "FAILED", exit_code=1)}
+        reconcile(launchpad)
+        assert state(launchpad, fw) == expected
+
+
+def test_a_run_that_ended_meanwhile_is_not_overwritten(
+    launchpad: Any, slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fw = running(launchpad, "1", tmp_path)
+    launch = launchpad.launches.find_one({"fw_id": fw.fw_id})["launch_id"]
+
+    def ended_jobs(_jobs: set[str], **_options: Any) -> dict[str, EndedJob]:
+        launchpad.complete_launch(launch, FWAction(), "COMPLETED")
+        return {"1": ended("1", "COMPLETED")}
+
+    monkeypatch.setattr(module, "ended_jobs", ended_jobs)
+    reconcile(launchpad)
+    assert state(launchpad, fw) == "COMPLETED"
+
+
+def test_a_firework_that_lags_behind_its_launch_is_refreshed(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    fw = running(launchpad, "1", tmp_path)
+    done = {"state": "COMPLETED", "action": FWAction().to_dict()}
+    launchpad.launches.update_one({"fw_id": fw.fw_id}, {"$set": done})
+    assert reconcile(launchpad).refreshed == [fw.fw_id]
+    assert state(launchpad, fw) == "COMPLETED"
+    assert slurm.calls == []  # no job, no question
+
+
+def test_a_lock_is_removed_when_it_has_been_seen_long_enough(
+    launchpad: Any, slurm: Slurm
+) -> None:
+    added = firework()
+    launchpad.add_wf(added)
+    launchpad.workflows.update_one({}, {"$set": {"locked": True}})
+    assert reconcile(launchpad, now=NOW).unlocked == []
+    assert reconcile(launchpad, now=NOW + timedelta(minutes=5)).unlocked == []
+    assert reconcile(launchpad, now=NOW + timedelta(minutes=11)).unlocked == [
+        added.fw_id
+    ]
+    assert "locked" not in launchpad.workflows.find_one({})
+    # A lock that was free in between is a new one.
+    launchpad.workflows.update_one({}, {"$set": {"locked": True}})
+    assert reconcile(launchpad, now=NOW + timedelta(minutes=12)).unlocked == []
+    launchpad.workflows.update_one({}, {"$unset": {"locked": ""}})
+    reconcile(launchpad, now=NOW + timedelta(minutes=13))
+    launchpad.workflows.update_one({}, {"$set": {"locked": True}})
+    assert reconcile(launchpad, now=NOW + timedelta(minutes=23)).unlocked == []
+
+
+def test_a_task_notes_the_job_it_runs_in(launchpad: Any, tmp_path: Path) -> None:
+    added = firework()
+    launchpad.add_wf(added)
+    _, launch_id = launchpad.checkout_fw(FWorker("w"), str(tmp_path))
+    with noted_place(launchpad.db, added.fw_id, {"SLURM_JOB_ID": "77"}):
+        pass
+    place = read_places(launchpad.db, [launch_id])[launch_id]
+    assert (place.job_id, place.host, place.pid) == (
+        "77",
+        socket.gethostname(),
+        os.getpid(),
+    )
+
+
+# ------------------------------------------------------------------------------ rerun
+
+
+def fizzled(
+    launchpad: Any, error: NanoOSError | None, folder: Path, **spec: Any
+) -> Any:
+    """Return a firework that failed with an error, None for a programming error."""
+    added = firework(**spec)
+    launchpad.add_wf(added)
+    return fail(launchpad, added, error, folder)
+
+
+def fail(launchpad: Any, fw: Any, error: NanoOSError | None, folder: Path) -> Any:
+    _, launch_id = launchpad.checkout_fw(FWorker("w"), str(folder), fw_id=fw.fw_id)
+    details = None if error is None else error.to_dict()
+    action = FWAction(
+        stored_data={"_exception": {"_stacktrace": "KeyError: 1", "_details": details}}
+    )
+    launchpad.complete_launch(launch_id, action, "FIZZLED")
+    return fw
+
+
+def lost(cause: str, **evidence: Any) -> LostRunError:
+    return LostRunError("gone", evidence={"cause": cause, **evidence})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OutOfTimeError("x"), "timeout"),
+        (OutOfMemoryError("x"), "oom"),
+        (lost("node"), "node"),
+        (lost("preempted"), "preempted"),
+        (lost("cancelled"), "cancelled"),
+        (lost("completed"), "killed"),
+        (lost("code"), "killed"),
+        (StoreError("x"), "store"),
+        (LaunchError("x", evidence={"exit_code": 1}), "launch"),
+        (LaunchError("x", evidence={"exit_code": -9}), "killed"),
+        (
+            LaunchError("x", evidence={"log_tail": "task 0: Out Of Memory"}),
+            "oom",
+        ),
+        (SimulationError("x"), "lammps"),
+        (InputError("x"), "input"),
+        (NanoOSError("x"), "code"),
+    ],
+)
+def test_a_failure_has_a_class(error: NanoOSError, expected: str) -> None:
+    assert failure_class(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "before", "after"),
+    [
+        (OutOfTimeError("x"), {"walltime": "2:00:00"}, {"walltime": "3:00:00"}),
+        (OutOfTimeError("x", evidence={"limit_s": 3600}), {}, {"walltime": "1:30:00"}),
+        (OutOfTimeError("x"), {"walltime": "10:00:00"}, {"walltime": "12:00:00"}),
+        (OutOfTimeError("x"), {"walltime": "12:00:00"}, {"walltime": "12:00:00"}),
+        (OutOfMemoryError("x"), {"mem": "4000M"}, {"mem": "7000M"}),
+        (OutOfMemoryError("x", evidence={"memory_mib": 1000}), {}, {"mem": "1750M"}),
+        (
+            OutOfMemoryError("x"),
+            {"mem_per_cpu": "2G", "ntasks_per_node": 4, "nodes": 2},
+            {"mem": "14336M", "ntasks_per_node": 4, "nodes": 2},
+        ),
+        (OutOfMemoryError("x"), {"mem": "60000M"}, {"mem": "64000M"}),
+        (lost("node", nodes="n1"), {"nodes": 1}, {"nodes": 1, "exclude_nodes": "n1"}),
+        (
+            lost("node", nodes="n2"),
+            {"exclude_nodes": "n1"},
+            {"exclude_nodes": "n1,n2"},
+        ),
+        (lost("node", nodes="n[1-2]"), {}, {}),
+        (StoreError("x"), {"nodes": 2}, {"nodes": 2}),
+    ],
+)
+def test_the_next_attempt_gets_what_the_failure_asks_for(
+    launchpad: Any,
+    tmp_path: Path,
+    error: NanoOSError,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    spec = {"_queueadapter": before} if before else {}
+    fw = fizzled(launchpad, error, tmp_path, **spec)
+    report = rerun_failed_fireworks(launchpad, campaign="c", cluster=CLUSTER)
+    assert [a.fw_id for a in report.rerun] == [fw.fw_id]
+    document = launchpad.fireworks.find_one({"fw_id": fw.fw_id})
+    assert document["state"] == "READY"
+    assert document["spec"].get("_queueadapter", {}) == after
+
+
+@pytest.mark.parametrize(
+    "error", [None, InputError("x"), SimulationError("x"), lost("cancelled")]
+)
+def test_what_would_fail_again_is_left_unless_it_is_named(
+    launchpad: Any, tmp_path: Path, error: NanoOSError | None
+) -> None:
+    fw = fizzled(launchpad, error, tmp_path)
+    report = rerun_failed_fireworks(launchpad, cluster=CLUSTER)
+    assert report.rerun == []
+    (left,) = report.refused
+    assert left.refused
+    assert state(launchpad, fw) == "FIZZLED"
+    rerun_failed_fireworks(launchpad, classes=[left.failure], cluster=CLUSTER)
+    assert state(launchpad, fw) == "READY"
+
+
+def test_all_the_memory_of_a_node_is_the_end(launchpad: Any, tmp_path: Path) -> None:
+    fizzled(launchpad, OutOfMemoryError("x"), tmp_path, _queueadapter={"mem": "64000M"})
+    fizzled(launchpad, OutOfMemoryError("x"), tmp_path)
+    (full, unknown) = rerun_failed_fireworks(launchpad, cluster=CLUSTER).refused
+    assert "all the memory" in full.refused
+    assert "not known" in unknown.refused
+
+
+def test_attempts_are_counted_by_class_and_come_to_an_end(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    fw = fizzled(launchpad, LaunchError("died", evidence={"exit_code": 1}), tmp_path)
+    assert len(rerun_failed_fireworks(launchpad).rerun) == 1
+    fail(launchpad, fw, lost("preempted"), tmp_path)  # uses up nothing
+    assert len(rerun_failed_fireworks(launchpad).rerun) == 1
+    fail(launchpad, fw, LaunchError("died", evidence={"exit_code": 1}), tmp_path)
+    (left,) = rerun_failed_fireworks(launchpad).refused
+    assert "1 reruns after launch did not help" in left.refused
+
+
+def test_only_what_is_asked_for_is_rerun(launchpad: Any, tmp_path: Path) -> None:
+    node = fizzled(launchpad, lost("node"), tmp_path)
+    store = fizzled(launchpad, StoreError("x"), tmp_path)
+    other = fizzled(
+        launchpad, StoreError("x"), tmp_path, **{SPEC_KEY: {"campaign": "d"}}
+    )
+    dry = rerun_failed_fireworks(launchpad, campaign="c", dry_run=True)
+    assert len(dry.rerun) == 2
+    rerun_failed_fireworks(launchpad, campaign="c", classes=["store"])
+    assert [state(launchpad, fw) for fw in (node, store, other)] == [
+        "FIZZLED",
+        "READY",
+        "FIZZLED",
+    ]
+    with pytest.raises(InputError, match="no failure class disk"):
+        plan_reruns(launchpad.db, classes=["disk"])
+
+
+def test_descendants_are_kept_and_counted(launchpad: Any, tmp_path: Path) -> None:
+    parent, child, grandchild = firework(), firework(), firework()
+    launchpad.add_wf(
+        Workflow([parent, child, grandchild], {parent: [child], child: [grandchild]})
+    )
+    fail(launchpad, parent, StoreError("x"), tmp_path)
+    (attempt,) = rerun_failed_fireworks(launchpad).rerun
+    assert attempt.descendants == 2
+    assert launchpad.fireworks.count_documents({}) == 3
+    assert [state(launchpad, fw) for fw in (parent, child, grandchild)] == [
+        "READY",
+        "WAITING",
+        "WAITING",
+    ]
+
+
+def test_a_rerun_that_has_not_begun_is_taken_back(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    waiting = fizzled(
+        launchpad, OutOfTimeError("x"), tmp_path, _queueadapter={"walltime": "1:00:00"}
+    )
+    begun = fizzled(launchpad, StoreError("x"), tmp_path)
+    report = rerun_failed_fireworks(launchpad)
+    launchpad.checkout_fw(FWorker("w"), str(tmp_path), fw_id=begun.fw_id)
+
+    assert undo_reruns(launchpad) == (1, 1)
+
+    document = launchpad.fireworks.find_one({"fw_id": waiting.fw_id})
+    assert document["state"] == "FIZZLED"
+    assert document["spec"]["_queueadapter"] == {"walltime": "1:00:00"}
+    assert [f.fw_id for f in failed_fireworks(launchpad.db, "c")] == [waiting.fw_id]
+    # It counts as no attempt, and can be rerun again.
+    assert rerun_failed_fireworks(launchpad).rerun[0].previous == 0
+    with pytest.raises(InputError, match="no rerun 'last week'"):
+        undo_reruns(launchpad, "last week")
+    assert report.batch
