@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from pymatgen.core import Lattice, Structure
 from safetensors.numpy import save
 
@@ -12,9 +17,11 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn import Architecture, ModelCard, atom_features, save_checkpoint
 from nanoos_fw.ml.forest import fit_forest, graph_scalars
 from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.ml.model_files import read_checkpoint
 from nanoos_fw.ml.network import CrystalGraphNetwork
 from nanoos_fw.ml.predictors import PropertyModel, open_model, register_reader
 from nanoos_fw.ml.screening import predict_in_chunks
+from nanoos_fw.provenance import canonical_json
 
 CRYSTALS = [
     Structure(Lattice.cubic(a), ["Cu", "Au"], [[0, 0, 0], [0.5, 0.5, 0.5]])
@@ -84,6 +91,58 @@ def test_all_kinds_of_models_have_one_interface(write, tmp_path):
     np.testing.assert_allclose([row["mean"] for row in rows], mean, rtol=1e-5)
     strange = Structure(Lattice.cubic(3), ["Pt", "Cu"], [[0, 0, 0], [0.5] * 3])
     assert model.predict(build_graph(strange))["unseen_elements"] == ["Pt"]
+
+
+WITHOUT = """
+import json, sys
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # as if it were not installed
+from pymatgen.core import Lattice, Structure
+from nanoos_fw.ml.predictors import open_model
+cells = [
+    Structure(Lattice.cubic(a), ["Cu", "Au"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    for a in (3.0, 3.1, 3.2, 3.3)
+]
+found, _, _ = open_model(sys.argv[1]).predict_crystals([c.as_dict() for c in cells])
+print(json.dumps([found.mean.tolist(), found.std.tolist()]))
+"""
+
+
+def test_predictions_need_neither_torch_nor_sklearn(tmp_path):
+    network_file(tmp_path / "m")
+    mean, std = open_model(tmp_path / "m").predict_many(
+        [build_graph(crystal) for crystal in CRYSTALS]
+    )
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "m"), "torch", "sklearn"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    np.testing.assert_array_equal(json.loads(done.stdout), [mean, std])
+
+
+def test_checkpoints_of_older_releases_are_read(tmp_path):
+    network_file(tmp_path / "m")
+    card, arrays = read_checkpoint((tmp_path / "m").read_bytes())
+    fields = card.model_dump(mode="json")
+    for name in ("classes", "pad_neighbors", "origin", "uncertainty"):
+        del fields[name]
+    for name in ("dense_layers", "n_outputs"):
+        del fields["architecture"][name]
+    # As release 0.1.0 wrote them: by torch, with the digest over torch's names.
+    text = canonical_json(fields)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    header = canonical_json({"card": text, "card_sha256": digest.hexdigest()})
+    data = safetensors.torch.save(tensors, metadata={"nanoos_fw.cgcnn": header})
+    graph = build_graph(CRYSTALS[0])
+    old, new = (
+        open_model(data).predict(graph),
+        open_model(tmp_path / "m").predict(graph),
+    )
+    assert old["prediction"] == new["prediction"]
+    assert old["uncertainty"] == new["uncertainty"]
 
 
 def test_wrong_files_are_refused(tmp_path):
