@@ -284,6 +284,7 @@ class RankCandidatesTask(NanoTask):
                 evidence={
                     "structures": len(parameters.structures),
                     "predicted": len(predictions),
+                    "out_of_domain": sum(row.out_of_domain for row in predictions),
                 },
                 advice="look for quarantined structures in the featurize fireworks",
             )

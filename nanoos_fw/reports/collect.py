@@ -39,7 +39,7 @@ from nanoos_fw.stores.database import get_artifact
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import FormationEnergies, formation_energies
 from nanoos_fw.stores.launches import failed_fireworks, stage_times
-from nanoos_fw.stores.models import ModelRecord, ModelRegistry
+from nanoos_fw.stores.models import ModelRecord, ModelRegistry, Prediction
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StoredStructure, StructureStore
 
@@ -144,8 +144,14 @@ class _Collector:
         """All screened candidates, best first."""
         if self.model is None:
             return []
-        rows = self.models.predictions(self.model.reference, self.screened)
-        return rank_candidates(row.to_row() for row in rows)
+        return rank_candidates(row.to_row() for row in self.predicted)
+
+    @cached_property
+    def predicted(self) -> list[Prediction]:
+        """All predictions, those out of the model's domain too."""
+        if self.model is None:
+            return []
+        return self.models.predictions(self.model.reference, self.screened)
 
     @property
     def best(self) -> list[str]:
@@ -183,7 +189,7 @@ class _Collector:
             labelled=self._count(self.labelled),
             screened=StageCount(
                 planned=len(self.screened),
-                finished=len(self.ranked),
+                finished=len(self.predicted),
                 failed=len(self._quarantined(self.screened)),
             ),
             relaxed=relaxed,
@@ -218,7 +224,8 @@ class _Collector:
     def _training(self) -> Training | NotAvailable:
         if self.model is None or self.details is None:
             return NotAvailable(reason="no model has been trained yet")
-        return training_part(self.model, self.details)
+        history = self.models.history(self.model.name)
+        return training_part(self.model, self.details, history)
 
     def _evaluation(self) -> Evaluation | NotAvailable:
         if self.model is None or self.details is None:

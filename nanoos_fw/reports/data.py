@@ -36,6 +36,8 @@ from nanoos_fw.reports.candidate_data import (
     ThermoSeries,
 )
 from nanoos_fw.reports.learning_data import (
+    AliasMove,
+    CalibrationCurve,
     Evaluation,
     Labels,
     MemberCurve,
@@ -46,7 +48,9 @@ from nanoos_fw.reports.learning_data import (
 )
 
 __all__ = [
+    "AliasMove",
     "Average",
+    "CalibrationCurve",
     "CrystalPicture",
     "Discovery",
     "Evaluation",

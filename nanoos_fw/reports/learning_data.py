@@ -93,6 +93,26 @@ class MemberCurve(ReportModel):
         return self.validation_mae[self.epochs.index(self.best_epoch)]
 
 
+class AliasMove(ReportModel):
+    """One move of an alias in the model registry.
+
+    Parameters
+    ----------
+    alias
+        Which alias.
+    model
+        Reference that it pointed at from then on; None: at no model.
+    time, by, reason
+        When (ISO 8601), who, why.
+    """
+
+    alias: Text
+    model: str | None
+    time: Text
+    by: Text
+    reason: str
+
+
 class Training(ReportModel):
     """How the ensemble was trained.
 
@@ -107,6 +127,10 @@ class Training(ReportModel):
         Number of structures in each part.
     n_parameters
         Number of trainable parameters of one member, if known.
+    model
+        Its reference in the registry.
+    moves
+        Of the aliases of its name, oldest first.
     """
 
     members: Annotated[tuple[MemberCurve, ...], Field(min_length=1)]
@@ -115,6 +139,8 @@ class Training(ReportModel):
     n_validation: NonNegativeInt
     n_test: NonNegativeInt
     n_parameters: PositiveInt | None = None
+    model: str = ""
+    moves: tuple[AliasMove, ...] = ()
 
 
 class Scores(ReportModel):
@@ -154,6 +180,29 @@ class PredictionInterval(ReportModel):
     method: Text
 
 
+class CalibrationCurve(ReportModel):
+    """How often intervals hold the truth, against how often they say they do.
+
+    Parameters
+    ----------
+    levels
+        ``(n,)`` stated coverages, rising, between 0 and 1.
+    observed
+        ``(n,)`` shares of the test structures inside.
+    n_calibration
+        Structures that the intervals go by.
+    """
+
+    levels: Series
+    observed: Series
+    n_calibration: PositiveInt
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> CalibrationCurve:
+        require_lengths("calibration", len(self.levels), observed=self.observed)
+        return self
+
+
 class Evaluation(ReportModel):
     """The model on structures it has never seen.
 
@@ -171,6 +220,8 @@ class Evaluation(ReportModel):
         Scores of other predictors on the same test part.
     interval
         A calibrated interval, if the screening uses one.
+    calibration
+        The same at other levels.
     formulas
         ``(n_test,)`` names shown on hover, or None.
     """
@@ -182,6 +233,7 @@ class Evaluation(ReportModel):
     mean_predictor: Scores | NotAvailable
     baselines: tuple[Scores, ...] = ()
     interval: PredictionInterval | None = None
+    calibration: CalibrationCurve | None = None
     formulas: tuple[str, ...] | None = None
 
     @model_validator(mode="after")

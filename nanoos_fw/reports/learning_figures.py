@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from nanoos_fw.reports.data import (
+    CalibrationCurve,
     Evaluation,
     Labels,
     Training,
@@ -316,6 +317,63 @@ def uncertainty_figure(part: Evaluation) -> Figure:
         caption,
         [points, *lines],
         layout,
+        430,
+        square=True,
+    )
+
+
+def calibration_figure(part: CalibrationCurve, n_test: int) -> Figure:
+    """Return the observed against the stated coverage of intervals."""
+    levels = np.asarray(part.levels)
+    grid = np.linspace(0.0, 1.0, 51)
+    # Rows of the test part vary, and those the intervals were made from as well.
+    error = np.sqrt(grid * (1 - grid) * (1 / n_test + 1 / (part.n_calibration + 2)))
+    low, high = np.clip(grid - 2 * error, 0, 1), np.clip(grid + 2 * error, 0, 1)
+    band: Trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Two standard errors",
+        "x": compact(np.concatenate([grid, grid[::-1]])),
+        "y": compact(np.concatenate([low, high[::-1]])),
+        "fill": "toself",
+        "fillcolor": "rgba(120,120,120,.18)",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+    diagonal: Trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Honest intervals",
+        "x": [0.0, 1.0],
+        "y": [0.0, 1.0],
+        "line": {"color": MUTED, "width": 1, "dash": "dot"},
+        "hoverinfo": "skip",
+    }
+    curve: Trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "Test structures",
+        "x": compact(levels),
+        "y": compact(part.observed),
+        "line": {"color": PALETTE[0], "width": 1.6},
+        "marker": {"color": PALETTE[0], "size": 6},
+        "hovertemplate": "stated %{x:.2f}, observed %{y:.3f}<extra></extra>",
+    }
+    caption = Markup(
+        "Share of the {} test structures inside the conformal interval against its "
+        "stated coverage; intervals go by {} validation structures. Honest intervals "
+        "stay in the grey band 19 times out of 20."
+    ).format(number(n_test), number(part.n_calibration))
+    axis = {"range": [0, 1]}
+    return Figure(
+        "calibration",
+        f"Observed against stated coverage of intervals on {n_test} test structures",
+        caption,
+        [band, diagonal, curve],
+        {
+            "xaxis": {"title": {"text": "Stated coverage"}, **axis},
+            "yaxis": {"title": {"text": "Observed coverage"}, **axis},
+        },
         430,
         square=True,
     )

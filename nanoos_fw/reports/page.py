@@ -32,6 +32,7 @@ from nanoos_fw.reports.data import (
 )
 from nanoos_fw.reports.drawing import TEMPLATE, Figure
 from nanoos_fw.reports.learning_figures import (
+    calibration_figure,
     labels_figure,
     learning_figures,
     parity_figure,
@@ -122,7 +123,10 @@ class _Figures:
 
     def evaluation(self, data: ReportData) -> list[Figure]:
         part = _present(data.evaluation)
-        return [self._keep(f) for f in (parity_figure(part), uncertainty_figure(part))]
+        found = [parity_figure(part), uncertainty_figure(part)]
+        if part.calibration is not None:
+            found.append(calibration_figure(part.calibration, len(part.targets)))
+        return [self._keep(figure) for figure in found]
 
     def top(self, data: ReportData) -> Figure | None:
         figure = top_figure(_present(data.ranking))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE, conformal_quantile
 from nanoos_fw.reports.data import (
+    AliasMove,
     Average,
+    CalibrationCurve,
     Evaluation,
     MDPanel,
     MemberCurve,
     NamedAverage,
     NotAvailable,
+    PredictionInterval,
     RDFCurves,
     Scores,
     ThermoSeries,
     Training,
 )
+from nanoos_fw.stores.aliases import AliasEntry
 from nanoos_fw.stores.models import ModelRecord
 from nanoos_fw.stores.simulations import Simulation
 from nanoos_fw.stores.structures import StoredStructure
@@ -29,14 +35,19 @@ _LOSS_NAMES = {
     "mae": "mean absolute error of the normalized target, no unit",
     "huber": "Huber loss of the normalized target, no unit",
 }
+_LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _BASELINE_NAMES = {
     "mean": "mean of the training labels",
     "composition": "linear model in the composition",
 }
 
 
-def training_part(record: ModelRecord, details: Mapping[str, Any]) -> Training:
-    """Return how a registered ensemble was trained."""
+def training_part(
+    record: ModelRecord,
+    details: Mapping[str, Any],
+    history: Sequence[AliasEntry] = (),
+) -> Training:
+    """Return how a registered ensemble was trained, and how it came into use."""
     counts = record.dataset_info["counts"]
     curves = []
     for curve in details["curves"]:
@@ -58,6 +69,17 @@ def training_part(record: ModelRecord, details: Mapping[str, Any]) -> Training:
         n_validation=counts.get("val", 0),
         n_test=counts.get("test", 0),
         n_parameters=details["n_parameters"],
+        model=record.reference,
+        moves=tuple(
+            AliasMove(
+                alias=entry.alias,
+                model=f"{entry.name}@{entry.version}" if entry.version else None,
+                time=entry.time,
+                by=entry.by,
+                reason=entry.reason,
+            )
+            for entry in history
+        ),
     )
 
 
@@ -74,24 +96,77 @@ def evaluation_part(
         for name, parts in details["baselines"].items()
     }
     members = len(details["curves"])
+    dropout = record.training_config.get("dropout") or 0.0
     return Evaluation(
         targets=np.array([row["target"] for row in rows]),
         predictions=np.array([row["mean"] for row in rows]),
         uncertainties=None if None in stds else np.array(stds),
-        uncertainty_name=_uncertainty_name(members, details["uncertainty_scale"]),
+        uncertainty_name=_uncertainty_name(
+            members, details["uncertainty_scale"], with_dropout=dropout > 0.0
+        ),
         mean_predictor=baselines.pop(
             "mean", NotAvailable(reason="the training did not state it")
         ),
         baselines=tuple(baselines.values()),
+        interval=_interval(rows),
+        calibration=_calibration(details["predictions"].get("val") or [], rows),
         formulas=tuple(formulas.get(row["structure_id"], "?") for row in rows),
     )
 
 
-def _uncertainty_name(members: int, scale: float | None) -> str:
+def _uncertainty_name(
+    members: int, scale: float | None, *, with_dropout: bool = False
+) -> str:
     name = f"standard deviation over {members} ensemble members"
+    if with_dropout:
+        name = "standard deviation over passes with dropout"
+        if members > 1:
+            name += f" of {members} ensemble members"
     if scale is None or scale == 1.0:
         return name
     return f"{name}, times {scale:.2f} to fit the errors on the validation part"
+
+
+def _half_widths(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64] | None:
+    widths = [row.get("half_width") for row in rows]  # older trainings state none
+    return np.array(widths) if widths and None not in widths else None
+
+
+def _interval(rows: Sequence[Mapping[str, Any]]) -> PredictionInterval | None:
+    widths = _half_widths(rows)
+    if widths is None:
+        return None
+    return PredictionInterval(
+        level=DEFAULT_COVERAGE,
+        half_widths=widths,
+        method="split conformal on the validation part",
+    )
+
+
+def _calibration(
+    val: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]
+) -> CalibrationCurve | None:
+    """Return the coverage of the test part at other levels than the stated one.
+
+    All widths of a model are one factor per level times the same numbers, so errors in
+    units of the stated widths are conformal scores as good as those it was made from.
+    """
+    known, held = _half_widths(val), _half_widths(test)
+    if known is None or held is None:
+        return None
+    scores, judged = (
+        np.array([abs(row["mean"] - row["target"]) for row in rows]) / widths
+        for rows, widths in ((val, known), (test, held))
+    )
+    levels, observed = [], []
+    for level in _LEVELS:
+        factor = conformal_quantile(np.sort(scores), level)
+        if factor is not None:
+            levels.append(level)
+            observed.append(float(np.mean(judged <= factor)))
+    return CalibrationCurve(
+        levels=tuple(levels), observed=tuple(observed), n_calibration=len(val)
+    )
 
 
 def _scores(name: str, metrics: Mapping[str, Any]) -> Scores:

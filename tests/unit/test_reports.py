@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -53,8 +54,10 @@ from nanoos_fw.reports import (
 )
 from nanoos_fw.reports import page as page_module
 from nanoos_fw.reports.candidate_figures import discovery_figure, md_figure
+from nanoos_fw.reports.data import AliasMove, CalibrationCurve
 from nanoos_fw.reports.drawing import Figure
 from nanoos_fw.reports.learning_figures import labels_figure
+from nanoos_fw.reports.panels import evaluation_part
 from nanoos_fw.reports.statistics import discovery_result
 
 FCC = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
@@ -190,7 +193,18 @@ def synthetic_training(rng: np.random.Generator) -> Training:
         n_validation=46,
         n_test=46,
         n_parameters=84_353,
-    )
+        model="energies@2",
+        moves=(
+            AliasMove(
+                alias="active", model="energies@2", time="2026-01-01T00:00:00+00:00",
+                by="someone@login", reason="trained",
+            ),
+            AliasMove(
+                alias="active", model=None, time="2026-01-02T00:00:00+00:00",
+                by="someone@login", reason="taken off: <b>wrong</b> data",
+            ),
+        ),
+    )  # fmt: skip
 
 
 def synthetic_evaluation(rng: np.random.Generator) -> Evaluation:
@@ -212,6 +226,9 @@ def synthetic_evaluation(rng: np.random.Generator) -> Evaluation:
             level=0.9,
             half_widths=np.full(46, 0.055),
             method="split conformal on the validation part",
+        ),
+        calibration=CalibrationCurve(
+            levels=(0.25, 0.5, 0.75), observed=(0.2, 0.48, 0.8), n_calibration=46
         ),
         formulas=tuple(f"{a}{b}3" for a in METALS[:7] for b in METALS[:7])[:46],
     )
@@ -602,6 +619,58 @@ def test_coverage_judges_stated_uncertainties(factor: float, verdict: str) -> No
         mean_predictor=NotAvailable(reason="not in this test"),
     )
     assert verdict in findings.coverage_statement(part)
+
+
+def test_the_report_shows_who_made_the_model_active(html: str) -> None:
+    assert "this report is of energies@2" in html
+    assert "taken off: &lt;b&gt;wrong&lt;/b&gt; data" in html
+
+
+def trained_details(seed: int) -> tuple[Any, dict[str, Any]]:
+    """Predictions as a training writes them, with intervals of 90 %."""
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for part, n in (("val", 150), ("test", 400)):
+        sigma = np.exp(rng.normal(size=n))
+        parts[part] = [
+            {"structure_id": f"{part}{i}", "target": float(rng.normal() * s),
+             "mean": 0.0, "std": float(s), "half_width": float(7.0 * s)}
+            for i, s in enumerate(sigma)
+        ]  # fmt: skip
+    details = {
+        "predictions": parts, "baselines": {}, "curves": [{}], "uncertainty_scale": 2.0
+    }  # fmt: skip
+    return SimpleNamespace(training_config={"dropout": 0.1}), details
+
+
+def test_calibration_goes_by_validation_rows() -> None:
+    record, details = trained_details(0)
+    part = evaluation_part(record, details, {})
+    assert isinstance(part, Evaluation)
+    assert part.uncertainty_name.startswith("standard deviation over passes with")
+    assert part.interval is not None
+    assert (
+        part.interval.half_widths[3] == details["predictions"]["test"][3]["half_width"]
+    )
+    curve = part.calibration
+    assert curve is not None
+    assert curve.levels == tuple(round(0.05 * i, 2) for i in range(1, 20))
+    ratios = {
+        name: sorted(abs(r["target"]) / r["half_width"] for r in rows)
+        for name, rows in details["predictions"].items()
+    }
+    for level, observed in zip(curve.levels, curve.observed, strict=True):
+        bound = ratios["val"][math.ceil(151 * level - 1e-9) - 1]
+        assert observed == np.mean([ratio <= bound for ratio in ratios["test"]])
+        # Honest data: within five standard errors of both parts.
+        error = np.sqrt(level * (1 - level) * (1 / 400 + 1 / 152))
+        assert abs(observed - level) < 5 * error
+    older = {"val": [], "test": [{**r} for r in details["predictions"]["test"]]}
+    for row in older["test"]:
+        del row["half_width"]
+    without = evaluation_part(record, {**details, "predictions": older}, {})
+    assert isinstance(without, Evaluation)
+    assert (without.interval, without.calibration) == (None, None)
 
 
 def test_training_that_ended_too_early_is_reported() -> None:

@@ -489,3 +489,25 @@ def test_a_training_that_paused_ends_like_one_that_did_not(dataset_dir, tmp_path
             assert paused.checkpoint_sha256 != straight.checkpoint_sha256
     assert paused.checkpoint_sha256 == straight.checkpoint_sha256
     assert paused.curves == straight.curves
+
+
+def test_a_single_network_with_dropout_states_its_uncertainty(dataset_dir, tmp_path):
+    result = train(dataset_dir, tmp_path, ensemble_size=1, dropout=0.3)
+    model = CGCNNModel("m", TARGET).load_from_checkpoint(result.checkpoint)
+    assert model.card.uncertainty.spread == "mc_dropout"
+    rows = result.predictions["test"]
+    graphs = [GRAPHS[row["structure_id"]] for row in rows]
+    found = model.predict_full(graphs, coverage=0.5)
+    np.testing.assert_allclose(found.mean, [r["mean"] for r in rows], atol=1e-5)
+    np.testing.assert_allclose(found.std, [r["std"] for r in rows], rtol=1e-3)
+    assert (found.std > 0).all()
+    assert (found.half_width > 0).all()
+    again = model.predict_full(graphs[::-1], coverage=0.5)  # repeatable, in any order
+    np.testing.assert_allclose(again.std[::-1], found.std, rtol=1e-4)
+    assert model.predict(graphs[0])["uncertainty"] == pytest.approx(
+        found.std[0], rel=1e-4
+    )
+    both = train(dataset_dir, tmp_path / "both", ensemble_size=2, dropout=0.3)
+    card = CGCNNModel("m", TARGET).load_from_checkpoint(both.checkpoint).card
+    assert card.uncertainty.spread == "ensemble+mc_dropout"
+    assert card.uncertainty.dropout_passes == 16
