@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.md.analysis import radial_distributions
+from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.output import read_simulation, simulation_elements
-from nanoos_fw.md.potentials import Potential, zhou2004_potential
+from nanoos_fw.md.potential_checks import check_files, check_styles
+from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.relaxation import (
     RelaxationResult,
     RelaxationSettings,
@@ -33,15 +37,43 @@ _ATOMS_PER_RANK = 250
 
 
 class PotentialChoice(Parameters):
-    """A potential by name, with the elements it must know."""
+    """A potential by name or style, with the elements it must know.
 
-    name: Literal["zhou2004"]
+    Parameters
+    ----------
+    name
+        See `nanoos_fw.md.catalogue`: ``zhou2004``, ``tersoff``, ``SiC.tersoff``.
+    elements
+        All elements of the structures.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
     elements: tuple[str, ...] = Field(min_length=1)
 
     def resolve(self, place: TaskContext) -> Potential:
-        """Return the potential, its file in the campaign's work root."""
+        """Return the potential; a generated file is in the campaign's work root."""
         directory = place.work_dir("potentials", content_key("potential", self.name))
-        return zhou2004_potential(self.elements, directory)
+        return Catalogue().resolve(self.name, self.elements, directory)
+
+    def check(self) -> None:
+        """Refuse what could not be used, before anything is queued.
+
+        Raises
+        ------
+        InputError
+            If there is no such potential, or it lacks an element.
+        MissingDependencyError
+            If the installed LAMMPS lacks a style.
+        """
+        _check_choice(self.name, self.elements)
+
+
+@lru_cache(maxsize=64)  # many workflows of one campaign ask for the same
+def _check_choice(name: str, elements: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        potential = Catalogue().resolve(name, elements, Path(folder))
+        check_styles(potential)
+        check_files(potential)
 
 
 class RelaxationMethod(Parameters):

@@ -141,8 +141,9 @@ def screening_workflow(
     Raises
     ------
     InputError
-        If there is nothing left to screen.
+        If there is nothing left to screen, or the potential cannot be used.
     """
+    plan.relaxation.potential.check()
     labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
     screened = sorted(set(candidates) - set(labelled))
     if len(screened) < plan.top_k:

@@ -35,6 +35,7 @@ from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potential_files import FileHeader, read_entry_elements, read_header
 from nanoos_fw.md.potential_folders import search_folders
 from nanoos_fw.md.potentials import (
+    SAFE_NAME,
     ZHOU2004_ELEMENTS,
     Potential,
     check_element,
@@ -233,24 +234,7 @@ class Catalogue:
         """Return all entries, in the order of their sources, then by name."""
         found = [CatalogueEntry(n, "plug-in") for n in sorted(plugin_potentials())]
         found += self._site_entries()
-        found.append(
-            CatalogueEntry(
-                "zhou2004",
-                "built-in",
-                "eam/alloy",
-                ZHOU2004_ELEMENTS,
-                header=FileHeader(units="metal", citation=zhou2004.CITATION),
-            )
-        )
-        found.append(
-            CatalogueEntry(
-                "noble-gases",
-                "built-in",
-                "lj/cut",
-                tuple(NOBLE_GASES),
-                header=FileHeader(units="metal", citation=_NOBLE_GASES_CITATION),
-            )
-        )
+        found += _built_in()
         for folder in search_folders(None):
             found += _folder_entries(folder, "lammps")
         return found
@@ -287,11 +271,10 @@ class Catalogue:
         InputError
             If there is none; lists near names.
         """
-        entries = self.entries()
-        for entry in entries:
-            if entry.name == name:
-                return entry
-        raise self._unknown(name, entries)
+        found = self._find(name)
+        if found is None:
+            raise self._unknown(name, self.entries())
+        return found
 
     def make(
         self, entry: CatalogueEntry, elements: Sequence[str] | None, directory: Path
@@ -394,10 +377,10 @@ class Catalogue:
         return commands_potential(chosen, directory=self.directory)
 
     def _named(self, name: str, elements: Sequence[str], directory: Path) -> Potential:
+        found_entry = self._find(name)
+        if found_entry is not None:
+            return self.make(found_entry, elements, directory)
         entries = self.entries()
-        for entry in entries:
-            if name in (entry.name, entry.name.removesuffix(RECIPE_ENDING)):
-                return self.make(entry, elements, directory)
         style = name.lower()
         styles = {entry.pair_style for entry in entries}
         if style not in FAMILIES and style not in styles:
@@ -426,6 +409,22 @@ class Catalogue:
             best[0].header.citation or "no citation",
         )
         return self.make(best[0], elements, directory)
+
+    def _find(self, name: str) -> CatalogueEntry | None:
+        """Return the entry of a name without reading all files; None without one."""
+        if name in plugin_potentials():
+            return CatalogueEntry(name, "plug-in")
+        if not SAFE_NAME.match(name) or name[0] in ".-":
+            return None
+        if self.directory is not None and (found := _at(self.directory, name, "site")):
+            return found
+        for entry in _built_in():
+            if entry.name == name:
+                return entry
+        for folder in search_folders(None):
+            if found := _at(folder, name, "lammps"):
+                return found
+        return None
 
     def _default(self, elements: Sequence[str], directory: Path) -> Potential:
         missing = sorted(set(elements) - set(ZHOU2004_ELEMENTS))
@@ -516,6 +515,33 @@ def _from_plugin(name: str, elements: tuple[str, ...], directory: Path) -> Poten
             advice="it must return a nanoos_fw.md.potentials.Potential",
         )
     return potential
+
+
+def _built_in() -> list[CatalogueEntry]:
+    return [
+        CatalogueEntry(
+            "zhou2004",
+            "built-in",
+            "eam/alloy",
+            ZHOU2004_ELEMENTS,
+            header=FileHeader(units="metal", citation=zhou2004.CITATION),
+        ),
+        CatalogueEntry(
+            "noble-gases",
+            "built-in",
+            "lj/cut",
+            tuple(NOBLE_GASES),
+            header=FileHeader(units="metal", citation=_NOBLE_GASES_CITATION),
+        ),
+    ]
+
+
+def _at(folder: Path, name: str, source: Source) -> CatalogueEntry | None:
+    for path in (folder / name, folder / f"{name}{RECIPE_ENDING}"):
+        if path.is_file():
+            state = path.stat()
+            return _file_entry(path, source, state.st_size, state.st_mtime_ns)
+    return None
 
 
 def _folder_entries(folder: Path, source: Source) -> list[CatalogueEntry]:

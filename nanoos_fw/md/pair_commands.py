@@ -40,6 +40,7 @@ from nanoos_fw.md.potentials import (
     qeq_reaxff,
     safe_timestep_fs,
 )
+from nanoos_fw.settings import load_settings
 
 _NEAR_NAMES = 5
 
@@ -228,7 +229,7 @@ def parse_commands(
         The pair styles, and the paths of the files they name.
     """
     if styles is None:
-        styles = installed_lammps().pair_styles
+        styles = installed_lammps(load_settings().lammps_command).pair_styles
     files: dict[str, Path] = {}
 
     def word(token: str, more: Collection[str] = ()) -> Word:

@@ -16,6 +16,7 @@ from nanoos_fw.md.installed import InstalledLammps, installed_lammps
 from nanoos_fw.md.potential_files import read_header
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.provenance import sha256_file
+from nanoos_fw.settings import load_settings
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -43,7 +44,7 @@ def check_potential(
     potential
         Its potential.
     installed
-        The LAMMPS that will run; None asks the installed Python module.
+        The LAMMPS that will run; None asks the one that the settings name.
 
     Returns
     -------
@@ -81,7 +82,9 @@ def check_styles(
     MissingDependencyError
         Naming the style and the version of LAMMPS.
     """
-    lammps = installed if installed is not None else installed_lammps()
+    lammps = installed
+    if lammps is None:
+        lammps = installed_lammps(load_settings().lammps_command)
     missing = [s for s in potential.pair_styles if s not in lammps.pair_styles]
     missing += [f.style for f in potential.fixes if f.style not in lammps.fix_styles]
     if missing:

@@ -8,6 +8,7 @@ import pytest
 from nanoos_fw import firetasks
 from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import InputError
+from nanoos_fw.firetasks.md import PotentialChoice
 from nanoos_fw.workflows import (
     MAX_FAN,
     CampaignPlan,
@@ -155,6 +156,33 @@ def test_chunks_hold_each_key_once(count: int, size: int) -> None:
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
     assert max(lengths) <= max(size, -(-count // MAX_FAN))
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "says"),
+    [
+        ("tersof", ("Si",), "no potential 'tersof'"),
+        ("tersoff", ("Si", "Xe"), "no tersoff potential at hand knows Si, Xe"),
+        ("zhou2004", ("Cu", "Si"), "no element 'Si'"),
+        ("x\nshell rm", ("Cu",), "no potential"),
+    ],
+)
+def test_a_potential_that_cannot_be_used_is_refused_before_queueing(
+    plan: CampaignPlan, name: str, elements: tuple[str, ...], says: str
+) -> None:
+    choice = PotentialChoice(name=name, elements=elements)
+    method = plan.relaxation.model_copy(update={"potential": choice})
+    bad = plan.model_copy(update={"relaxation": method})
+    with pytest.raises(InputError, match=says):
+        screening_workflow(bad, keys(100), keys(16))
+
+
+def test_a_campaign_may_use_any_potential_of_the_catalogue(plan: CampaignPlan) -> None:
+    choice = PotentialChoice(name="tersoff", elements=("Si", "C"))
+    method = plan.relaxation.model_copy(update={"potential": choice})
+    other = plan.model_copy(update={"relaxation": method})
+    key = screening_workflow(other, keys(100), keys(16)).metadata["key"]
+    assert key != screening_workflow(plan, keys(100), keys(16)).metadata["key"]
 
 
 def test_a_campaign_with_nothing_to_screen_is_refused(plan: CampaignPlan) -> None:
