@@ -67,8 +67,13 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         InputError
             If a field is unknown or has a bad value.
         """
+        given = {k: v for k, v in _fields(self).items() if v is not None}
+        memory = [name for name in given if name in {"mem", "mem_per_cpu"}]
+        # The one of a firework's _queueadapter comes after, and replaces, the file's.
+        for name in memory[:-1]:
+            del given[name]
         return slurm_request(
-            {k: v for k, v in _fields(self).items() if v is not None},
+            given,
             "queue adapter (my_qadapter.yaml or _queueadapter)",
         )
 

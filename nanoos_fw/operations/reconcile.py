@@ -42,6 +42,7 @@ UNNUMBERED_EXPIRES = timedelta(minutes=15)
 LOCK_EXPIRES = timedelta(minutes=10)
 # Jobs of one firework that ended before it began, after which it is paused.
 MAX_UNSTARTED = 3
+_OWN_FAULTS = frozenset({"code", "oom", "timeout", "completed"})
 # Clocks of nodes, and SLURM's full seconds.
 _CLOCK_DIFFERENCE_S = 60.0
 
@@ -387,12 +388,13 @@ def _release(
         before = ((firework or {}).get("spec", {}).get(SPEC_KEY) or {}).get(
             "unstarted", 0
         )
-        pause = before + 1 >= MAX_UNSTARTED and verdict.cause == "code"
+        own_fault = verdict.cause in _OWN_FAULTS
+        pause = own_fault and before + 1 >= MAX_UNSTARTED
         (report.paused if pause else report.unreserved).append(verdict)
         if dry_run:
             return
         launchpad.cancel_reservation(launch.launch_id)
-        if verdict.cause == "code":
+        if own_fault:
             launchpad.fireworks.update_one({"fw_id": launch.fw_id}, {"$inc": {key: 1}})
         if pause:
             launchpad.pause_fw(launch.fw_id)

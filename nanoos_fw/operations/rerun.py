@@ -19,9 +19,16 @@ from typing import Any
 
 from nanoos_fw.errors import InputError, NanoOSError
 from nanoos_fw.provenance import utc_now
-from nanoos_fw.slurm import Cluster, memory_mib, walltime_seconds
+from nanoos_fw.slurm import (
+    Cluster,
+    EndedJob,
+    ended_jobs,
+    memory_mib,
+    walltime_seconds,
+)
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, launch_error
+from nanoos_fw.stores.places import read_places
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +150,9 @@ def plan_reruns(
     classes: Collection[str] = (),
     cluster: Cluster | None = None,
 ) -> list[Attempt]:
-    """Return what a rerun would do with each failed firework. Four queries.
+    """Return what a rerun would do with each failed firework.
+
+    Five queries, and one question to SLURM's accounting if there is a cluster.
 
     Parameters
     ----------
@@ -177,7 +186,7 @@ def plan_reruns(
             launch["launch_id"]: launch
             for launch in database["launches"].find(
                 {"launch_id": {"$in": [n for fw in fireworks for n in fw["launches"]]}},
-                {"launch_id": 1, "action": 1, "state": 1},
+                {"launch_id": 1, "action": 1, "state": 1, "state_history": 1},
             )
         }
         history = Counter(
@@ -194,11 +203,14 @@ def plan_reruns(
             )
             for parent, children in document["links"].items()
         }
+    jobs = _ended_jobs_of(database, launches, cluster) if cluster else {}
     attempts = []
     for firework in fireworks:
         last = launches.get(firework["launches"][-1]) if firework["launches"] else None
         error = launch_error(last)
         failure = failure_class(error)
+        if last is not None and last["launch_id"] in jobs:
+            failure = _with_job(error, failure, jobs[last["launch_id"]])
         if not classes or failure in classes:
             previous = history[firework["fw_id"], failure]
             # Asked for by name, what has no rule of its own runs again as it is.
@@ -210,6 +222,45 @@ def plan_reruns(
                 )
             )
     return attempts
+
+
+def _ended_jobs_of(
+    database: Any, launches: Mapping[int, Mapping[str, Any]], cluster: Cluster
+) -> dict[int, EndedJob]:
+    """Return how the jobs of launches ended, by launch."""
+    places = read_places(database, list(launches))
+    numbers: dict[int, str] = {}
+    for launch_id, launch in launches.items():
+        reserved = [
+            entry["reservation_id"]
+            for entry in launch["state_history"]
+            if "reservation_id" in entry
+        ]
+        place = places.get(launch_id)
+        number = (place.job_id if place else None) or (reserved or [None])[-1]
+        if number is not None:
+            numbers[launch_id] = number
+    ended = ended_jobs(numbers.values(), accounting=cluster.accounting)
+    return {
+        launch_id: ended[number]
+        for launch_id, number in numbers.items()
+        if number in ended
+    }
+
+
+def _with_job(error: NanoOSError, failure: str, job: EndedJob) -> str:
+    """Add to an error what SLURM knows of its job, and return the class of both.
+
+    A process that the kernel killed for memory leaves no other trace.
+    """
+    for name, value in (
+        ("limit_s", job.limit_s),
+        ("memory_mib", job.memory_mib),
+        ("nodes", job.nodes),
+    ):
+        if error.evidence.get(name) is None and value is not None:
+            error.evidence[name] = value
+    return "oom" if failure in {"killed", "launch"} and job.out_of_memory else failure
 
 
 def _descendants(links: Mapping[int, list[int]], fw_id: int) -> int:

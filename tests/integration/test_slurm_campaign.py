@@ -31,7 +31,7 @@ pytestmark = [
 
 BIN = Path(sys.executable).parent
 # Upper bound after which a run counts as hanging; passing runs take a minute.
-HANGING_S = 480.0
+HANGING_S = 240.0
 
 
 @pytest.fixture

@@ -154,6 +154,15 @@ def test_the_adapter_survives_the_copy_that_qlaunch_makes() -> None:
         adapter["nodes"]
 
 
+def test_the_memory_of_a_firework_replaces_that_of_the_file() -> None:
+    for first, second in (("mem", "mem_per_cpu"), ("mem_per_cpu", "mem")):
+        adapter = SlurmAdapter({first: "1G", "nodes": 1})
+        adapter.update({second: "2G"})
+        request = adapter.request.model_dump(exclude_none=True)
+        assert request[second] == "2G"
+        assert first not in request
+
+
 def test_a_misspelt_override_is_refused_before_anything_is_submitted(
     tmp_path: Path,
 ) -> None:

@@ -511,3 +511,24 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     with pytest.raises(InputError, match="no rerun 'last week'"):
         undo_reruns(launchpad, "last week")
     assert report.batch
+
+
+def test_accounting_tells_of_memory_what_the_error_does_not(
+    launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fw = running(launchpad, "5", tmp_path)
+    launch = launchpad.launches.find_one({"fw_id": fw.fw_id})["launch_id"]
+    error = LaunchError("died with signal 9", evidence={"exit_code": -9})
+    details = {"_exception": {"_stacktrace": "", "_details": error.to_dict()}}
+    launchpad.complete_launch(launch, FWAction(stored_data=details), "FIZZLED")
+    asked: list[set[str]] = []
+
+    def ended_jobs(jobs: Any, *, accounting: bool) -> dict[str, EndedJob]:
+        asked.append(set(jobs))
+        return {"5": ended("5", "FAILED", out_of_memory=True, memory_mib=1000.0)}
+
+    monkeypatch.setattr("nanoos_fw.operations.rerun.ended_jobs", ended_jobs)
+    (attempt,) = rerun_failed_fireworks(launchpad, cluster=CLUSTER).rerun
+    assert asked == [{"5"}]
+    assert attempt.failure == "oom"
+    assert attempt.resources == {"mem": "1750M"}
