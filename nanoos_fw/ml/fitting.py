@@ -26,7 +26,12 @@ from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.network import CountedDropout, TensorBatch, build_network
+from nanoos_fw.ml.network import (
+    CountedDropout,
+    GatedConvolution,
+    TensorBatch,
+    build_network,
+)
 from nanoos_fw.ml.process_groups import sum_tensor
 from nanoos_fw.parallel import Communicator
 
@@ -152,6 +157,10 @@ class Fit:
             )
         self.network = network.to(device=self.device, dtype=self.dtype)
         self.network.use_communicator(comm)
+        self._cast = config.precision == "bfloat16" and _has_bfloat16(self.device)
+        for module in self.network.modules():
+            if isinstance(module, GatedConvolution):
+                module.rounded = config.precision == "bfloat16" and not self._cast
         self._frozen = freeze(self.network, config.freeze)
         self._dropouts = [
             m for m in self.network.modules() if isinstance(m, CountedDropout) and m.p
@@ -407,7 +416,7 @@ class Fit:
         return functional.softmax(output, dim=1)[:, 1] if self.classes else output
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "bfloat16":
+        if self._cast:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
@@ -577,6 +586,14 @@ def _optimizer(
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Tell whether products of bfloat16 are not slower than those of float32."""
+    if device.type != "cpu":
+        return True
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
 def _ease(begin: float, end: float, done: float) -> float:

@@ -171,6 +171,11 @@ def train_cgcnn_model(
             "the config names a parent by its checksum, but no file was given",
             advice="give the file as parent",
         )
+    elif checked.freeze or checked.normalizer == "keep":
+        raise InputError(
+            "freeze and normalizer = keep need a parent to take them from",
+            advice="give a checkpoint as parent",
+        )
     directory = Path(work_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / RANK_CONFIG

@@ -166,8 +166,6 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 "classes takes two names, and needs element_reference = false"
             )
-        if self.parent_sha256 is None and (self.freeze or self.normalizer == "keep"):
-            raise ValueError("freeze and normalizer = keep need a parent")
         return self
 
     @model_serializer(mode="wrap")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +22,19 @@ from nanoos_fw.ml.datasets import (
 )
 from nanoos_fw.ml.fitting import Fit, share
 from nanoos_fw.ml.graphs import build_graph
-from nanoos_fw.ml.metrics import calibrate, fit_element_reference, regression_metrics
+from nanoos_fw.ml.metrics import (
+    calibrate,
+    classification_metrics,
+    fit_element_reference,
+    regression_metrics,
+)
 from nanoos_fw.ml.network import GlobalBatchNorm, _GlobalNormalization
 from nanoos_fw.ml.training import (
     TrainingConfig,
     TrainingResult,
     main,
     train_cgcnn_model,
+    with_parent,
 )
 from nanoos_fw.parallel import Communicator, StopRequest
 
@@ -511,3 +518,195 @@ def test_a_single_network_with_dropout_states_its_uncertainty(dataset_dir, tmp_p
     card = CGCNNModel("m", TARGET).load_from_checkpoint(both.checkpoint).card
     assert card.uncertainty.spread == "ensemble+mc_dropout"
     assert card.uncertainty.dropout_passes == 16
+
+
+# ------------------------------------------------------------------- classes, parents
+
+
+@pytest.fixture(scope="module")
+def labels_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("labels")
+    config = DatasetConfig(
+        target_property="is_metal",
+        unit="",
+        train_fraction=0.7,
+        val_fraction=0.2,
+        test_fraction=0.1,
+    )
+    middle = float(np.median(list(TARGETS.values())))
+    labels = {name: float(value > middle) for name, value in TARGETS.items()}
+    write_dataset(build_regression_dataset(GRAPHS, labels, config), directory)
+    return directory
+
+
+CLASSES = {
+    "target": "is_metal",
+    "classes": ("no", "yes"),
+    "element_reference": False,
+    "ensemble_size": 1,
+    "epochs": 30,
+}
+
+
+def test_two_classes_are_learned_as_probabilities(labels_dir, tmp_path):
+    result = train(labels_dir, tmp_path, **CLASSES)
+    for part in ("val", "test"):
+        rows = result.predictions[part]
+        found = np.array([row["mean"] for row in rows])
+        truth = np.array([row["target"] for row in rows])
+        assert ((found > 0) & (found < 1)).all()
+        metrics = result.metrics[part]
+        assert metrics["accuracy"] == np.mean((found > 0.5) == (truth > 0.5))
+        likely = np.where(truth > 0.5, found, 1 - found)
+        assert metrics["nll"] == pytest.approx(-np.log(likely).mean())
+    assert result.metrics["val"]["accuracy"] > 0.8
+    curve = result.curves[0]
+    assert curve.val_loss[curve.best_epoch - 1] == min(curve.val_loss)
+    model = CGCNNModel("m", "is_metal").load_from_checkpoint(result.checkpoint)
+    row = result.predictions["val"][0]
+    said = model.predict(GRAPHS[row["structure_id"]])["prediction"]
+    assert said == pytest.approx(row["mean"], abs=1e-5)
+
+
+def test_targets_that_are_no_classes_are_refused(dataset_dir, tmp_path):
+    changes = {**CLASSES, "target": TARGET}
+    with pytest.raises(InputError, match="neither 0 nor 1"):
+        train(dataset_dir, tmp_path, **changes)
+
+
+def test_area_under_the_curve_counts_pairs():
+    rng = np.random.default_rng(0)
+    truth = (rng.random(40) > 0.6).astype(float)
+    said = np.round(rng.random(40), 1)  # with ties
+    pairs = [
+        (a > b) + 0.5 * (a == b) for a in said[truth == 1] for b in said[truth == 0]
+    ]
+    found = classification_metrics(truth, said)["roc_auc"]
+    assert found == pytest.approx(np.mean(pairs))
+    assert classification_metrics(truth[:0], said[:0])["roc_auc"] is None
+
+
+def test_fine_tuning_keeps_what_is_frozen(dataset_dir, tmp_path):
+    first = train(dataset_dir, tmp_path / "first", epochs=3, ensemble_size=1)
+    config = with_parent(
+        TrainingConfig(
+            target=TARGET,
+            epochs=2,
+            batch_size=8,
+            ensemble_size=2,
+            freeze=("embedding", "convolutions.0"),
+            normalizer="keep",
+            forest_baseline=False,
+        ),
+        Path(first.checkpoint),
+    )
+    assert config.parent_sha256 == first.checkpoint_sha256
+    assert config.hidden_dim == SMALL["hidden_dim"]
+    work_dir = tmp_path / "second"
+    work_dir.mkdir()
+    values = {
+        "config": config.model_dump(mode="json"),
+        "dataset_dir": str(dataset_dir),
+        "threads": 1,
+        "parent": first.checkpoint,
+    }
+    result = TrainingResult(**main(values, work_dir, Communicator(), StopRequest()))
+    before, after = load_file(first.checkpoint), load_file(result.checkpoint)
+    for name, value in before.items():
+        if not name.startswith("members.0."):
+            continue
+        for member in range(2):
+            new = after[name.replace("members.0.", f"members.{member}.")]
+            frozen = "embedding" in name or "convolutions.0." in name
+            assert np.array_equal(new, value) == frozen, name
+    assert np.array_equal(after["element_reference"], before["element_reference"])
+    assert result.parent == {
+        "sha256": first.checkpoint_sha256,
+        "frozen": ["embedding", "convolutions.0"],
+        "normalizer": "keep",
+    }
+
+
+def test_a_parent_of_other_sizes_is_refused(dataset_dir, tmp_path):
+    first = train(dataset_dir, tmp_path, epochs=1, ensemble_size=1)
+    with pytest.raises(InputError, match="hidden_dim is 12"):
+        with_parent(
+            TrainingConfig(target=TARGET, hidden_dim=12), Path(first.checkpoint)
+        )
+    with pytest.raises(InputError, match="bandgap"):
+        with_parent(TrainingConfig(target="bandgap"), Path(first.checkpoint))
+    with pytest.raises(InputError, match="need a parent"):
+        train_cgcnn_model(
+            TARGET,
+            TrainingConfig(target=TARGET, freeze=("dense",)),
+            dataset_dir=dataset_dir,
+            work_dir=tmp_path,
+        )
+
+
+def test_every_epoch_has_its_metrics_and_the_forest_stands_beside(
+    dataset_dir, tmp_path
+):
+    result = train(
+        dataset_dir, tmp_path, epochs=2, ensemble_size=1, forest_baseline=True
+    )
+    curve = result.curves[0]
+    for name in ("train_loss", "train_mse", "train_mae", "train_r2"):
+        assert len(getattr(curve, name)) == 2
+    for name in ("val_loss", "val_mse", "val_mae", "val_r2"):
+        assert len(getattr(curve, name)) == 2
+    assert curve.val_mae[1] ** 2 <= curve.val_mse[1]
+    truth = np.array([row["target"] for row in result.predictions["val"]])
+    # The reference is part of target and prediction: R² of the residual differs.
+    assert set(result.baselines) == {"mean", "composition", "forest"}
+    assert result.baselines["forest"]["val"]["n"] == len(truth)
+    errors = result.per_element["val"]
+    rows = [
+        r for r in result.predictions["val"] if 13 in GRAPHS[r["structure_id"]].numbers
+    ]
+    assert errors["Al"]["n"] == len(rows)
+    mae = np.mean([abs(r["mean"] - r["target"]) for r in rows])
+    assert errors["Al"]["mae"] == pytest.approx(mae)
+    assert all(len(row["members"]) == 1 for row in result.predictions["test"])
+
+
+def test_clipping_bounds_the_step(dataset_dir, tmp_path):
+    # Plain SGD moves by rate times gradient: one step, one bound.
+    options = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup_fraction": 0.0,
+        "averaging_epochs": 0.0,
+        "epochs": 1,
+        "batch_size": 60,
+        "ensemble_size": 1,
+        "learning_rate": 1.0,
+        "precision": "float64",
+    }
+    whole = train(dataset_dir, tmp_path / "whole", **options, clip_norm=1e9)
+    still = train(dataset_dir, tmp_path / "still", **options, clip_norm=1e-12)
+    short = train(dataset_dir, tmp_path / "short", **options, clip_norm=1e-3)
+    origin = load_file(still.last_checkpoint)
+
+    def moved(result):
+        now = load_file(result.last_checkpoint)
+        names = [n for n in now if n.endswith(("weight", "bias"))]
+        return np.sqrt(sum(((now[n] - origin[n]) ** 2).sum() for n in names))
+
+    assert moved(short) == pytest.approx(1e-3, rel=1e-6)
+    assert moved(whole) > 1e-2
+
+
+def test_later_fields_leave_the_keys_of_older_trainings_alone():
+    dumped = TrainingConfig(target=TARGET).model_dump(mode="json")
+    assert set(dumped) == {
+        "target", "epochs", "batch_size", "learning_rate", "hidden_dim", "num_layers",
+        "readout_dim", "gaussian_step", "ensemble_size", "optimizer", "weight_decay",
+        "schedule", "warmup_fraction", "loss", "averaging_epochs", "patience",
+        "element_reference", "checkpoint_every", "seed", "precision", "schema_version",
+    }  # fmt: skip
+    changed = TrainingConfig(target=TARGET, dropout=0.1)
+    assert changed.model_dump(mode="json") == {**dumped, "dropout": 0.1}
+    assert TrainingConfig(**changed.model_dump(mode="json")) == changed
