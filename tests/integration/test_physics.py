@@ -22,7 +22,9 @@ from nanoos_fw.md.cells import site_elements
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potentials import lennard_jones_potential
+from nanoos_fw.md.rdf import radial_distribution
 from nanoos_fw.md.recipes import file_potential
+from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.units import (
     BOLTZMANN_EV_PER_K,
     EV_PER_A3_IN_BAR,
@@ -545,6 +547,7 @@ def test_liquid_near_its_triple_point_has_the_published_energy_and_pressure(tmp_
         equilibration_steps=6000,
         num_steps=30_000,
         thermostat_fs=500.0,
+        dump_every=500,
         seed=13,
     )
     n = len(structure)
@@ -559,6 +562,23 @@ def test_liquid_near_its_triple_point_has_the_published_energy_and_pressure(tmp_
     missing = rho * t / n
     assert error < 0.05
     assert abs(mean + tail_pressure + missing - pressure) < 5 * math.hypot(error, 2e-3)
+
+    paths = segment_files(tmp_path / "output", "trajectory.*.bin")
+    frames = [frame for frame in read_frames(paths) if frame.step > 6000]
+    found = radial_distribution(frames, 3.0 * SIGMA_A, bins=1500)
+    r = found.r_a / SIGMA_A
+    # The energy equation, U/N = 2 pi rho int g u r^2 dr, of the same frames.
+    u = 4 * (r**-12.0 - r**-6.0)
+    integral = 2 * math.pi * rho * float((found.g * u * r**2).sum()) * (r[1] - r[0])
+    steps = {frame.step for frame in frames}
+    same = [int(step) in steps for step in table.step]
+    mean = table["potential_energy_ev"][same].mean() / (n * EPSILON_EV)
+    assert integral == pytest.approx(mean, abs=2e-3)
+    # L. Verlet, Phys. Rev. 165, 201 (1968): the first peak at 1.09 sigma, near 3 high.
+    coarse = found.g.reshape(-1, 15).mean(axis=1)
+    peak = int(coarse.argmax())
+    assert r.reshape(-1, 15).mean(axis=1)[peak] == pytest.approx(1.09, abs=0.04)
+    assert 2.4 < coarse[peak] < 3.2
 
 
 def test_constant_energy_does_not_drift_and_its_noise_is_of_second_order(tmp_path):
