@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any
@@ -16,6 +17,7 @@ from nanoos_fw.errors import NanoOSError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.featurizing import FeatureGuard, Featurized, FeaturizingChild
+from nanoos_fw.stores.database import Patience
 from nanoos_fw.stores.features import (
     COMPUTED,
     HIT,
@@ -103,6 +105,7 @@ def compute_features(
     retry_quarantined: bool = False,
     workers: int = 1,
     guard: FeatureGuard | None = None,
+    patience: Patience | None = None,
     on_progress: Callable[[FeaturizeReport], None] = lambda _: None,
 ) -> FeaturizeReport:
     """Compute the features that the store does not have.
@@ -129,6 +132,8 @@ def compute_features(
     guard
         Time and memory of one structure; None for the defaults. A structure that
         exceeds them, or cannot be featurized, is quarantined with the reason.
+    patience
+        How long to wait for a database server that is away; None for ten minutes.
     on_progress
         Called after each micro-batch.
 
@@ -138,19 +143,23 @@ def compute_features(
         If a structure is not in the store.
     LaunchError
         If no child process starts.
+    StoreError
+        If the database server stays away.
     """
     parameters = parameters or FeatureParameters()
     keys = list(dict.fromkeys(keys))
     described = parameters.model_dump(mode="json")
     structures, features = StructureStore(database), FeatureStore(database)
     report = FeaturizeReport()
-    sizes = structures.sizes(keys)
+    # A server that is restarted must not cost a chunk. All operations may be repeated.
+    patiently = (patience or Patience()).run
+    sizes = patiently(lambda: structures.sizes(keys))
 
     def undecided(wanted: Sequence[str]) -> list[str]:
         """Return what is left to compute, and note what is there."""
         if force_recompute:
             return list(wanted)
-        state = features.state(wanted, described, FEATURE_VERSION)
+        state = patiently(lambda: features.state(wanted, described, FEATURE_VERSION))
         report.hit += [key for key in wanted if state.get(key) == "ok"]
         left = [key for key in wanted if key not in state]
         bad = [key for key in wanted if state.get(key) == QUARANTINED]
@@ -158,7 +167,7 @@ def compute_features(
             return left + bad
         if bad:
             report.quarantined.update(
-                features.quarantined(bad, described, FEATURE_VERSION)
+                patiently(lambda: features.quarantined(bad, described, FEATURE_VERSION))
             )
         return left
 
@@ -171,7 +180,7 @@ def compute_features(
         for batch in batches:
             left = undecided(batch)
             if left:
-                yield structures.encoded(left)
+                yield patiently(partial(structures.encoded, left))
             else:
                 on_progress(report)
 
@@ -180,7 +189,16 @@ def compute_features(
     ):
         good = [Features(r.key, r.graph, r.scalars) for r in results if not r.error]
         bad: dict[str, NanoOSError] = {r.key: r.error for r in results if r.error}
-        features.put(good, bad, described, FEATURE_VERSION, replace=force_recompute)
+        patiently(
+            partial(
+                features.put,
+                good,
+                bad,
+                described,
+                FEATURE_VERSION,
+                replace=force_recompute,
+            )
+        )
         report.computed += [entry.structure for entry in good]
         report.quarantined.update({k: e.to_dict() for k, e in bad.items()})
         on_progress(report)

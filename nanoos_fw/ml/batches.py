@@ -9,7 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import CrystalGraph, read_header, unpack_graph
+from nanoos_fw.ml.graphs import (
+    HEADER_BYTES,
+    CrystalGraph,
+    read_headers,
+    unpack_graph,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,24 +112,31 @@ class GraphTable:
         """
         if not blobs:
             raise InputError("a graph table needs at least one graph")
-        heads = [read_header(blob) for blob in blobs]
-        kinds = {(head.cutoff_radius, head.max_neighbors) for head in heads}
-        # Equal keys in all blobs let whole columns be cut out at once.
-        if len(kinds) > 1 or any(head.wide_index for head in heads):
+        alike = read_headers(blobs)
+        if alike is None:  # or damaged, which the slow way tells
             return cls.from_graphs([unpack_graph(blob) for blob in blobs])
-        cutoff_radius, max_neighbors = kinds.pop()
-        n_atoms = np.array([head.n_atoms for head in heads])
-        n_edges = np.array([head.n_edges for head in heads])
-        columns: list[list[bytes]] = [[], [], [], []]
-        for blob, head in zip(blobs, heads, strict=True):
-            for column, (begin, end) in zip(columns, head.parts, strict=True):
-                column.append(blob[begin:end])
-        numbers, degrees, neighbors, distances = (b"".join(c) for c in columns)
+        wide_index, cutoff_radius, max_neighbors, n_atoms, n_edges = alike
+        size = 4 if wide_index else 2
+        a1 = HEADER_BYTES + n_atoms
+        a2 = a1 + 2 * n_atoms
+        a3 = a2 + size * n_edges
+        a4 = a3 + 4 * n_edges
+        # Equal keys in all blobs let whole columns be cut out at once.
+        numbers, degrees, neighbors, distances = [], [], [], []
+        ends = zip(blobs, a1.tolist(), a2.tolist(), a3.tolist(), a4.tolist(),
+                   strict=True)  # fmt: skip
+        for blob, e1, e2, e3, e4 in ends:
+            numbers.append(blob[HEADER_BYTES:e1])
+            degrees.append(blob[e1:e2])
+            neighbors.append(blob[e2:e3])
+            distances.append(blob[e3:e4])
+        join = b"".join
+        index = "<i4" if wide_index else "<i2"
         return cls(
-            numbers=np.frombuffer(numbers, dtype="u1"),
-            degrees=np.frombuffer(degrees, dtype="<u2").astype(np.uint16, copy=False),
-            neighbors=np.frombuffer(neighbors, dtype="<i2").astype(np.int32),
-            distances=np.frombuffer(distances, "<f4").astype(np.float32, copy=False),
+            numbers=np.frombuffer(join(numbers), dtype="u1"),
+            degrees=np.frombuffer(join(degrees), "<u2").astype(np.uint16, copy=False),
+            neighbors=np.frombuffer(join(neighbors), index).astype(np.int32),
+            distances=np.frombuffer(join(distances), "<f4").astype("f4", copy=False),
             atom_start=_starts(n_atoms),
             edge_start=_starts(n_edges),
             cutoff_radius=cutoff_radius,

@@ -18,7 +18,12 @@ from nanoos_fw.ml.cgcnn_format import (
     graph_to_cgcnn,
     published_atom_features,
 )
-from nanoos_fw.ml.graphs import CrystalGraph, build_graph
+from nanoos_fw.ml.graphs import (
+    CrystalArrays,
+    CrystalGraph,
+    build_graph,
+    pack_arrays,
+)
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -147,7 +152,12 @@ def extract_structure_features(
     )
     graph_repr = graph_to_repr(graph)
     graph_repr["vectors"] = edge_vectors(graph, structure.frac_coords)
-    return graph_repr, _scalar_features(structure, graph.numbers)
+    (scalars,) = scalar_features(
+        graph.numbers,
+        np.array([0, graph.n_atoms]),
+        np.array([structure.volume], dtype=np.float64),
+    )
+    return graph_repr, scalars
 
 
 def graph_to_repr(graph: CrystalGraph) -> dict[str, Any]:
@@ -283,48 +293,113 @@ def scalar_unit(name: str) -> str:
     raise InputError(f"there is no scalar feature {name!r}")
 
 
-# ------------------------------------------------------------------------- private
+# ------------------------------------------------------------------------ many at once
 
 
-def _scalar_features(
-    structure: Structure, numbers: NDArray[np.uint8]
-) -> dict[str, float]:
-    """Return the scalars: composition, elemental statistics, packing.
+def scalar_features(
+    numbers: NDArray[np.uint8],
+    atom_start: NDArray[np.int64],
+    volumes: NDArray[np.float64],
+) -> list[dict[str, float]]:
+    """Return the scalars of crystals: composition, elemental statistics, packing.
 
     Statistics are weighted by atomic fraction (``std`` is the population's). Where
     an element present has no published value, the statistics of that property are
     left out, and ``<property>_known_fraction`` tells how much of the composition has
     one: a mean over the rest would be a number for another material.
-    """
-    from pymatgen.core.periodic_table import Element
 
+    Parameters
+    ----------
+    numbers, atom_start
+        As in :class:`nanoos_fw.ml.graphs.CrystalArrays`.
+    volumes
+        ``(n_crystals,)``, Å³.
+    """
     table = element_table()
-    elements, counts = np.unique(numbers, return_counts=True)
-    fractions = counts / counts.sum()
-    scalars: dict[str, float] = {
-        "n_sites": float(len(numbers)),
-        "n_elements": float(len(elements)),
-        "volume_per_atom": float(structure.volume / len(numbers)),
-        "density": float(structure.density),
+    n = len(atom_start) - 1
+    if n == 0:
+        return []
+    sizes = np.diff(atom_start)
+    owner = np.repeat(np.arange(n), sizes)
+    # Pairs of crystal and element, each with its number of atoms.
+    pairs, counts = np.unique(owner * 128 + numbers, return_counts=True)
+    row, z = pairs // 128, pairs % 128
+    first = np.searchsorted(row, np.arange(n))
+    fractions = counts / sizes[row]
+    mass, _ = table.column("atomic_mass")
+    columns: dict[str, tuple[list[float], list[bool] | None]] = {
+        "n_sites": (sizes.astype(float).tolist(), None),
+        "n_elements": (np.diff([*first, len(row)]).astype(float).tolist(), None),
+        "volume_per_atom": ((volumes / sizes).tolist(), None),
+        "density": (
+            (np.add.reduceat(counts * mass[z], first) / volumes * _u_per_a3()).tolist(),
+            None,
+        ),
     }
-    for z, fraction in zip(elements, fractions, strict=True):
-        scalars[f"fraction_{Element.from_Z(int(z)).symbol}"] = float(fraction)
     for name in table.names:
         column, mask = table.column(name)
-        values, known = column[elements], mask[elements]
-        scalars[f"{name}_known_fraction"] = float(fractions[known].sum())
-        if not known.all():
-            continue
-        mean = float(fractions @ values)
-        scalars[f"{name}_mean"] = mean
-        scalars[f"{name}_min"] = float(values.min())
-        scalars[f"{name}_max"] = float(values.max())
-        scalars[f"{name}_range"] = float(np.ptp(values))
-        scalars[f"{name}_std"] = float(np.sqrt(fractions @ (values - mean) ** 2))
+        values, known = column[z], mask[z]
+        whole = np.logical_and.reduceat(known, first).tolist()
+        mean = np.add.reduceat(fractions * values, first)
+        spread = np.add.reduceat(fractions * (values - mean[row]) ** 2, first)
+        low = np.minimum.reduceat(values, first)
+        high = np.maximum.reduceat(values, first)
+        share = np.add.reduceat(fractions * known, first)
+        columns[f"{name}_known_fraction"] = (share.tolist(), None)
+        for statistic, found in (
+            ("mean", mean), ("min", low), ("max", high), ("range", high - low),
+            ("std", np.sqrt(spread)),
+        ):  # fmt: skip
+            columns[f"{name}_{statistic}"] = (found.tolist(), whole)
     radii, known = table.column("atomic_radius")
-    if known[elements].all():
-        # Spheres of the atomic radius over the cell, overlaps counted twice: the
-        # "packing fraction" of matminer's DensityFeatures.
-        spheres = 4.0 / 3.0 * math.pi * float(counts @ radii[elements] ** 3)
-        scalars["space_filling"] = spheres / float(structure.volume)
-    return scalars
+    # Spheres of the atomic radius over the cell, overlaps counted twice: the
+    # "packing fraction" of matminer's DensityFeatures.
+    spheres = 4.0 / 3.0 * math.pi * np.add.reduceat(counts * radii[z] ** 3, first)
+    columns["space_filling"] = (
+        (spheres / volumes).tolist(),
+        np.logical_and.reduceat(known[z], first).tolist(),
+    )
+    found_scalars: list[dict[str, float]] = [{} for _ in range(n)]
+    for name, (numbers_of, there) in columns.items():
+        for crystal, value in enumerate(numbers_of):
+            if there is None or there[crystal]:
+                found_scalars[crystal][name] = value
+    labels = _fraction_names()
+    for crystal, element, share_of in zip(
+        row.tolist(), z.tolist(), fractions.tolist(), strict=True
+    ):
+        found_scalars[crystal][labels[element]] = share_of
+    return found_scalars
+
+
+@functools.cache
+def _fraction_names() -> tuple[str, ...]:
+    from pymatgen.core.periodic_table import Element
+
+    return ("", *(f"fraction_{Element.from_Z(z).symbol}" for z in range(1, 119)))
+
+
+@functools.cache
+def _u_per_a3() -> float:
+    """Return what one u/Å³ is in g/cm³, by the constants of pymatgen."""
+    from pymatgen.core.units import Length, Mass
+
+    return float(Mass(1, "amu").to("g")) / float(Length(1, "ang").to("cm")) ** 3
+
+
+def featurize_arrays(
+    flat: CrystalArrays, cutoff_radius: float, max_neighbors: int | None
+) -> list[tuple[bytes, dict[str, float]] | InputError]:
+    """Return packed graph and scalars of each crystal, or why it has none.
+
+    What :func:`extract_structure_features` and ``pack_graph`` give, for many crystals
+    in few calls.
+    """
+    packed = pack_arrays(flat, cutoff_radius, max_neighbors)
+    cross = np.cross(flat.lattices[:, 0], flat.lattices[:, 1])
+    volumes = np.abs(np.einsum("ij,ij->i", cross, flat.lattices[:, 2]))
+    scalars = scalar_features(flat.numbers, flat.atom_start, volumes)
+    return [
+        graph if isinstance(graph, InputError) else (graph, own)
+        for graph, own in zip(packed, scalars, strict=True)
+    ]

@@ -13,7 +13,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,8 +36,24 @@ _MAX_DEGREE = np.iinfo(np.uint16).max
 # Packed form: this header, then Z u1, degree u2, neighbour i2 or i4, distance f4, and
 # with geometry offsets i1 or i2 and the lattice f8. Little endian throughout.
 _HEADER = struct.Struct("<4sBBHIIdI")
+_HEADER_FIELDS = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "u1"),
+        ("flags", "u1"),
+        ("max_neighbors", "<u2"),
+        ("n_atoms", "<u4"),
+        ("n_edges", "<u4"),
+        ("cutoff_radius", "<f8"),
+        ("checksum", "<u4"),
+    ]
+)
+HEADER_BYTES = _HEADER.size
 _MAGIC = b"NOCG"
 _PACK_VERSION = 1
+_NARROW, _WIDE = np.dtype("<i2"), np.dtype("<i4")
+_DEGREE, _DISTANCE = np.dtype("<u2"), np.dtype("<f4")
+_CENTRES = np.arange(1024, dtype=np.int32)
 _WIDE_INDEX, _GEOMETRY, _WIDE_OFFSETS = 1, 2, 4
 
 
@@ -430,6 +446,61 @@ def pack_graph(graph: CrystalGraph, *, geometry: bool = False) -> bytes:
     return _HEADER.pack(*fields, checksum) + payload
 
 
+def pack_arrays(
+    flat: CrystalArrays, cutoff_radius: float, max_neighbors: int | None
+) -> list[bytes | InputError]:
+    """Return the packed graph of each crystal, or why it has none.
+
+    The bytes are those of :func:`pack_graph` without geometry, made without a graph
+    in between.
+
+    Raises
+    ------
+    InputError
+        If a crystal has over 32767 atoms, or an atom over 65535 neighbours: these are
+        packed one by one.
+    """
+    _check_parameters(cutoff_radius, max_neighbors)
+    found = list_nearest(
+        flat.lattices,
+        flat.frac_coords,
+        flat.numbers,
+        flat.atom_start,
+        cutoff_radius,
+        max_neighbors,
+    )
+    starts = flat.atom_start
+    if (
+        np.diff(starts).max(initial=0) > np.iinfo(np.int16).max
+        or found.degrees.max(initial=0) > _MAX_DEGREE
+    ):
+        raise InputError("the crystals are too large to be packed together")
+    edges = np.concatenate([[0], np.cumsum(found.degrees)])[starts].tolist()
+    numbers, degrees = flat.numbers.tobytes(), found.degrees.astype("<u2").tobytes()
+    neighbors = found.neighbors.astype("<i2").tobytes()
+    distances = found.distances.astype("<f4").tobytes()
+    atoms, status = starts.tolist(), found.status.tolist()
+    packed: list[bytes | InputError] = []
+    radius, kept = float(cutoff_radius), max_neighbors or 0
+    for row, code in enumerate(status):
+        if code:
+            packed.append(graph_error(flat, found, row, cutoff_radius))
+            continue
+        a, b, e, f = atoms[row], atoms[row + 1], edges[row], edges[row + 1]
+        payload = b"".join(
+            (
+                numbers[a:b],
+                degrees[2 * a : 2 * b],
+                neighbors[2 * e : 2 * f],
+                distances[4 * e : 4 * f],
+            )
+        )
+        fields = (_MAGIC, _PACK_VERSION, 0, kept, b - a, f - e, radius)
+        checksum = zlib.crc32(payload, zlib.crc32(_HEADER.pack(*fields, 0)))
+        packed.append(_HEADER.pack(*fields, checksum) + payload)
+    return packed
+
+
 def unpack_graph(data: bytes) -> CrystalGraph:
     """Return the graph of :func:`pack_graph`.
 
@@ -442,10 +513,12 @@ def unpack_graph(data: bytes) -> CrystalGraph:
     head = read_header(data)
     (a0, _), (a1, _), (a2, _), (a3, a4) = head.parts
     n_atoms, n_edges = head.n_atoms, head.n_edges
-    index = "<i4" if head.wide_index else "<i2"
+    index = _WIDE if head.flags & _WIDE_INDEX else _NARROW
     edge_index = np.empty((2, n_edges), dtype=np.int32)
-    degrees = np.frombuffer(data, "<u2", n_atoms, a1)
-    edge_index[0] = np.arange(n_atoms, dtype=np.int32).repeat(degrees)
+    centres = _CENTRES[:n_atoms]
+    if len(centres) < n_atoms:
+        centres = np.arange(n_atoms, dtype=np.int32)
+    edge_index[0] = centres.repeat(np.frombuffer(data, _DEGREE, n_atoms, a1))
     edge_index[1] = np.frombuffer(data, index, n_edges, a2)
     offsets = lattice = None
     if head.flags & _GEOMETRY:
@@ -454,15 +527,18 @@ def unpack_graph(data: bytes) -> CrystalGraph:
         offsets = kept.astype(np.int32).reshape(-1, 3)
         lattice = np.frombuffer(data, "<f8", 9, len(data) - 72).astype(np.float64)
         lattice = lattice.reshape(3, 3)
-    return CrystalGraph(
+    # Not by __init__: the header has been checked, and that is a third of the time.
+    graph: CrystalGraph = object.__new__(CrystalGraph)
+    graph.__dict__.update(
         numbers=np.frombuffer(data, np.uint8, n_atoms, a0).copy(),
         edge_index=edge_index,
-        distances=np.frombuffer(data, "<f4", n_edges, a3).astype(np.float64),
+        distances=np.frombuffer(data, _DISTANCE, n_edges, a3).astype(np.float64),
         cutoff_radius=head.cutoff_radius,
         max_neighbors=head.max_neighbors,
         offsets=offsets,
         lattice=lattice,
     )
+    return graph
 
 
 class PackedHeader(NamedTuple):
@@ -541,6 +617,50 @@ def read_header(data: bytes) -> PackedHeader:
         flags,
         ((_HEADER.size, a1), (a1, a2), (a2, a3), (a3, a4)),
     )
+
+
+def read_headers(
+    blobs: Sequence[bytes],
+) -> tuple[bool, float, int | None, NDArray[np.int64], NDArray[np.int64]] | None:
+    """Check packed graphs that were all made in one way, at once.
+
+    Returns
+    -------
+    tuple or None
+        Whether neighbours have 4 bytes, cutoff radius, neighbours kept, numbers of
+        atoms and of edges. None if
+        they are not alike, or one of them is not good: :func:`read_header` tells.
+    """
+    size = _HEADER.size
+    heads = np.frombuffer(b"".join([blob[:size] for blob in blobs]), dtype="u1")
+    if len(heads) != size * len(blobs):
+        return None
+    fields = heads.view(_HEADER_FIELDS)
+    first = fields[0]
+    flags = int(first["flags"])
+    alike = all(
+        (fields[name] == first[name]).all()
+        for name in ("flags", "max_neighbors", "cutoff_radius")
+    )
+    if not alike:
+        return None
+    n_atoms = fields["n_atoms"].astype(np.int64)
+    n_edges = fields["n_edges"].astype(np.int64)
+    lengths = size + 3 * n_atoms + (8 if flags & _WIDE_INDEX else 6) * n_edges
+    if flags & _GEOMETRY:
+        lengths += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
+    crc32, end, blank = zlib.crc32, size - 4, bytes(4)
+    checksums = [crc32(b[size:], crc32(b[:end] + blank)) for b in blobs]
+    good = (
+        (fields["magic"] == _MAGIC).all()
+        and (fields["version"] == _PACK_VERSION).all()
+        and lengths.tolist() == list(map(len, blobs))
+        and fields["checksum"].tolist() == checksums
+    )
+    if not good:
+        return None
+    cutoff_radius, kept = float(first["cutoff_radius"]), int(first["max_neighbors"])
+    return bool(flags & _WIDE_INDEX), cutoff_radius, kept or None, n_atoms, n_edges
 
 
 # ------------------------------------------------------------------------- private

@@ -7,11 +7,13 @@ The stores live in the database of the user's own LaunchPad, beside ``fireworks`
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nanoos_fw.errors import (
@@ -28,6 +30,10 @@ EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
 EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
 _ARTIFACTS = "artifacts"
+_LONGEST_PAUSE_S = 30.0
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
 
 # Collection -> indexes: (fields, unique). All unique keys are content keys or names,
 # so the database decides every race.
@@ -221,6 +227,64 @@ def store_errors(doing: str) -> Iterator[None]:
             evidence={"error": str(error)[:500]},
             advice="check the database server; rerunning is safe",
         ) from error
+
+
+class Patience:
+    """Do store operations again while the server is away, for a bounded time.
+
+    For operations that may be done twice. Errors of other kinds pass at once.
+
+    Parameters
+    ----------
+    seconds
+        Give up when no operation has succeeded for so long.
+    pause_s
+        First pause; it doubles up to 30 s.
+    """
+
+    def __init__(self, seconds: float = 600.0, pause_s: float = 1.0) -> None:
+        self._seconds, self._pause_s = seconds, pause_s
+
+    def run(self, operation: Callable[[], _T]) -> _T:
+        """Return what the operation returns.
+
+        Raises
+        ------
+        StoreError
+            If the server has not come back in time.
+        """
+        began = time.monotonic()
+        pause, tries = self._pause_s, 0
+        while True:
+            try:
+                result = operation()
+            except StoreError as error:
+                tries += 1
+                left = began + self._seconds - time.monotonic()
+                if not _is_outage(error.__cause__) or left <= 0:
+                    raise
+                pause_now = min(pause, left)
+                logger.warning(
+                    "%s; try %d, again in %.0f s, for %.0f s at most",
+                    error, tries, pause_now, left,
+                )  # fmt: skip
+                time.sleep(pause_now)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                if tries:
+                    logger.warning("the database server is back after %d tries", tries)
+                return result
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Tell whether a driver error means that the server cannot be reached now."""
+    from pymongo.errors import (
+        AutoReconnect,
+        ConnectionFailure,
+        WaitQueueTimeoutError,
+    )
+
+    return isinstance(error, AutoReconnect | ConnectionFailure | WaitQueueTimeoutError)
 
 
 def upsert_many(

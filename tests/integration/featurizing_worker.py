@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 
@@ -12,7 +13,9 @@ def main() -> None:
     from nanoos_fw.stores.structures import StructureStore
 
     uri, name = sys.argv[1:]
-    database = pymongo.MongoClient(uri)[name]
+    logging.basicConfig(level=logging.WARNING)
+    # Give up soon, so that the worker's own patience is what carries it through.
+    database = pymongo.MongoClient(uri, serverSelectionTimeoutMS=500)[name]
     featurization._BATCH_STRUCTURES = 20  # many moments at which to be killed
     featurization.compute_features(database, StructureStore(database).keys("chaos"))
 

@@ -1,18 +1,22 @@
-"""Workers that are killed while they featurize the same structures."""
+"""Workers that are killed, and lose their server, while they featurize the same."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pymatgen.core import Lattice, Structure
+from pymongo.uri_parser import parse_uri
 
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.ml.features import FEATURE_VERSION
@@ -22,7 +26,64 @@ from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 WORKER = Path(__file__).with_name("featurizing_worker.py")
 WORKERS, KILLS, STRUCTURES = 4, 5, 8000
-KILL_EVERY_S, LIMIT_S = 2.5, 150.0
+KILL_EVERY_S, OUTAGE_S, LIMIT_S = 2.5, 4.0, 240.0
+
+
+class Proxy:
+    """A TCP proxy before the server, which can be cut off and put back."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = (host, port)
+        self._pairs: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self.port = 0
+        self.cuts = 0
+        self.restore()
+
+    def restore(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Refuse new connections and break those there are, in the middle of it."""
+        assert self._listener is not None
+        # A thread that waits in accept() would keep a closed socket listening.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        self.cuts += len(pairs)
+        for end in pairs:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+                far = socket.create_connection(self._server)
+            except OSError:
+                return
+            with self._lock:
+                self._pairs += [near, far]
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(
+                    target=self._pump, args=(source, target), daemon=True
+                ).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def structure(number: int) -> Structure:
@@ -35,21 +96,28 @@ def structure(number: int) -> Structure:
 
 @pytest.mark.mongodb
 @pytest.mark.slow
-def test_killed_workers_leave_every_structure_once(mongodb_database: Any) -> None:
+def test_killed_workers_leave_every_structure_once(
+    mongodb_database: Any, tmp_path: Path
+) -> None:
     ensure_indexes(mongodb_database)
     entries = [NewStructure(structure(n), f"s{n}") for n in range(STRUCTURES)]
     keys = StructureStore(mongodb_database).add(entries, in_set="chaos").keys
     assert len(set(keys)) == STRUCTURES
     collection = mongodb_database["structure_features"]
 
+    host, port = parse_uri(os.environ["NANO_OS_TEST_MONGODB_URI"])["nodelist"][0]
+    proxy = Proxy(host, port)
+    log = (tmp_path / "workers.log").open("ab")
+
     def start() -> subprocess.Popen[bytes]:
-        uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+        uri = f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true"
         return subprocess.Popen(
-            [sys.executable, str(WORKER), uri, mongodb_database.name]
+            [sys.executable, str(WORKER), uri, mongodb_database.name], stderr=log
         )
 
     workers = [start() for _ in range(WORKERS)]
     begin, kills, done_at_kill = time.monotonic(), 0, []
+    cut_at, restored, done_at_cut = 0.0, False, 0
     try:
         next_kill = begin + KILL_EVERY_S
         while any(worker.poll() is None for worker in workers):
@@ -57,8 +125,19 @@ def test_killed_workers_leave_every_structure_once(mongodb_database: Any) -> Non
                 "the workers do not come to an end"
             )
             time.sleep(0.1)
-            if kills < KILLS and time.monotonic() > next_kill:
-                next_kill = time.monotonic() + KILL_EVERY_S
+            now = time.monotonic()
+            if not cut_at and collection.count_documents({}) > STRUCTURES // 5:
+                proxy.cut()
+                cut_at, done_at_cut = now, collection.count_documents({})
+            if cut_at and not restored and now > cut_at + OUTAGE_S:
+                # Nothing has come through meanwhile but what was on its way.
+                assert collection.count_documents({}) < done_at_cut + 20 * WORKERS + 1
+                proxy.restore()
+                restored = True
+            if kills < KILLS and now > next_kill:
+                if not done_at_kill and not collection.count_documents({}):
+                    continue  # on a busy machine the workers take long to start
+                next_kill = now + KILL_EVERY_S
                 running = [w for w in workers if w.poll() is None]
                 victim = random.choice(running)
                 done_at_kill.append(collection.count_documents({}))
@@ -72,6 +151,12 @@ def test_killed_workers_leave_every_structure_once(mongodb_database: Any) -> Non
                 worker.kill()
             worker.wait()
     assert [worker.returncode for worker in workers] == [0] * WORKERS
+    log.close()
+    assert restored
+    assert proxy.cuts > 0
+    told = (tmp_path / "workers.log").read_text()
+    assert "again in" in told
+    assert "server is back" in told
     # Enough of the kills came in the middle of the work.
     assert sum(0 < done < STRUCTURES for done in done_at_kill) >= 2, done_at_kill
     found = [d["structure"] for d in collection.find({}, {"structure": 1})]

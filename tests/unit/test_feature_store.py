@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.crystals import encode_structure
-from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.crystals import decode_structure, encode_structure
+from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
 from nanoos_fw.firetasks import featurization
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
-from nanoos_fw.ml.features import FEATURE_VERSION
+from nanoos_fw.ml.features import (
+    FEATURE_VERSION,
+    extract_structure_features,
+    graph_from_repr,
+)
 from nanoos_fw.ml.featurizing import FeatureGuard, FeaturizingChild, expected_edges
 from nanoos_fw.ml.graphs import build_graph, pack_graph, unpack_graph
 from nanoos_fw.stores.database import ensure_indexes
@@ -158,7 +162,7 @@ def test_the_child_gives_what_the_library_gives_and_its_errors() -> None:
     encoded = {key: encode_structure(s) for key, s in structures.items()}
     with FeaturizingChild(DESCRIBED, FeatureGuard()) as child:
         found = {result.key: result for result in child.featurize(encoded)}
-        assert list(found) == ["a", "bad", "b"]
+        assert sorted(found) == ["a", "b", "bad"]
         for key in ("a", "b"):
             # To the rounding of a distance, which the compiler may choose.
             graph, own = unpack_graph(found[key].graph), build_graph(structures[key])
@@ -178,37 +182,117 @@ def test_what_exceeds_time_or_memory_is_named_and_the_rest_goes_on() -> None:
     slow = FeatureGuard(timeout_s=0.3, memory_mb=60_000)
     with FeaturizingChild(parameters, slow) as child:
         results = list(child.featurize(batch))
-    assert [(r.key, r.error and r.error.kind) for r in results] == [
-        ("first", None),
-        ("large", "out_of_time"),
-        ("last", None),
-    ]
+    assert {r.key: r.error and r.error.kind for r in results} == {
+        "first": None, "large": "out_of_time", "last": None,
+    }  # fmt: skip
     with FeaturizingChild(parameters, FeatureGuard(memory_mb=64)) as child:
         results = list(child.featurize(batch))
-    assert [r.error and r.error.kind for r in results] == [None, "out_of_memory", None]
-    assert "64 MiB" in str(results[1].error)
+    assert {r.key: r.error and r.error.kind for r in results} == {
+        "first": None, "large": "out_of_memory", "last": None,
+    }  # fmt: skip
+    assert "64 MiB" in str(next(r.error for r in results if r.error))
 
 
 def test_memory_beyond_the_estimate_is_refused_by_the_kernel(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     # A library that takes two gigabytes for one structure, whatever its size.
+    spoil(monkeypatch, tmp_path, "numpy.ones(250_000_000)")
+    with FeaturizingChild(DESCRIBED, FeatureGuard(memory_mb=500)) as child:
+        results = list(child.featurize(THREE_AND_TWO))
+    assert {r.key: r.error and r.error.kind for r in results} == {
+        "three": "out_of_memory", "two": None,
+    }  # fmt: skip
+
+
+THREE_AND_TWO = {
+    "three": encode_structure(
+        Structure(Lattice.cubic(4), ["Cu"] * 3, [[0, 0, 0], [0.5] * 3, [0.5, 0, 0]])
+    ),
+    "two": encode_structure(crystal()),
+}
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, deed: str) -> None:
+    """Let the child's library do something wherever a structure has three sites."""
     (tmp_path / "sitecustomize.py").write_text(
         "import nanoos_fw.ml.features as features\n"
-        "import numpy\n"
-        "usual = features.extract_structure_features\n"
-        "def greedy(structure, **parameters):\n"
+        "import numpy, os, signal\n"
+        "one, many = features.extract_structure_features, features.featurize_arrays\n"
+        "def spoiled_one(structure, **parameters):\n"
         "    if len(structure) == 3:\n"
-        "        numpy.ones(250_000_000)\n"
-        "    return usual(structure, **parameters)\n"
-        "features.extract_structure_features = greedy\n"
+        f"        {deed}\n"
+        "    return one(structure, **parameters)\n"
+        "def spoiled_many(flat, *parameters):\n"
+        "    if 3 in numpy.diff(flat.atom_start):\n"
+        f"        {deed}\n"
+        "    return many(flat, *parameters)\n"
+        "features.extract_structure_features = spoiled_one\n"
+        "features.featurize_arrays = spoiled_many\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    three = Structure(Lattice.cubic(4), ["Cu"] * 3, [[0, 0, 0], [0.5] * 3, [0.5, 0, 0]])
-    batch = {"three": encode_structure(three), "two": encode_structure(crystal())}
-    with FeaturizingChild(DESCRIBED, FeatureGuard(memory_mb=500)) as child:
-        results = list(child.featurize(batch))
-    assert [r.error and r.error.kind for r in results] == ["out_of_memory", None]
+
+
+@pytest.mark.parametrize(
+    ("deed", "kind"),
+    [
+        ("while True: pass", "out_of_time"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "launch"),
+        ("raise ZeroDivisionError('of the library')", "input"),
+    ],
+)
+def test_one_structure_does_not_spoil_those_that_share_its_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, deed: str, kind: str
+) -> None:
+    spoil(monkeypatch, tmp_path, deed)
+    with FeaturizingChild(DESCRIBED, FeatureGuard(timeout_s=1.0)) as child:
+        results = {r.key: r for r in child.featurize(THREE_AND_TWO)}
+    assert sorted(results) == ["three", "two"]
+    assert results["three"].error is not None
+    assert results["three"].error.kind == kind
+    assert results["two"].graph == pack_graph(build_graph(crystal()))
+
+
+@pytest.mark.parametrize("kept", [12, None])
+def test_many_in_one_call_are_each_alone(
+    monkeypatch: pytest.MonkeyPatch, kept: int | None
+) -> None:
+    rng = np.random.default_rng(0)
+    batch: dict[str, Any] = {}
+    for number in range(60):
+        n = int(rng.integers(1, 9))
+        lattice = Lattice(np.eye(3) * rng.uniform(3, 7) + rng.normal(size=(3, 3)) * 0.4)
+        species = rng.choice(["Fe", "O", "Ar", "U", "Og", "H"], size=n)
+        cell = Structure(lattice, list(species), rng.uniform(-1, 2, size=(n, 3)))
+        batch[f"s{number}"] = encode_structure(cell)
+    batch["alone"] = encode_structure(isolated())
+    batch["damaged"] = {**batch["s0"], "lattice": b"\0" * 71}
+    batch["flat"] = {**batch["s0"], "lattice": b"\0" * 72}
+    parameters = {"cutoff_radius": 6.0, "max_neighbors": kept}
+
+    def outcomes() -> dict[str, Any]:
+        with FeaturizingChild(parameters, FeatureGuard()) as child:
+            return {
+                r.key: (r.graph, r.scalars, r.error and r.error.to_dict())
+                for r in child.featurize(batch)
+            }
+
+    found = outcomes()
+    assert set(found) == set(batch)
+    for key, encoded in batch.items():
+        try:
+            structure = decode_structure(encoded)
+            graph_repr, scalars = extract_structure_features(structure, **parameters)
+        except NanoOSError as error:
+            expected = (b"", {}, error.to_dict())
+            assert found[key] == expected
+        else:
+            graph, ours, none = found[key]
+            assert none is None
+            assert graph == pack_graph(graph_from_repr(graph_repr))
+            assert ours == pytest.approx(scalars, rel=1e-13, abs=1e-13)
+    assert sum(error is None for _, _, error in found.values()) > 30
+    assert sum(error is not None for _, _, error in found.values()) > 3
 
 
 def test_a_child_that_is_killed_once_quarantines_nothing() -> None:
