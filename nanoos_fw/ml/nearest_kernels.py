@@ -37,7 +37,39 @@ __all__ = ["expand", "list_all", "list_sorted"]
 # From this many sites on, sites are sorted into bins.
 _BINNED_SITES = 14
 _INSERTION = 32
+# Members of a bucket that are sorted by insertion: a shell of equal distances, say.
+_FULL_BUCKET = 200
 _ONE = np.uint64(1)
+
+
+@jit
+def _deal_out(m, found_d, order, keys):
+    """Write indices into ``order[:m]`` by bucket; False if one would be too full.
+
+    Evenly spread sites are so many below a distance as its cube says, so that buckets
+    of equal steps of the cube hold about one each. Equal distances keep their order.
+    """
+    largest = 0.0
+    for a in range(np.uint64(m)):
+        largest = max(largest, found_d[a])
+    scale = (m - 1) / (largest * math.sqrt(largest))
+    if not scale < np.inf:
+        return False
+    ends = np.zeros(m + 1, np.int64)
+    for a in range(np.uint64(m)):
+        d = found_d[a]
+        bucket = min(np.int64(d * math.sqrt(d) * scale), m - 1)
+        keys[a] = bucket
+        ends[bucket + 1] += 1
+    for bucket in range(m):
+        if ends[bucket + 1] > _FULL_BUCKET:
+            return False
+        ends[bucket + 1] += ends[bucket]
+    for a in range(m):
+        bucket = keys[a]
+        order[ends[bucket]] = a
+        ends[bucket] += 1
+    return True
 
 
 @jit
@@ -58,6 +90,17 @@ def _sort_by_distance(m, found_d, order, keys):
                 keys[place] = keys[place - _ONE]
                 place -= _ONE
             keys[place] = key
+    elif _deal_out(m, found_d, order, keys):
+        # Almost sorted now: what is left is order within a bucket.
+        for a in range(1, m):
+            index = order[a]
+            d = found_d[index]
+            b = a
+            while b > 0 and found_d[order[b - 1]] > d:
+                order[b] = order[b - 1]
+                b -= 1
+            order[b] = index
+        return
     else:
         for a in range(m):
             keys[a] = (view[a] & ~mask) | a
