@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 
 from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
-from nanoos_fw.md.analysis import radial_distributions
+from nanoos_fw.md.analysis import AnalysisName, AnalysisRequest, analyze_simulation
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
-from nanoos_fw.md.output import read_simulation, simulation_elements
+from nanoos_fw.md.output import read_simulation
 from nanoos_fw.md.potential_checks import check_files, check_styles
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.relaxation import (
@@ -25,9 +25,9 @@ from nanoos_fw.md.relaxation import (
     RelaxationSettings,
     relax_structures,
 )
-from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key, run_environment
+from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.simulations import Simulation, method_key, simulation_key
 
 # Rows of the thermo table that go into the database; the log has all.
@@ -207,6 +207,20 @@ class MDMethod(Parameters):
     config: MDConfig
     rdf_max_a: float = Field(default=8.0, gt=0)
     rdf_bins: int = Field(default=160, ge=10)
+    analyses: tuple[AnalysisName, ...] = Field(default=("rdf", "msd"), min_length=1)
+    vdos_longest_ps: float | None = Field(default=None, gt=0)
+    adf_cutoff_a: float | None = Field(default=None, gt=0)
+
+    @property
+    def request(self) -> AnalysisRequest:
+        """What is computed of the trajectory."""
+        return AnalysisRequest(
+            analyses=self.analyses,
+            rdf_max_a=self.rdf_max_a,
+            rdf_bins=self.rdf_bins,
+            vdos_longest_ps=self.vdos_longest_ps,
+            adf_cutoff_a=self.adf_cutoff_a,
+        )
 
     def key(self, relaxation: str) -> str:
         """Return the key under which runs from relaxed structures are stored."""
@@ -341,7 +355,11 @@ class RunMDTask(NanoTask):
 
 
 class AnalyzeTrajectoryTask(NanoTask):
-    """Compute radial distribution functions of a finished run."""
+    """Analyse the trajectory of a finished run.
+
+    Numbers, with their units, go into the simulation's document, curves into artifacts
+    (``.npz``) whose digests stand beside them.
+    """
 
     _fw_name = "{{nanoos_fw.firetasks.AnalyzeTrajectoryTask}}"
     parameters_model = MDParameters
@@ -358,39 +376,19 @@ class AnalyzeTrajectoryTask(NanoTask):
                 advice="rerun the firework with its RunMDTask",
             )
         simulation = found[run.structure]
-        method = self.parameters.md
-        curves = rdf_document(
-            Path(simulation.files["output_dir"]),
-            first_step=method.config.equilibration_steps,
-            r_max_a=method.rdf_max_a,
-            bins=method.rdf_bins,
+        analysis = analyze_simulation(
+            Path(simulation.files["output_dir"]), self.parameters.md.request
         )
-        place.simulations.analysed(simulation, "rdf", curves)
-        return {"structure": run.structure, "frames": curves["n_frames"]}
-
-
-def rdf_document(
-    output_dir: Path, *, first_step: int, r_max_a: float, bins: int
-) -> dict[str, Any]:
-    """Return total and partial RDFs of the frames after a step, as plain lists."""
-    elements = simulation_elements(output_dir)
-    files = segment_files(output_dir, "trajectory.*.bin")
-    curves = radial_distributions(
-        (frame for frame in read_frames(files) if frame.step > first_step),
-        r_max_a,
-        bins,
-    )
-    total = curves.pop(None)
-    # g(r) is the same both ways round.
-    partials = {
-        f"{elements[pair[0] - 1]}-{elements[pair[1] - 1]}": curve.g.tolist()
-        for pair, curve in curves.items()
-        if pair is not None and pair[0] <= pair[1]
-    }
-    return {
-        "r_a": total.r_a.tolist(),
-        "total": total.g.tolist(),
-        "partials": partials,
-        "n_frames": total.n_frames,
-        "first_step": first_step,
-    }
+        for name, numbers in analysis.numbers.items():
+            document = dict(numbers)
+            if analysis.arrays[name]:
+                curves = analysis.packed(name)
+                document["artifact"] = put_artifact(place.database, curves)
+            place.simulations.analysed(simulation, name, document)
+        for name, error in analysis.failures.items():
+            place.simulations.analysed(simulation, name, {"error": error.to_dict()})
+        return {
+            "structure": run.structure,
+            "analyses": sorted(analysis.numbers),
+            "failed": sorted(analysis.failures),
+        }

@@ -22,6 +22,7 @@ from nanoos_fw.cli import (
     operations,
     potentials,
     search,
+    simulations,
     tables,
 )
 from nanoos_fw.cli.common import (
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_commands(commands)
     databases.add_commands(commands)
     potentials.add_commands(commands)
+    simulations.add_commands(commands)
     cluster.add_commands(commands)
     operations.add_commands(commands)
     return parser

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.md.analysis import block_average, detect_equilibration
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.inputs import MDConfig
-from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.md.statistics import block_analysis, detect_equilibration, mser
+from nanoos_fw.md.trajectory import (
+    ThermoTable,
+    Trajectory,
+    read_thermo,
+    segment_files,
+)
 from nanoos_fw.md.unit_systems import unit_system
 from nanoos_fw.provenance import read_json
 
@@ -29,6 +34,7 @@ _AVERAGED = (
     "ly_a",
     "lz_a",
 )
+_STEADY = ("temperature_k", "potential_energy_ev", "pressure_bar", "volume_a3")
 _MIN_ROWS = 4
 
 
@@ -137,22 +143,62 @@ def final_structure(output_dir: Path) -> Structure:
 
 
 def averages(table: ThermoTable) -> dict[str, dict[str, Any]]:
-    """Return means with their errors of the columns that have a steady state."""
+    """Return means with their errors of the columns that have a steady state.
+
+    Rows before equilibrium are left out: as many as the slowest of temperature,
+    energy, pressure and volume needs, the same for all columns.
+
+    Returns
+    -------
+    dict
+        By column: ``mean``; ``standard_error`` (see `statistics.block_analysis`);
+        ``n_samples`` averaged over; ``equilibrated``, how many rows were left out;
+        ``settled``, False if the series drifts to its end (MSER-5); ``plateau``,
+        False if the error is a lower bound since the run is too short;
+        ``inefficiency``; ``unit``.
+    """
+    columns = {
+        name: table[name]
+        for name in _AVERAGED
+        if name in table.columns and np.isfinite(table[name]).all()
+    }
+    if len(table) < _MIN_ROWS:
+        return {}
+    start = max(
+        (detect_equilibration(columns[n])[0] for n in _STEADY if n in columns),
+        default=0,
+    )
     found: dict[str, dict[str, Any]] = {}
-    for name in _AVERAGED:
-        if name not in table.columns:
-            continue
-        values = table[name]
-        values = values[np.isfinite(values)]
-        if len(values) < _MIN_ROWS:
-            continue
-        mean, error = block_average(values)
-        start, _ = detect_equilibration(values)
+    for name, values in columns.items():
+        average = block_analysis(values[start:])
         found[name] = {
-            "mean": mean,
-            "standard_error": error,
-            "n_samples": len(values),
+            "mean": average.mean,
+            "standard_error": average.standard_error,
+            "n_samples": len(values) - start,
             "equilibrated": start,
+            "settled": mser(values)[1],
+            "plateau": average.plateau,
+            "inefficiency": average.inefficiency,
             "unit": table.units[name],
         }
     return found
+
+
+def simulation_trajectory(output_dir: Path) -> Trajectory:
+    """Return the frames of a simulation, in Å and Å/ps whatever its unit system.
+
+    Raises
+    ------
+    InputError
+        If it wrote no frames.
+    """
+    units = unit_system(read_simulation(output_dir)["potential"].get("units", "metal"))
+    files = segment_files(output_dir, "trajectory.*.bin")
+    if not files:
+        raise InputError(
+            f"the simulation in {output_dir} left no trajectory",
+            advice="run it with dump_every above 0",
+        )
+    return Trajectory(
+        files, length_a=units.length_a, velocity_a_ps=1000.0 * units.velocity_a_fs
+    )

@@ -11,7 +11,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,10 @@ THERMO_COLUMNS: dict[str, tuple[str, str]] = {
     "pxz": ("pxz_bar", "bar"),
     "pyz": ("pyz_bar", "bar"),
 }
+# Not printed by LAMMPS, so that the same run prints the same rows: the time its loops
+# took, from the lines "Loop time of", spread evenly over the steps of each.
+WALL_TIME = "wall_time_s"
+_LOOP_TIME = re.compile(r"Loop time of ([0-9.eE+-]+) on .*\n")
 DUMP_COLUMNS = ("id", "type", "xu", "yu", "zu", "vx", "vy", "vz")
 _SEGMENT = re.compile(r"\.(\d+)\.(?:lammps|bin|lammpstrj|dump)(?:\.gz)?\Z")
 # What LAMMPS prints at the head of a thermo block.
@@ -128,19 +132,30 @@ def read_thermo(paths: Path | Sequence[Path]) -> ThermoTable:
     -------
     ThermoTable
         All whole rows. Warnings between rows, repeated headers and a cut last row
-        are passed over; a log without rows gives an empty table.
+        are passed over; a log without rows gives an empty table. ``wall_time_s`` is
+        LAMMPS' loop time so far, missing (NaN) in a run that did not end.
     """
     files = [paths] if isinstance(paths, Path) else list(paths)
     rows: dict[int, dict[str, float]] = {}
     for path in files:
         segment = list(_thermo_rows(path))
+        spent = 0.0
         if segment:
             start = min(int(row["step"]) for row in segment)
+            before = [row for step, row in rows.items() if step <= start]
+            # A segment's clock begins at zero.
+            spent = max((row.get(WALL_TIME, 0.0) for row in before), default=0.0)
             rows = {step: row for step, row in rows.items() if step < start}
-        rows.update((int(row["step"]), row) for row in segment)
+        for row in segment:
+            step = int(row["step"])
+            if WALL_TIME in row:
+                row[WALL_TIME] += spent
+            elif step in rows and WALL_TIME in rows[step]:
+                row[WALL_TIME] = rows[step][WALL_TIME]
+            rows[step] = row
     ordered = [rows[step] for step in sorted(rows)]
     names = list(dict.fromkeys(name for row in ordered for name in row)) or ["step"]
-    known = dict(THERMO_COLUMNS.values())
+    known = {**dict(THERMO_COLUMNS.values()), WALL_TIME: "s"}
     return ThermoTable(
         {n: np.array([row.get(n, np.nan) for row in ordered]) for n in names},
         {n: known.get(n, "") for n in names},
@@ -150,18 +165,37 @@ def read_thermo(paths: Path | Sequence[Path]) -> ThermoTable:
 def _thermo_rows(path: Path) -> Iterator[dict[str, float]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     names: list[str] | None = None
+    run: list[dict[str, float]] = []
+    elapsed = 0.0
     for line in text.splitlines(keepends=True):
         words = line.split()
         if words and words[0] == "Step":
-            names = [_column_name(word) for word in words]
-        elif line.startswith("Loop time"):
-            names = None
+            yield from run
+            run, names = [], [_column_name(word) for word in words]
+        elif match := _LOOP_TIME.match(line):
+            seconds = float(match.group(1))
+            _share_time(run, elapsed, seconds)
+            elapsed += seconds
+            yield from run
+            run, names = [], None
         elif names is not None and len(words) == len(names) and line.endswith("\n"):
             # A warning in between has other words; a cut row has no line end.
             try:
-                yield dict(zip(names, map(float, words), strict=True))
+                run.append(dict(zip(names, map(float, words), strict=True)))
             except ValueError:
                 continue
+    yield from run
+
+
+def _share_time(run: list[dict[str, float]], before: float, seconds: float) -> None:
+    """Give the rows of a run the time since the log began, even over its steps."""
+    if len(run) < 2 or run[0].get("step") == run[-1].get("step"):
+        shares = [1.0] * len(run)
+    else:
+        first, last = run[0]["step"], run[-1]["step"]
+        shares = [(row["step"] - first) / (last - first) for row in run]
+    for row, share in zip(run, shares, strict=True):
+        row[WALL_TIME] = before + share * seconds
 
 
 def _column_name(word: str) -> str:
@@ -223,6 +257,9 @@ class Trajectory:
         those of all segments. Segments are put in order by the first step in their
         names (``trajectory.000000001000.bin``). What a later segment, or a later part
         of a file, computed again replaces the earlier frames.
+    length_a, velocity_a_ps
+        What a unit of length or velocity of the files is in Å or Å/ps; metal units
+        need nothing.
 
     Attributes
     ----------
@@ -239,7 +276,14 @@ class Trajectory:
         If a file is not a dump of these formats. A cut end does not raise.
     """
 
-    def __init__(self, paths: Path | Sequence[Path]) -> None:
+    def __init__(
+        self,
+        paths: Path | Sequence[Path],
+        *,
+        length_a: float = 1.0,
+        velocity_a_ps: float = 1.0,
+    ) -> None:
+        self._length, self._velocity = length_a, velocity_a_ps
         files = [paths] if isinstance(paths, Path) else sorted(paths, key=first_step_of)
         self._dumps = [open_dump(path) for path in files]
         self._select(*self._kept(files))
@@ -270,7 +314,7 @@ class Trajectory:
             mine = source == which
             self.step[mine] = dump.index.step[number[mine]]
             self.n_atoms[mine] = dump.index.n_atoms[number[mine]]
-            self.matrix[mine] = dump.matrix[number[mine]]
+            self.matrix[mine] = dump.matrix[number[mine]] * self._length
 
     def __len__(self) -> int:
         return len(self.step)
@@ -342,7 +386,19 @@ class Trajectory:
         for start, stop in itertools.pairwise([0, *borders, len(self)]):
             if stop > start:
                 dump = self._dumps[self._source[start]]
-                yield from dump.blocks(self._number[start:stop], atoms)
+                for block in dump.blocks(self._number[start:stop], atoms):
+                    yield self._in_our_units(block)
+
+    def _in_our_units(self, block: FrameBlock) -> FrameBlock:
+        if self._length == 1.0 and self._velocity == 1.0:
+            return block
+        velocities = block.velocities
+        return replace(
+            block,
+            matrix=block.matrix * self._length,
+            positions=block.positions * self._length,
+            velocities=None if velocities is None else velocities * self._velocity,
+        )
 
     def __iter__(self) -> Iterator[Frame]:
         for block in self.blocks():

@@ -239,6 +239,8 @@ def _density(
 def _rdf(curves: Mapping[str, Any] | None) -> RDFCurves | NotAvailable:
     if curves is None:
         return NotAvailable(reason="the trajectory has not been analysed yet")
+    if "error" in curves:
+        return NotAvailable(reason=str(curves["error"]["message"]))
     return RDFCurves(
         r=curves["r_a"], total=curves["total"], partials=curves["partials"]
     )

@@ -180,3 +180,20 @@ def test_segments_are_sorted_by_step_not_by_name(tmp_path):
         "log.10.lammps",
     ]
     assert segment_files(Path(tmp_path), "none.*") == []
+
+
+def test_wall_time_adds_up_over_runs_and_segments(tmp_path):
+    head = "Step Temp\n"
+    run = "0 1.0\n5 1.0\n10 1.0\nLoop time of 2.0 on 1 procs for 10 steps\n"
+    more = "10 1.0\n20 1.0\nLoop time of 3.0 on 1 procs for 10 steps\n"
+    (tmp_path / "log.0.lammps").write_text(head + run + head + more)
+    (tmp_path / "log.20.lammps").write_text(
+        head
+        + "20 1.0\n30 1.0\nLoop time of 1.5 on 1 procs for 10 steps\n"
+        + head
+        + "30 1.0\n40 1.0\n"
+    )
+    table = read_thermo(segment_files(tmp_path, "log.*.lammps"))
+    assert table.step.tolist() == [0, 5, 10, 20, 30, 40]
+    np.testing.assert_allclose(table["wall_time_s"], [0.0, 1.0, 2.0, 5.0, 6.5, np.nan])
+    assert table.to_dict()["wall_time_s"][-1] is None

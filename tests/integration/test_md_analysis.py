@@ -1,0 +1,121 @@
+"""Analyses of simulations that LAMMPS ran, through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from nanoos_fw.cli import main
+from nanoos_fw.md.analysis import AnalysisRequest, analyze_simulation
+from nanoos_fw.md.engine import LAMMPSEngine
+from nanoos_fw.md.output import averages, simulation_thermo, simulation_trajectory
+from nanoos_fw.md.potentials import lennard_jones_potential
+
+pytestmark = pytest.mark.lammps
+
+ARGON = Structure(
+    Lattice.cubic(5.7),
+    ["Ar"] * 4,
+    [[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],
+)
+
+
+@pytest.fixture(scope="module")
+def liquid(tmp_path_factory):
+    """Argon at rho* = 0.85, T* = 1.1: melted, then 24 ps."""
+    folder = tmp_path_factory.mktemp("liquid")
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(
+        ARGON,
+        {
+            "potential": lennard_jones_potential(
+                {"Ar": (0.01032, 3.405)}, cutoff_a=8.5
+            ),
+            "temperature_k": 130.0,
+            "supercell_min_atoms": 256,
+            "timestep_fs": 4.0,
+            "equilibration_steps": 3000,
+            "num_steps": 6000,
+            "dump_every": 10,
+            "thermo_every": 10,
+        },
+        folder,
+    )
+    engine.execute(inputs, folder / "output")
+    return folder
+
+
+def test_a_liquid_is_analysed_and_plotted(liquid, tmp_path, capsys):
+    words = ["--analyses", "rdf,adf,msd,vdos", "--rdf-max", "9", "--vdos-longest", "2"]
+    code = main(
+        ["md", "analyze", str(liquid), *words, "--json", "-o", str(tmp_path / "csv")]
+    )
+    out = capsys.readouterr().out
+    assert code == 0, out
+    found = json.loads(out[out.index("{") :])["analyses"]
+    r, g = np.array(found["rdf"]["r_a"]), np.array(found["rdf"]["total"])
+    # First peak of the liquid near 1.08 sigma (3.405 Å), about twelve neighbours.
+    assert r[g.argmax()] == pytest.approx(1.08 * 3.405, abs=0.12)
+    assert 2.2 < g.max() < 3.3
+    assert 11.0 < found["rdf"]["coordination"]["all"] < 14.0
+    assert abs(g[r > 6.0].mean() - 1.0) < 0.1
+    d = found["msd"]["diffusion"]["all"]
+    assert d["diffusive"]
+    # D* = 0.05 to 0.09 sigma (eps/m)^(1/2) at this state: 0.27 to 0.49 Å²/ps.
+    assert 0.2 < d["value"] < 0.6
+    assert 0.0 < d["standard_error"] < 0.2 * d["value"]
+    vdos = found["vdos"]
+    assert vdos["is_resolved"]
+    assert vdos["n_modes"] == pytest.approx(vdos["n_modes_expected"], rel=0.03)
+    assert 50 < found["adf"]["most_frequent_deg"]["Ar-Ar-Ar"] < 66
+    names = {path.name for path in (tmp_path / "csv").iterdir()}
+    assert names == {"rdf.csv", "adf.csv", "msd.csv", "vdos.csv", "vdos-2.csv"}
+    table = np.genfromtxt(tmp_path / "csv" / "rdf.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(table["total"], g, rtol=1e-6)
+    for form in ("png", "svg"):
+        code = main(
+            ["md", "plot", str(liquid), *words, "-o", str(tmp_path), "--format", form]
+        )
+        assert code == 0
+        for name in ("temperature", "energy", "pressure", "volume", "rdf", "msd"):
+            data = (tmp_path / f"{name}.{form}").read_bytes()
+            assert (
+                data[:8] == b"\x89PNG\r\n\x1a\n" if form == "png" else b"<svg" in data
+            )
+    assert len(list(tmp_path.glob("*.svg"))) == 9
+    capsys.readouterr()
+
+
+def test_the_table_knows_wall_time_and_averages_know_their_error(liquid):
+    table = simulation_thermo(liquid / "output")
+    wall = table["wall_time_s"]
+    assert table.units["wall_time_s"] == "s"
+    assert np.isfinite(wall).all()
+    assert (np.diff(wall) >= 0).all()
+    assert 0.0 < wall[-1] < 600.0
+    mean = averages(table.after(3000))["temperature_k"]
+    assert mean["mean"] == pytest.approx(130.0, abs=4 * mean["standard_error"] + 0.5)
+    assert mean["plateau"]
+    assert mean["inefficiency"] > 1.0
+
+
+def test_an_analysis_that_is_not_possible_says_why(liquid, capsys):
+    request = AnalysisRequest(analyses=("rdf", "npt"), rdf_max_a=5.0)
+    found = analyze_simulation(liquid / "output", request)
+    assert set(found.numbers) == {"rdf"}
+    assert "MD_NPT_LAMMPS" in str(found.failures["npt"])
+    assert main(["md", "analyze", str(liquid), "--analyses", "npt"]) == 1
+    assert "npt: not possible" in capsys.readouterr().out
+    assert main(["md", "analyze", str(liquid), "--analyses", "entropy"]) == 1
+    assert "analyses: rdf, adf, msd, vdos, npt" in capsys.readouterr().err
+    assert main(["md", "analyze", str(liquid / "none")]) == 1
+    assert "holds no simulation" in capsys.readouterr().err
+
+
+def test_frames_are_in_our_units_whatever_the_potential_uses(liquid):
+    frame = next(iter(simulation_trajectory(liquid / "output")))
+    # 3 k T / m of argon at 130 K: (2.85 Å/ps)².
+    assert (frame.velocities**2).sum(axis=1).mean() == pytest.approx(8.1, rel=0.35)
