@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoos_fw.errors import InputError, SimulationError
+from nanoos_fw.errors import InputError, LaunchError, NanoOSError, SimulationError
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.cells import site_charges, site_elements, supercell
@@ -52,8 +52,8 @@ from nanoos_fw.md.restarts import (
     newest_origin,
 )
 from nanoos_fw.md.simulation import CONFIG
-from nanoos_fw.md.trajectory import ThermoTable, segment_files
-from nanoos_fw.parallel import Resources, launch_ranks
+from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.parallel import Resources, clear_messages, launch_ranks
 from nanoos_fw.provenance import content_key, read_json, write_json
 from nanoos_fw.settings import load_settings
 
@@ -82,6 +82,7 @@ _INPUT, _OUTPUT = "input", "output"
 # Without a new timestep or row for so long, a rank is taken to hang.
 STALL_S = 1800.0
 _MAX_UNREADABLE = 4
+_CRASHES = (-6, -11, 134, 139)  # abort and segmentation fault
 
 
 class LAMMPSEngine:
@@ -351,6 +352,8 @@ class LAMMPSEngine:
                     "launcher": resources.launcher,
                 }
                 resources = Resources(1, resources.threads)
+        # Ranks whose parent was killed may write for another moment.
+        clear_messages(output_dir)
         for _ in range(_MAX_UNREADABLE):
             origin = newest_origin(output_dir)
             drop_segments_after(output_dir, origin.step)
@@ -380,9 +383,15 @@ class LAMMPSEngine:
                     raise
                 if origin.file is None:
                     raise
-                logger.warning("%s is put away: %s", origin.file, error.message)
-                bad = output_dir / origin.file
-                bad.replace(bad.with_name(bad.name + UNREADABLE))
+                _put_away(output_dir, origin.file, error)
+            except LaunchError as error:
+                # Damage that LAMMPS does not survive: it died before its first row.
+                if error.evidence.get("exit_code") not in _CRASHES:
+                    raise
+                log = output_dir / f"log.{origin.step:012d}.lammps"
+                if origin.file is None or (log.exists() and len(read_thermo(log))):
+                    raise
+                _put_away(output_dir, origin.file, error)
         raise SimulationError(
             f"no restart file in {output_dir} can be read",
             evidence={"class": "restart_unreadable"},
@@ -518,6 +527,11 @@ def _missing_rows(table: ThermoTable, config: MDConfig, complete: bool) -> int:
     if not complete or not config.is_dynamics:
         return 0
     return config.total_steps // config.thermo_every + 1 - len(table)
+
+
+def _put_away(output_dir: Path, name: str, error: NanoOSError) -> None:
+    logger.warning("%s is put away: %s", name, error.message)
+    (output_dir / name).replace(output_dir / f"{name}{UNREADABLE}")
 
 
 def _record_segment(output_dir: Path, origin: Origin, ranks: int) -> None:

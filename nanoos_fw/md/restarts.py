@@ -7,6 +7,7 @@ them is whole, and nothing before its step is missing.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -121,6 +122,8 @@ def publish(work_dir: Path, name: str, step: int) -> None:
             evidence={"class": "disk_full"},
             advice="free space, or write fewer frames",
         )
+    # LAMMPS does not flush binary dumps: frames may still be in its own memory.
+    ctypes.CDLL(None).fflush(None)
     for pattern in SEGMENTS:
         for path in segment_files(work_dir, pattern)[-1:]:
             _sync(path)

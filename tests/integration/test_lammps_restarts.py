@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.errors import OutOfTimeError
-from nanoos_fw.md.engine import LAMMPSEngine
+from nanoos_fw.errors import LaunchError, MissingDependencyError, OutOfTimeError
+from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
+from nanoos_fw.md.restarts import newest_origin, restart_step
 from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.parallel import Resources, launch_command
 from nanoos_fw.provenance import read_json
@@ -164,3 +169,269 @@ def test_a_continued_run_is_the_uninterrupted_one_to_the_last_bit(
     for one, other in zip(*frames, strict=True):
         np.testing.assert_array_equal(one.positions, other.positions)
         np.testing.assert_array_equal(one.velocities, other.velocities)
+
+
+# ------------------------------------------------------------------------- killed
+
+
+LONG = {
+    **RUN,
+    "workflow_type": "MD_NVE_LAMMPS",
+    "num_steps": 8000,
+    "thermo_every": 50,
+    "dump_every": 100,
+    "restart_every": 400,
+}
+PARENT = """
+import pathlib, sys
+from nanoos_fw.errors import NanoOSError
+from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
+from nanoos_fw.md.restarts import newest_origin, restart_step
+from nanoos_fw.parallel import Resources
+inputs, output, ranks, timeout = sys.argv[1:]
+try:
+    LAMMPSEngine().execute(
+        pathlib.Path(inputs),
+        pathlib.Path(output),
+        resources=Resources(int(ranks)),
+        timeout=float(timeout),
+    )
+except NanoOSError as error:
+    print(error.kind, error.evidence.get("class"), flush=True)
+else:
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Inputs, and the output of a run on one and on two ranks."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(alloy(), LONG, folder)
+    for ranks in (1, 2):
+        engine.execute(inputs, folder / str(ranks), resources=Resources(ranks))
+    return inputs, {ranks: folder / str(ranks) for ranks in (1, 2)}
+
+
+def start(inputs, output, ranks=1, timeout=600.0):
+    words = [str(x) for x in (inputs, output, ranks, timeout)]
+    return subprocess.Popen(
+        [sys.executable, "-c", PARENT, *words], stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(output, step, child):
+    end = time.monotonic() + 120.0
+    while time.monotonic() < end and child.poll() is None:
+        try:
+            if json.loads((output / "progress.json").read_text())["done"] >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step}, or too late")
+
+
+def rank_pids(output):
+    """Processes whose folder is that of the output and which are ranks."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if not path.name.isdigit():
+            continue
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            here = (path / "cwd").resolve() == output.resolve()
+        except OSError:
+            continue
+        if here and b"nanoos_fw.md.simulation" in words and b"python" in words[0]:
+            found.append(int(path.name))
+    return found
+
+
+def assert_same(one, other):
+    """Two outputs are the same simulation to the last bit, each step once."""
+    for a, b in zip(final_state(one), final_state(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert simulation_thermo(other).step.tolist() == list(range(0, 8101, 50))
+    rows = [printed_rows(segment_files(d, "log.*.lammps")) for d in (one, other)]
+    for step in range(0, 8101, 50):
+        assert rows[0][step] == rows[1][step]
+    frames = [
+        list(read_frames(segment_files(d, "trajectory.*.bin"))) for d in (one, other)
+    ]
+    assert [f.step for f in frames[1]] == list(range(0, 8101, 100))
+    for a, b in zip(*frames, strict=True):
+        np.testing.assert_array_equal(a.positions, b.positions)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("who", "ranks"), [("parent", 1), ("rank", 1), ("rank", 2), ("term", 2)]
+)
+def test_killed_runs_end_as_if_nothing_had_happened(
+    tmp_path, uninterrupted, who, ranks
+):
+    inputs, whole = uninterrupted
+    output = tmp_path / "output"
+    output.mkdir()
+    for step in (700, 3000):  # twice: a continued run is killed as well
+        child = start(inputs, output, ranks)
+        wait_for_step(output, step, child)
+        if who == "parent":
+            child.kill()
+        elif who == "term":
+            child.terminate()
+        else:
+            os.kill(rank_pids(output)[-1], signal.SIGKILL)
+        told, _ = child.communicate(timeout=90.0)
+        expected = {"parent": "", "rank": "launch None\n", "term": "out_of_time None\n"}
+        assert told == expected[who]
+        assert not (output / "finished.json").exists()
+    # The next launch waits for ranks that have not yet noticed.
+    outcome = LAMMPSEngine().execute(inputs, output, resources=Resources(ranks))
+    assert outcome["exact"]
+    assert outcome["segments"] >= 2
+    assert_same(whole[ranks], output)
+
+
+def test_timeouts_in_a_row_come_to_the_same_end(tmp_path, uninterrupted):
+    inputs, whole = uninterrupted
+    output, told = tmp_path / "output", []
+    while "done\n" not in told:
+        child = start(inputs, output, timeout=1.0 + 0.25 * len(told))
+        told.append(child.communicate(timeout=90.0)[0])
+        assert told[-1] in ("done\n", "out_of_time None\n")
+        assert len(told) < 30
+    assert_same(whole[1], output)
+
+
+def fill_disk(output, child, pattern):
+    """Let no file of the rank grow beyond what one of them has."""
+    wait_for_step(output, 1000, child)
+    (pid,) = rank_pids(output)
+    (path,) = output.glob(pattern)
+    size = path.stat().st_size + 5000
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_full_disk_is_told_and_the_run_goes_on_with_space(tmp_path, uninterrupted):
+    _, whole = uninterrupted
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(alloy(), {**LONG, "dump_every": 5}, tmp_path)
+    output = tmp_path / "output"
+    child = start(inputs, output)
+    fill_disk(output, child, "trajectory.*.bin")
+    told, _ = child.communicate(timeout=120.0)
+    assert told == "simulation disk_full\n"
+    partial = engine.parse_output(output)
+    assert not partial["complete"]
+    assert partial["steps"] >= 1000
+    engine.execute(inputs, output)
+    steps = [f.step for f in read_frames(segment_files(output, "trajectory.*.bin"))]
+    assert steps == list(range(0, 8101, 5))
+    for one, other in zip(final_state(whole[1]), final_state(output), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_log_that_cannot_grow_is_noticed(tmp_path, uninterrupted):
+    _, whole = uninterrupted
+    output = tmp_path / "output"
+    # Without frames the log is the file that grows; LAMMPS itself does not notice.
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(
+        alloy(), {**LONG, "dump_every": 0, "thermo_every": 1}, tmp_path
+    )
+    child = start(inputs, output)
+    fill_disk(output, child, "log.*.lammps")
+    told, _ = child.communicate(timeout=120.0)
+    assert told == "simulation disk_full\n"
+    engine.execute(inputs, output)
+    assert simulation_thermo(output).step.tolist() == list(range(8101))
+    for one, other in zip(final_state(whole[1]), final_state(output), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_potential_file_that_goes_away_does_not_end_or_change_a_run(
+    tmp_path, uninterrupted
+):
+    inputs, whole = uninterrupted
+    mine = tmp_path / "input"
+    shutil.copytree(inputs, mine)
+    (mine / "final.data").unlink(missing_ok=True)
+    output = tmp_path / "output"
+    child = start(mine, output)
+    wait_for_step(output, 700, child)
+    (file,) = output.glob("*.eam.alloy")
+    file.unlink()
+    child.kill()
+    child.communicate()
+    # The next launch takes it from the input again.
+    LAMMPSEngine().execute(mine, output)
+    assert_same(whole[1], output)
+    # And without it there, says which file is missing, and runs nothing.
+    (mine / file.name).unlink()
+    with pytest.raises(MissingDependencyError, match=file.name):
+        LAMMPSEngine().execute(mine, tmp_path / "other")
+
+
+def test_rank_that_hangs_is_ended(tmp_path, uninterrupted):
+    inputs, whole = uninterrupted
+    output, caught = tmp_path / "output", []
+
+    def execute():
+        try:
+            LAMMPSEngine().execute(inputs, output, stall_s=3.0)
+        except LaunchError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=execute)
+    thread.start()
+    end = time.monotonic() + 60.0
+    while not newest_origin(output).step and time.monotonic() < end:
+        time.sleep(0.005)
+    (pid,) = rank_pids(output)
+    os.kill(pid, signal.SIGSTOP)
+    thread.join(timeout=60.0)
+    assert caught[0].evidence["class"] == "hang"
+    assert not rank_pids(output)
+    LAMMPSEngine().execute(inputs, output)
+    assert_same(whole[1], output)
+
+
+def test_damaged_restart_files_are_passed_over_for_an_older_one(
+    tmp_path, uninterrupted
+):
+    inputs, whole = uninterrupted
+    output = tmp_path / "output"
+    stop_at(LAMMPSEngine(), inputs, output, 2000)
+    newest = output / newest_origin(output).file
+    # Whole to the eye, but not to LAMMPS.
+    data = bytearray(newest.read_bytes())
+    data[400:-100] = bytes(len(data) - 500)
+    newest.write_bytes(data)
+    assert restart_step(newest) is not None
+    LAMMPSEngine().execute(inputs, output)
+    assert newest.with_name(newest.name + ".unreadable").exists()
+    assert_same(whole[1], output)
+
+
+def test_run_goes_on_from_the_portable_file_if_no_restart_file_is_left(
+    tmp_path, uninterrupted
+):
+    inputs, _ = uninterrupted
+    output = tmp_path / "output"
+    stop = stop_at(LAMMPSEngine(), inputs, output, 2000)
+    for path in output.glob("restart.*"):
+        path.unlink()
+    outcome = LAMMPSEngine().execute(inputs, output)
+    assert outcome["steps"] == 8100
+    assert not outcome["exact"]
+    table = simulation_thermo(output)
+    assert table.step.tolist() == list(range(0, 8101, 50))
+    # Constant energy goes on at the same energy, to the digits of the text.
+    energy = table["total_energy_ev"][table.step > 100]
+    assert np.ptp(energy) < 5e-3
+    steps = [f.step for f in read_frames(segment_files(output, "trajectory.*.bin"))]
+    assert steps == list(range(0, 8101, 100))
+    assert stop % 400 == 0
