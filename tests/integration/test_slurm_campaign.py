@@ -251,7 +251,7 @@ def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
         plan = submit_simulations(
             cluster,
             tmp_path,
-            steps=math.ceil(80 * per_second / 1000) * 1000,
+            steps=math.ceil(100 * per_second / 1000) * 1000,
             _queueadapter={"walltime": 1, "ntasks": 1},
         )
         wait_until_ended(mongodb_database, cluster)
@@ -272,9 +272,14 @@ def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
     # They stopped in time: SLURM had to end none of them.
     launches = list(mongodb_database["launches"].find())
     job_ids = [launch["state_history"][0]["reservation_id"] for launch in launches]
-    ended = ended_jobs(job_ids, accounting=has_accounting())
+    accounting = has_accounting()
+
+    def all_known() -> bool:  # the last one ends a moment after its firework
+        return len(ended_jobs(job_ids, accounting=accounting)) == len(launches)
+
+    wait_for(all_known, lambda: job_ids)
+    ended = ended_jobs(job_ids, accounting=accounting)
     assert {job.cause for job in ended.values()} == {"completed"}
-    assert len(ended) == len(launches)
 
 
 def running_jobs(name: str) -> list[str]:
