@@ -24,6 +24,7 @@ from nanoos_fw.cli import (
     search,
     simulations,
     tables,
+    training,
 )
 from nanoos_fw.cli.common import (
     add_launchpad,
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     databases.add_commands(commands)
     potentials.add_commands(commands)
     simulations.add_commands(commands)
+    training.add_commands(commands)
     cluster.add_commands(commands)
     operations.add_commands(commands)
     return parser

@@ -12,6 +12,7 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
+    LaunchError,
     MissingDependencyError,
     OutOfTimeError,
 )
@@ -174,3 +175,48 @@ def test_an_error_of_the_ranks_reaches_the_caller(dataset_dir, tmp_path):
     (broken / "distances.npy").write_bytes(b"nonsense")
     with pytest.raises(CorruptArtifactError, match=r"distances\.npy"):
         train(broken, tmp_path / "work", 2)
+
+
+KILLED = """
+import os, signal
+from nanoos_fw.ml import fitting
+from nanoos_fw.ml.training import main
+from nanoos_fw.parallel import run_rank_program
+
+def program(config, work_dir, comm, stop):
+    step = fitting.Fit._step
+    def dies(self, rows, number, rate):
+        if number == 8 and comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, rows, number, rate)
+    fitting.Fit._step = dies
+    return main(config, work_dir, comm, stop)
+
+run_rank_program(program)
+"""
+
+
+def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(
+    dataset_dir, tmp_path
+):
+    changes = {"checkpoint_minutes": 0.0, "precision": "float64", "dropout": 0.2}
+    whole = train(dataset_dir, tmp_path / "whole", 1, **changes)
+    work_dir = tmp_path / "parts"
+    work_dir.mkdir()
+    (work_dir / "killed.py").write_text(KILLED)
+    values = {
+        "config": config(**changes).model_dump(mode="json"),
+        "dataset_dir": str(dataset_dir),
+        "threads": 1,
+        "deadline": None,
+    }
+    (work_dir / RANK_CONFIG).write_text(json.dumps(values))
+    with pytest.raises(LaunchError, match="died with") as died:
+        launch_ranks("killed", work_dir / RANK_CONFIG, resources=Resources(ranks=2))
+    # Hydra ends the other rank and tells the signal, or passes it on.
+    told = f"{died.value} {died.value.evidence['log_tail']}".lower()
+    assert "signal: 9" in told or "signal 9" in told
+    assert list(work_dir.glob("member0-epoch00002-step000002-*"))
+    resumed = train(dataset_dir, work_dir, 1, **changes)
+    for found, expected in zip(resumed.curves, whole.curves, strict=True):
+        np.testing.assert_allclose(found.train_loss, expected.train_loss, rtol=1e-10)

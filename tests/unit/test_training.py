@@ -710,3 +710,19 @@ def test_later_fields_leave_the_keys_of_older_trainings_alone():
     changed = TrainingConfig(target=TARGET, dropout=0.1)
     assert changed.model_dump(mode="json") == {**dumped, "dropout": 0.1}
     assert TrainingConfig(**changed.model_dump(mode="json")) == changed
+
+
+def test_the_command_line_trains_and_tells(dataset_dir, tmp_path, capsys):
+    from nanoos_fw.cli import main as nanoos
+
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("epochs: 1\nensemble_size: 1\nforest_baseline: false\n")
+    words = ["train", "run", str(dataset_dir), "--target", TARGET, "--json"]
+    words += ["-o", str(tmp_path / "out"), "--config"]
+    assert nanoos([*words, str(settings)]) == 0
+    result = TrainingResult(**json.loads(capsys.readouterr().out))
+    assert result.config.epochs == result.curves[0].epochs == 1
+    assert CGCNNModel("m", TARGET).load_from_checkpoint(result.checkpoint).n_members
+    settings.write_text("epoch: 1\n")
+    assert nanoos([*words, str(settings)]) == 1
+    assert "epoch" in capsys.readouterr().err
