@@ -180,6 +180,8 @@ class _Run:
 
     def _stop_between_restarts(self, stage: Stage) -> None:
         step = self.step
+        if step == self.origin.step:
+            raise self._stopped(step)  # nothing was run: there is nothing to keep
         if stage.ensemble == "nve" and self.written > self.origin.step:
             # Few steps are computed again, and the run stays what it was.
             raise self._stopped(self.written)
