@@ -407,6 +407,7 @@ def _outcome(work_dir: Path, module: str, code: int, killed: bool) -> dict[str, 
         result: dict[str, Any] = read_json(work_dir / RESULT)
         return result
     tail = (work_dir / LOG).read_bytes()[-LOG_TAIL_CHARS:].decode(errors="replace")
+    code = _shell_code(code, tail)
     evidence = {"exit_code": code, "log_tail": tail, "work_dir": str(work_dir)}
     if killed:
         raise LaunchError(
@@ -414,11 +415,27 @@ def _outcome(work_dir: Path, module: str, code: int, killed: bool) -> dict[str, 
             evidence=evidence,
             advice=f"read {work_dir / LOG}; its last checkpoint, if any, is used next",
         )
-    # A shell reports death by signal n as 128 + n, Popen as -n.
-    number = -code if code < 0 else code - 128
-    cause = f"signal {number}" if 0 < number < signal.NSIG else f"exit code {code}"
     raise LaunchError(
-        f"{module} died with {cause} and left no result",
+        f"{module} {_how(code)} and left no result",
         evidence=evidence,
         advice=f"read {work_dir / LOG}",
     )
+
+
+def _shell_code(code: int, log_tail: str) -> int:
+    """Return an exit code in which death by signal n is 128 + n or -n.
+
+    MPICH's mpiexec gives n itself, as of a program that chose to exit with n; what it
+    says in the log of this launch tells the two apart.
+    """
+    launch = log_tail.rpartition("\n$ ")[2]
+    return 128 + code if code > 0 and f"(signal {code})" in launch else code
+
+
+def _how(code: int) -> str:
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"died with exit code {code}"
+    return f"was killed by {name} (signal {number})"

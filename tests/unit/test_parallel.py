@@ -37,7 +37,7 @@ from nanoos_fw.parallel import (
     report_progress,
     run_rank_program,
 )
-from nanoos_fw.parallel.files import hold_as_rank, wait_for_no_rank
+from nanoos_fw.parallel.files import LOG, hold_as_rank, wait_for_no_rank
 from nanoos_fw.parallel.ranks import _start_time
 
 
@@ -166,10 +166,23 @@ def test_a_success_without_a_result_is_no_success(tmp_path: Path) -> None:
         launch_ranks("single_rank", config, resources=Resources())
 
 
-def test_a_signal_is_named(tmp_path: Path) -> None:
-    config = write_program(tmp_path, "import os; os.kill(os.getpid(), 9)")
-    with pytest.raises(LaunchError, match="died with signal 9"):
+@pytest.mark.parametrize(
+    ("body", "how", "code"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL", -9),
+        # What shells and srun, and what MPICH's mpiexec say of a rank that was killed.
+        ("raise SystemExit(137)", "was killed by SIGKILL", 137),
+        ("print('(signal 9)'); raise SystemExit(9)", "was killed by SIGKILL", 137),
+        ("print('(signal 9)'); raise SystemExit(3)", "died with exit code 3", 3),
+        ("raise SystemExit(9)", "died with exit code 9", 9),
+    ],
+)
+def test_a_signal_is_named(tmp_path: Path, body: str, how: str, code: int) -> None:
+    (tmp_path / LOG).write_text("$ an earlier launch\nKilled (signal 9)\n")
+    config = write_program(tmp_path, body)
+    with pytest.raises(LaunchError, match=f"single_rank {how}") as died:
         launch_ranks("single_rank", config, resources=Resources())
+    assert died.value.evidence["exit_code"] == code
 
 
 def test_files_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:

@@ -1,0 +1,238 @@
+"""Test error of the energy per atom on real structures, beside what needs no network.
+
+    python scripts/benchmarks/accuracy.py --data data.extxyz.xz --json accuracy.json
+
+The structures are divided at random into 80/10/10 %, by ``--split-seed``. A linear
+reference of each element, fitted to the training part alone, takes the part of the
+energy that composition explains; the network learns what is left. Errors are of the
+energy per atom, and the same with or without the reference; R² is told of both: that of
+the energy is flattered by composition, that of the remainder is not.
+
+Beside the network stand the mean of the training targets, the linear reference itself,
+and random forests on scalar features, of the energy and of the remainder. Only the
+validation part may choose (the best epoch, the width of the 90 % intervals); the test
+part is looked at once, after the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from intervals import read
+
+from nanoos_fw.ml.datasets import (
+    PARTS,
+    Dataset,
+    DatasetConfig,
+    build_regression_dataset,
+    open_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.metrics import (
+    element_fractions,
+    fit_element_reference,
+    regression_metrics,
+)
+from nanoos_fw.ml.training import TrainingConfig, TrainingResult, train_cgcnn_model
+from nanoos_fw.parallel import Resources
+from nanoos_fw.provenance import package_versions, sha256_file
+
+TARGET = "energy_per_atom"
+# Fields of the configuration that are no choice here.
+FIXED = {
+    "target",
+    "classes",
+    "parent_sha256",
+    "freeze",
+    "normalizer",
+    "forest_baseline",
+    "schema_version",
+}
+
+
+def judge(
+    truth: NDArray[np.float64], said: NDArray[np.float64], linear: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return the errors of predictions, and R² of what the reference leaves over.
+
+    Parameters
+    ----------
+    truth, said, linear
+        ``(n,)`` in eV/atom: true, predicted, and of the linear reference.
+    """
+    found: dict[str, Any] = regression_metrics(truth, said)
+    rest = regression_metrics(truth - linear, said - linear)
+    return {**found, "r2_of_remainder": rest["r2"]}
+
+
+def simple_models(dataset: Dataset, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return the predictions for all rows of what needs no network, ``(n,)`` each."""
+    train, table = dataset.rows("train"), dataset.graphs
+    fractions = element_fractions(table)
+    reference = fit_element_reference(fractions[train], dataset.targets[train])
+    linear = fractions @ reference
+    scalars, learned = graph_scalars(table), graph_scalars(table.select(train))
+
+    def forest(targets: NDArray[np.float64]) -> NDArray[np.float64]:
+        fitted = fit_forest(learned, targets[train], seed, target_property=TARGET)
+        said, _ = fitted.predict_features(scalars)
+        return np.asarray(said)
+
+    return {
+        "mean": np.full(dataset.num_samples, dataset.targets[train].mean()),
+        "linear in composition": linear,
+        "random forest": forest(dataset.targets),
+        "random forest of the remainder": linear + forest(dataset.targets - linear),
+    }
+
+
+def network_row(
+    result: TrainingResult, dataset: Dataset, part: str, linear: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return the errors of the network, and how its intervals hold."""
+    rows, said = dataset.rows(part), result.predictions[part]
+    assert [p["structure_id"] for p in said] == [dataset.ids[row] for row in rows]
+    mean = np.array([p["mean"] for p in said])
+    truth = dataset.targets[rows]
+    answer = judge(truth, mean, linear[rows])
+    if all(p["half_width"] is not None for p in said):
+        width = np.array([p["half_width"] for p in said])
+        inside = np.abs(mean - truth) <= width
+        answer["coverage_of_90"] = float(inside.mean())
+        answer["mean_half_width"] = float(width.mean())
+    return answer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each hyper-parameter, with the project's own default."""
+    group = parser.add_argument_group("hyper-parameters, in JSON; defaults of nanoos")
+    for name, field in TrainingConfig.model_fields.items():
+        if name not in FIXED:
+            told = json.dumps(field.default)
+            option = f"--{name.replace('_', '-')}"
+            group.add_argument(option, metavar="VALUE", help=f"default: {told}")
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the hyper-parameters that were given."""
+    values = {}
+    for name in TrainingConfig.model_fields:
+        text = getattr(arguments, name, None)
+        if name not in FIXED and text is not None:
+            try:
+                values[name] = json.loads(text)
+            except json.JSONDecodeError:
+                values[name] = text  # a word
+    return values
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work-dir", type=Path, help="kept, to resume; else temporary")
+    parser.add_argument("--json", type=Path)
+    add_options(parser)
+    arguments = parser.parse_args(words)
+    config = TrainingConfig(target=TARGET, forest_baseline=False, **given(arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        place = arguments.work_dir or Path(folder)
+        answer = run(arguments, config, place)
+    print_table(answer)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(answer, indent=1) + "\n")
+    return 0
+
+
+def run(
+    arguments: argparse.Namespace, config: TrainingConfig, place: Path
+) -> dict[str, Any]:
+    """Build the dataset, train, and judge on validation and test."""
+    graphs, targets = read(arguments.data)
+    divided = DatasetConfig(
+        target_property=TARGET, seed=arguments.split_seed, unit="eV/atom"
+    )
+    directory = place / "dataset"
+    write_dataset(build_regression_dataset(graphs, targets, divided), directory)
+    dataset = open_dataset(directory)
+    result = train_cgcnn_model(
+        TARGET,
+        config,
+        dataset_dir=directory,
+        work_dir=place / "work",
+        resources=Resources(ranks=arguments.ranks, threads=arguments.threads),
+    )
+    simple = simple_models(dataset, config.seed)
+    linear = simple["linear in composition"]
+    parts = {}
+    for part in PARTS[1:]:
+        rows = dataset.rows(part)
+        parts[part] = {
+            name: judge(dataset.targets[rows], said[rows], linear[rows])
+            for name, said in simple.items()
+        }
+        parts[part]["CGCNN"] = network_row(result, dataset, part, linear)
+    return {
+        "structures": dataset.num_samples,
+        "rows": {part: len(dataset.rows(part)) for part in PARTS},
+        "unit": dataset.unit,
+        "split_seed": arguments.split_seed,
+        "data_sha256": sha256_file(arguments.data),
+        "dataset_hash": dataset.dataset_hash,
+        "parts": parts,
+        "config": config.model_dump(mode="json"),
+        "all_hyper_parameters": {
+            name: getattr(config, name) for name in TrainingConfig.model_fields
+        },
+        "best_epochs": [curve.best_epoch for curve in result.curves],
+        "parameters_per_member": result.n_parameters,
+        "ranks": result.ranks,
+        "threads": arguments.threads,
+        "training_s": result.wall_s,
+        "load_average": os.getloadavg(),
+        "machine": platform.platform(),
+        "versions": package_versions(),
+    }
+
+
+def print_table(answer: dict[str, Any]) -> None:
+    """Print the test part."""
+    rows = answer["rows"]
+    print(f"{answer['structures']} structures: {rows['train']} train, {rows['val']} "
+          f"validation, {rows['test']} test; {answer['ranks']} ranks, "
+          f"{answer['training_s']:.0f} s of training")  # fmt: skip
+    print(f"{'test part':32} {'MAE':>8} {'RMSE':>8} {'R²':>8} {'R² of remainder':>16}")
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    for name, found in answer["parts"]["test"].items():
+        print(f"{name:32} {number(found['mae']):>8} {number(found['rmse']):>8} "
+              f"{number(found['r2']):>8} "
+              f"{number(found['r2_of_remainder']):>16}")  # fmt: skip
+    network = answer["parts"]["test"]["CGCNN"]
+    if "coverage_of_90" in network:
+        print(f"90 % intervals hold {100 * network['coverage_of_90']:.1f} % of the "
+              f"test part, mean half width {network['mean_half_width']:.4f} "
+              f"{answer['unit']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
