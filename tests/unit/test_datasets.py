@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -21,7 +22,11 @@ from nanoos_fw.ml.datasets import (
     write_dataset,
     write_regression_dataset,
 )
-from nanoos_fw.ml.exports import export_dataset_to_pandas
+from nanoos_fw.ml.exports import (
+    FORMATS,
+    export_dataset,
+    export_dataset_to_pandas,
+)
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 from nanoos_fw.provenance import content_key, sha256_bytes
 
@@ -228,6 +233,53 @@ def test_pandas_export_has_one_row_per_structure():
     row = frame.set_index("structure_id").loc["s04"]
     assert row["formation_energy_per_atom"] == TARGETS["s04"]
     assert (row["elements"], row["n_atoms"], row["n_edges"]) == ("Al Ti", 2, 24)
+
+
+def test_every_format_has_the_same_rows_and_parquet_their_types_and_units(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    config = CONFIG.model_copy(update={"iqr_factor": 0.5})
+    dataset = build_regression_dataset(GRAPHS, TARGETS, config)
+    for ending in FORMATS:
+        assert export_dataset(dataset, tmp_path / f"d{ending}") == N
+    table = parquet.read_table(tmp_path / "d.parquet")
+    target = "formation_energy_per_atom"
+    text = {
+        "structure_id", "part", "unit", "elements", "formula", "dataset_hash",
+    }  # fmt: skip
+    for field in table.schema:
+        if field.name in text:
+            assert pa.types.is_string(field.type) or pa.types.is_large_string(
+                field.type
+            )
+        else:
+            assert field.type == (pa.float64() if field.name == target else pa.int64())
+    assert table.column_names == [
+        "structure_id", "part", target, "unit", "n_atoms", "n_edges", "elements",
+        "formula", "dataset_hash",
+    ]  # fmt: skip
+    about = json.loads(table.schema.metadata[b"PANDAS_ATTRS"])
+    assert about == {
+        "units": {target: "eV/atom"},
+        "dataset_hash": dataset.dataset_hash,
+    }
+    rows = table.to_pylist()
+    assert [row["structure_id"] for row in rows] == list(dataset.ids)
+    assert {row["structure_id"]: row[target] for row in rows} == TARGETS
+    assert [row["part"] for row in rows] == list(dataset.parts)
+    assert OUTLIER in dataset.parts
+    assert {(row["unit"], row["dataset_hash"]) for row in rows} == {
+        ("eV/atom", dataset.dataset_hash)
+    }
+    lines = (tmp_path / "d.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    with (tmp_path / "d.csv").open(newline="") as stream:
+        written = list(csv.DictReader(stream))
+    numbers = {target: float, "n_atoms": int, "n_edges": int}
+    assert [
+        {name: numbers.get(name, str)(text) for name, text in row.items()}
+        for row in written
+    ] == rows
 
 
 # ------------------------------------------------------------------------ streamed

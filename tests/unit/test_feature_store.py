@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -351,6 +353,53 @@ def test_an_interrupted_run_keeps_its_micro_batches(
     assert len(FeatureStore(database).state(keys, DESCRIBED, FEATURE_VERSION)) == 4
     report = compute_features(database, keys)
     assert report.counts() == {"hit": 4, "computed": 4, "quarantined": 0}
+
+
+KILLED_WORKER = """
+import os, signal, sys
+import pymongo
+from nanoos_fw.firetasks import featurization
+from nanoos_fw.stores.structures import StructureStore
+
+uri, name, batch = sys.argv[1:]
+featurization._BATCH_STRUCTURES = int(batch)
+database = pymongo.MongoClient(uri)[name]
+together, batches = featurization.FeaturizingChild.featurize, []
+
+def featurize(child, job):
+    for result in together(child, job):
+        yield result
+    batches.append(len(job))
+    if len(batches) == 3:  # computed, and not yet written
+        os.kill(os.getpid(), signal.SIGKILL)
+
+featurization.FeaturizingChild.featurize = featurize
+featurization.compute_features(database, StructureStore(database).keys("all"))
+"""
+
+
+@pytest.mark.mongodb
+def test_a_killed_worker_loses_one_micro_batch(
+    mongodb_database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, total = 4, 20
+    ensure_indexes(mongodb_database)
+    keys = stored(mongodb_database, *(crystal(3 + 0.02 * i) for i in range(total)))
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+    words = [sys.executable, "-c", KILLED_WORKER, uri, mongodb_database.name]
+    done = subprocess.run([*words, str(batch)], check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    # Three batches were computed, and the third was lost.
+    collection = mongodb_database["structure_features"]
+    kept = {d["structure"] for d in collection.find({}, {"structure": 1})}
+    assert len(kept) == collection.count_documents({}) == 2 * batch
+    monkeypatch.setattr(featurization, "_BATCH_STRUCTURES", batch)
+    report = compute_features(mongodb_database, keys)
+    assert set(report.hit) == kept
+    assert set(report.computed) == set(keys) - kept
+    assert collection.count_documents({}) == total
+    state = FeatureStore(mongodb_database).state(keys, DESCRIBED, FEATURE_VERSION)
+    assert state == dict.fromkeys(keys, "ok")
 
 
 @pytest.mark.mongodb

@@ -183,6 +183,35 @@ def test_full_lists_equal_ase():
         same(edges, dict(zip(map(tuple, keys), distances, strict=True)))
 
 
+def test_full_lists_equal_matscipy():
+    neighbours = pytest.importorskip("matscipy.neighbours", reason="needs matscipy")
+    structures = [s for _, s in MIXED]
+    found = list_neighbors(*flat(structures), CUTOFF)
+    for edges, structure in zip(split(found, structures), structures, strict=True):
+        i, j, offsets, distances = neighbours.neighbour_list(
+            "ijSd",
+            cutoff=CUTOFF,
+            positions=structure.cart_coords,
+            cell=structure.lattice.matrix,
+            pbc=np.ones(3, dtype=bool),
+        )
+        keys = np.column_stack([i, j, offsets]).astype(int).tolist()
+        same(edges, dict(zip(map(tuple, keys), distances, strict=True)))
+
+
+def test_full_lists_equal_vesin():
+    vesin = pytest.importorskip("vesin", reason="needs vesin")
+    structures = [s for _, s in MIXED]
+    found = list_neighbors(*flat(structures), CUTOFF)
+    for edges, structure in zip(split(found, structures), structures, strict=True):
+        calculator = vesin.NeighborList(cutoff=CUTOFF, full_list=True, n_threads=1)
+        i, j, offsets, distances = calculator.compute(
+            structure.cart_coords, structure.lattice.matrix, True, "ijSd"
+        )
+        keys = np.column_stack([i, j, offsets]).astype(int).tolist()
+        same(edges, dict(zip(map(tuple, keys), distances, strict=True)))
+
+
 def test_a_batch_is_its_structures_one_by_one():
     structures = [s for _, s in MIXED[::7]]
     together, errors = build_graphs(structures, max_neighbors=12)
