@@ -17,7 +17,7 @@ from nanoos_fw.md.analysis import AnalysisName, AnalysisRequest, analyze_simulat
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
-from nanoos_fw.md.output import read_simulation
+from nanoos_fw.md.output import not_converged, read_simulation
 from nanoos_fw.md.potential_checks import check_files, check_styles
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.relaxation import (
@@ -32,6 +32,7 @@ from nanoos_fw.stores.simulations import Simulation, method_key, simulation_key
 
 # Rows of the thermo table that go into the database; the log has all.
 _MAX_THERMO_ROWS = 2000
+_CONVERGENCE = ("converged", "max_force_ev_a", "max_stress_bar")
 # A rank with fewer atoms spends its time on messages.
 _ATOMS_PER_RANK = 250
 
@@ -322,12 +323,15 @@ class RunMDTask(NanoTask):
                 deadline=place.deadline,
             )
             parsed = engine.parse_output(output_dir)
+            error = not_converged(output_dir)
         every = math.ceil(len(parsed["thermo"]["step"]) / _MAX_THERMO_ROWS)
         return Simulation(
             structure=run.structure,
             method=run.method,
             kind="md",
-            status="done",
+            # As of relaxations: kept with its numbers, and taken for no result.
+            status="done" if error is None else "failed",
+            error=None if error is None else error.to_dict(),
             result={
                 "workflow_type": parsed["workflow_type"],
                 "n_atoms": parsed["n_atoms"],
@@ -339,6 +343,7 @@ class RunMDTask(NanoTask):
                 "seed": config.seed,
                 "averages": parsed["averages"],
                 "units": parsed["units"],
+                **{name: parsed[name] for name in _CONVERGENCE if name in parsed},
                 "thermo": {n: v[::every] for n, v in parsed["thermo"].items()},
                 "final_structure": parsed["final_structure"],
             },
@@ -376,6 +381,12 @@ class AnalyzeTrajectoryTask(NanoTask):
                 advice="rerun the firework with its RunMDTask",
             )
         simulation = found[run.structure]
+        if simulation.status == "failed":
+            raise SimulationError(
+                f"the simulation of rank {self.parameters.rank} failed",
+                evidence={"simulation": (simulation.error or {}).get("message")},
+                advice="see the simulation's own error",
+            )
         analysis = analyze_simulation(
             Path(simulation.files["output_dir"]), self.parameters.md.request
         )

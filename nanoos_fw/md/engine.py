@@ -36,7 +36,9 @@ from nanoos_fw.md.output import (
     FINAL,
     SIMULATION,
     averages,
+    convergence,
     final_structure,
+    not_converged,
     read_simulation,
     simulation_box,
     simulation_thermo,
@@ -280,7 +282,9 @@ class LAMMPSEngine:
         Returns
         -------
         dict
-            ``success`` (True), ``steps``, ``n_atoms``, ``segments``, ``wall_s``,
+            ``success``: True, but for a minimization that ended before it reached its
+            tolerances; for minimizations, ``converged`` and what is left, see
+            `output.convergence`; ``steps``, ``n_atoms``, ``segments``, ``wall_s``,
             ``output_dir``, ``lammps_version``; ``exact`` tells whether every segment
             began at a restart step on as many ranks as the first, so that the
             result is that of an uninterrupted run to the last bit.
@@ -319,9 +323,13 @@ class LAMMPSEngine:
         began = time.time()
         resources = resources or Resources()
         result = self._launch(simulation, output_dir, resources, end, stall_s)
+        found = convergence(output_dir)
+        if error := not_converged(output_dir):
+            logger.warning("%s", error.message)
         outcome = {
-            "success": True,
+            "success": found is None or found["converged"],
             **result,
+            **(found or {}),
             "wall_s": time.time() - began,
             "output_dir": str(output_dir),
             "exact": _is_exact(output_dir),
@@ -415,7 +423,9 @@ class LAMMPSEngine:
             ``trajectory_files``; ``final_velocities_a_fs`` (Å/fs), and for static
             evaluations and minimizations ``final_forces_ev_a`` and
             ``final_stress_bar`` (positive under tension), in the orientation and
-            order of the structure; ``elastic`` or ``eos`` of those workflows;
+            order of the structure; for minimizations ``converged``,
+            ``max_force_ev_a`` and ``max_stress_bar`` (see `output.convergence`), with a
+            warning if it is not; ``elastic`` or ``eos`` of those workflows;
             ``segments``: where each launch began; ``warnings``.
 
         Raises
@@ -463,9 +473,12 @@ class LAMMPSEngine:
         if complete:
             result["final_structure"] = final_structure(output_dir).as_dict()
             result |= _final_arrays(read_json(final), simulation_box(output_dir))
+            result |= convergence(output_dir) or {}
         record = output_dir / SEGMENT_RECORD
         result["segments"] = read_json(record) if record.exists() else []
         result["warnings"] = [*simulation.get("warnings", [])]
+        if complete and (error := not_converged(output_dir)):
+            result["warnings"].append(error.message)
         if missing := _missing_rows(table, config, complete):
             result["warnings"].append(f"{missing} rows of the thermo table are missing")
         return result

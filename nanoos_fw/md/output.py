@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.errors import CorruptArtifactError, InputError, SimulationError
 from nanoos_fw.md.box import LammpsBox
-from nanoos_fw.md.inputs import MDConfig
+from nanoos_fw.md.inputs import MDConfig, barostat_of
 from nanoos_fw.md.statistics import block_analysis, detect_equilibration, mser
 from nanoos_fw.md.trajectory import (
     ThermoTable,
@@ -139,6 +139,63 @@ def final_structure(output_dir: Path) -> Structure:
         simulation["species"],
         box.frac_coords(np.array(final["positions"]), matrix),
         to_unit_cell=True,
+    )
+
+
+def convergence(output_dir: Path) -> dict[str, Any] | None:
+    """Return whether a finished minimization reached its tolerances.
+
+    LAMMPS ends a minimization at its last step, or where its line search finds no
+    lower energy, as quietly as at its tolerances; so the last state is measured.
+
+    Returns
+    -------
+    dict or None
+        ``converged``; ``max_force_ev_a``: largest component of a force;
+        ``max_stress_bar``: with ``relax_cell``, how far the stress that the cell could
+        follow is from the wanted pressure, else None. None for other workflows.
+    """
+    simulation = read_simulation(output_dir)
+    config = MDConfig.model_validate(simulation["config"])
+    if config.workflow_type != "MINIMIZE_LAMMPS":
+        return None
+    final = read_json(output_dir / FINAL)
+    force = float(np.abs(np.array(final["forces"])).max())
+    converged, excess = force <= config.max_force_ev_a, None
+    if config.relax_cell:
+        barostat = barostat_of(config, simulation_box(output_dir))
+        stress = np.array(final["stress_bar"]) + config.pressure_bar * np.eye(3)
+        if barostat == "iso":
+            stress = np.array([np.trace(stress) / 3.0])
+        elif barostat == "aniso":
+            stress = np.diag(stress)
+        excess = float(np.abs(stress).max())
+        converged = converged and excess <= config.max_stress_bar
+    return {
+        "converged": converged,
+        "max_force_ev_a": force,
+        "max_stress_bar": excess,
+    }
+
+
+def not_converged(output_dir: Path) -> SimulationError | None:
+    """Return the error of a minimization that missed its tolerances, else None."""
+    found = convergence(output_dir)
+    if found is None or found["converged"]:
+        return None
+    config = MDConfig.model_validate(read_simulation(output_dir)["config"])
+    left = f"{found['max_force_ev_a']:.3g} eV/Å"
+    if found["max_stress_bar"] is not None:
+        left += f" and {found['max_stress_bar']:.3g} bar"
+    return SimulationError(
+        f"the minimization in {output_dir} ended before it converged: {left} are left",
+        evidence={
+            "class": "not_converged",
+            **found,
+            "tolerance_ev_a": config.max_force_ev_a,
+            "tolerance_bar": config.max_stress_bar if config.relax_cell else None,
+        },
+        advice="raise num_steps, or the tolerances max_force_ev_a and max_stress_bar",
     )
 
 

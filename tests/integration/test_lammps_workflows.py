@@ -5,18 +5,24 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import MissingDependencyError, OutOfTimeError, SimulationError
+from nanoos_fw.firetasks.md import MDParameters, RunMDTask, _Run
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.fork_server import ForkServer
+from nanoos_fw.md.optimizer import RelaxationResult, failed_result
+from nanoos_fw.md.output import not_converged
 from nanoos_fw.md.potentials import lennard_jones_potential
+from nanoos_fw.md.properties import _Work
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import read_json
+from nanoos_fw.stores.simulations import Simulation, simulation_key
 
 pytestmark = pytest.mark.lammps
 
@@ -88,11 +94,113 @@ def test_minimization_with_the_cell_reaches_the_pressure(tmp_path, quick):
         "max_force_ev_a": 1e-5,
     }
     result = run(rough, tmp_path, quick, **parameters)
+    assert result["converged"]
     stress = np.array(result["final_stress_bar"])
     np.testing.assert_allclose(stress, -20_000.0 * np.eye(3), atol=60.0)
     volume = Structure.from_dict(result["final_structure"]).volume
     # Murnaghan with the published B = 101.4 GPa; B' moves it by 1e-4 only.
     assert volume == pytest.approx(5.431**3 * (1 + 4 * 2 / 101.4) ** (-1 / 4), rel=1e-3)
+
+
+def test_minimization_that_ends_too_early_is_not_converged(tmp_path, quick, caplog):
+    rough = silicon(5.6)
+    rough.perturb(0.05)
+    sw = file_potential("sw", "Si.sw")
+    shared = {"workflow_type": "MINIMIZE_LAMMPS", "potential": sw}
+    for name, limits, expected in (
+        ("steps", {"num_steps": 2}, False),
+        ("enough", {}, True),
+        # Forces vanish, but the cell had no time to follow.
+        ("cell", {"num_steps": 6, "relax_cell": True, "max_force_ev_a": 1.0}, False),
+        ("loose", {"num_steps": 2, "max_force_ev_a": 10.0}, True),
+    ):
+        folder = tmp_path / name
+        inputs = quick.prepare_input(rough, {**shared, **limits}, folder)
+        caplog.clear()
+        outcome = quick.execute(inputs, folder / "output")
+        result = quick.parse_output(folder / "output")
+        assert outcome["success"] is outcome["converged"] is expected
+        assert result["converged"] is expected
+        left = np.abs(result["final_forces_ev_a"]).max()
+        assert result["max_force_ev_a"] <= limits.get("max_force_ev_a", 1e-3) or (
+            not expected and left > 1e-3
+        )
+        assert ("before it converged" in caplog.text) is not expected
+        assert any("converged" in w for w in result["warnings"]) is not expected
+        error = not_converged(folder / "output")
+        assert (error is None) is expected
+        if name == "cell":
+            excess = np.array(result["final_stress_bar"]) + 1.0 * np.eye(3)
+            # The box of a cubic cell: its lengths follow, its angles do not.
+            largest = np.abs(np.diag(excess)).max()
+            assert result["max_stress_bar"] == pytest.approx(largest)
+            assert largest > 50.0
+            assert error.evidence["class"] == "not_converged"
+    # What was finished is not taken for converged the next time either.
+    again = quick.execute(tmp_path / "steps" / "input", tmp_path / "steps" / "output")
+    assert again["converged"] is False
+
+
+def test_firetask_stores_what_did_not_converge_as_failed(tmp_path):
+    rough = silicon(5.6)
+    rough.perturb(0.05)
+    sw = file_potential("sw", "Si.sw")
+    relaxation = Simulation(
+        structure="s",
+        method="r",
+        kind="relaxation",
+        status="done",
+        result=RelaxationResult(
+            converged=True,
+            species=tuple(s.species_string for s in rough),
+            lattice_a=tuple(map(tuple, rough.lattice.matrix.tolist())),
+            frac_coords=tuple(map(tuple, rough.frac_coords.tolist())),
+        ).to_dict(),
+    )
+    place = SimpleNamespace(
+        work_dir=tmp_path.joinpath,
+        resources=Resources(),
+        resources_for=lambda _: Resources(),
+        deadline=None,
+    )
+    for steps, status in ((2, "failed"), (500, "done")):
+        task = RunMDTask(
+            campaign="c",
+            rank=1,
+            relaxation={"potential": {"name": "sw", "elements": ["Si"]}},
+            md={"config": {"workflow_type": "MINIMIZE_LAMMPS", "num_steps": steps}},
+        )
+        task.parameters = MDParameters.model_validate(dict(task))
+        run = _Run("s", f"m{steps}", relaxation, sw)
+        (tmp_path / "md" / simulation_key("s", run.method)).mkdir(parents=True)
+        stored = task._simulate(place, run)
+        assert stored.status == status
+        assert stored.result["converged"] is (status == "done")
+        assert stored.result["max_force_ev_a"] > 0.0
+        if status == "failed":
+            assert stored.error["evidence"]["class"] == "not_converged"
+
+
+def test_properties_refuse_a_copy_that_did_not_converge(tmp_path, monkeypatch):
+    def unfinished(calculator, task, settings, stop):
+        error = SimulationError("no", evidence={"class": "not_converged"})
+        return failed_result(("Si",), error, energy_ev=-1.0)
+
+    monkeypatch.setattr("nanoos_fw.md.properties.relax_one", unfinished)
+    work = _Work(None, ["Si"], None, None, None, tmp_path)
+    with pytest.raises(SimulationError, match="not relaxed") as caught:
+        work.relax(np.eye(3), np.zeros((1, 3)))
+    assert caught.value.evidence["class"] == "not_converged"
+
+
+def test_executable_tells_of_a_minimization_that_ends_too_early(tmp_path):
+    rough = silicon(5.6)
+    rough.perturb(0.05)
+    engine = LAMMPSEngine(command=LMP)
+    sw = file_potential("sw", "Si.sw")
+    parameters = {"workflow_type": "MINIMIZE_LAMMPS", "potential": sw, "num_steps": 2}
+    inputs = engine.prepare_input(rough, parameters, tmp_path)
+    assert engine.execute(inputs, tmp_path / "output")["converged"] is False
 
 
 def test_elastic_constants_of_silicon_are_the_published_ones(tmp_path, quick):
