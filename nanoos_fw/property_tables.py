@@ -102,12 +102,15 @@ class PropertyRow:
         One of them is None.
     value
         In the unit in which the property is stored.
+    unit
+        That unit.
     """
 
     line: int
     structure: str | None
     file: str | None
     value: float
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ class RowFailure:
     error: InputError
 
 
-def stored_unit(name: str, unit: str | None) -> str:
-    """Return the unit in which a property is stored.
+def stored_unit(name: str, unit: str | None) -> str | None:
+    """Return the unit in which a property is stored, or None if its rows decide.
 
     Parameters
     ----------
@@ -131,20 +134,14 @@ def stored_unit(name: str, unit: str | None) -> str:
     Raises
     ------
     InputError
-        If the name cannot be that of a property, or nobody knows a unit.
+        If the name cannot be that of a property.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
             f"{name!r} cannot be the name of a property",
             advice="letters, digits and underscores, beginning with a letter",
         )
-    known = unit_of(name) or unit
-    if not known:
-        raise InputError(
-            f"the unit of {name!r} is not known",
-            advice="give it, as in --unit eV; --unit 1 for a pure number",
-        )
-    return known
+    return unit_of(name) or unit
 
 
 def conversion(given: str, wanted: str) -> float:
@@ -186,7 +183,9 @@ def read_property_table(
     name
         Of the property.
     unit
-        Of all values; None if the rows tell theirs.
+        Of all values; None if the rows tell theirs. The unit of a property that is
+        not one of this program's is then that of the first row, and rows in other
+        units are converted to it.
     columns
         Where to find what.
 
@@ -204,7 +203,14 @@ def read_property_table(
             continue
         if found is None:
             found = _columns(path, list(content), name, unit, columns or TableColumns())
+            if wanted is None and found.unit is None:
+                raise InputError(
+                    f"the unit of {name!r} is not known",
+                    advice="give it, as in --unit eV; --unit 1 for a pure number; or "
+                    "a column of units",
+                )
         try:
+            wanted = wanted or _unit(content, found, unit)
             yield _read(line, content, found, unit, wanted, factors)
         except InputError as error:
             yield RowFailure(line, error)
@@ -259,9 +265,7 @@ def _read(
     wanted: str,
     factors: dict[str, float],
 ) -> PropertyRow:
-    own = _text(content, columns.unit) or unit
-    if not own:
-        raise InputError("the row has no unit")
+    own = _unit(content, columns, unit)
     if own not in factors:
         factors[own] = conversion(own, wanted)
     value = _number(content.get(columns.value or ""), columns.value) * factors[own]
@@ -269,7 +273,14 @@ def _read(
     file = None if structure else _text(content, columns.file)
     if not structure and not file:
         raise InputError("the row names no structure")
-    return PropertyRow(line, structure, file, value)
+    return PropertyRow(line, structure, file, value, wanted)
+
+
+def _unit(content: Mapping[str, Any], columns: TableColumns, unit: str | None) -> str:
+    own = _text(content, columns.unit) or unit
+    if not own:
+        raise InputError("the row has no unit")
+    return own
 
 
 def _columns(
@@ -292,7 +303,7 @@ def _columns(
         raise _no_column(path, "column that names structures", names)
     if found.value is None:
         raise _no_column(path, f"column {prop!r} or 'value'", names)
-    if found.unit is None and unit is None:
+    if found.unit is None and unit is None and unit_of(prop):
         raise _no_column(path, "column 'unit', and no unit is given", names)
     return found
 

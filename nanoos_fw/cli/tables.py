@@ -103,7 +103,7 @@ def _import_table(arguments: argparse.Namespace) -> int:
         if len(failures) > _SHOWN:
             print(f"refused    … and {len(failures) - _SHOWN} more (--json lists all)")
         print(
-            f"{report.total} rows: {arguments.name} ({report.unit}) of "
+            f"{report.total} rows: {arguments.name} ({report.unit or 'no unit'}) of "
             f"{len(report.written)} structures written, {len(report.unchanged)} "
             f"unchanged, {len(failures)} refused"
         )

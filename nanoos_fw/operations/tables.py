@@ -25,7 +25,8 @@ class TableReport:
     Parameters
     ----------
     unit
-        In which the values are stored.
+        In which the values are stored; empty if no row tells the unit of a property
+        that is not known.
     written, unchanged
         Structures that have the value now, and that had it before.
     added
@@ -77,13 +78,14 @@ def import_property_table(
         If the table cannot be read, or lacks a column. What is wrong with a row is in
         the report.
     """
-    report = TableReport(unit=stored_unit(name, unit))
+    report = TableReport(unit=stored_unit(name, unit) or "")
     rows: list[PropertyRow] = []
     for row in read_property_table(path, name, unit=unit, columns=columns):
         if isinstance(row, RowFailure):
             report.failures[row.line] = row.error
         else:
             rows.append(row)
+            report.unit = row.unit
     names = list(dict.fromkeys(row.structure for row in rows if row.structure))
     keys_of = store.resolve(names)
     values: dict[str, float] = {}

@@ -25,8 +25,12 @@ from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 WORKER = Path(__file__).with_name("featurizing_worker.py")
-WORKERS, KILLS, STRUCTURES = 4, 5, 8000
-KILL_EVERY_S, OUTAGE_S, LIMIT_S = 2.5, 4.0, 240.0
+WORKERS, STRUCTURES = 4, 3000
+# How much is done when a worker is killed, and when the server goes away. What is
+# counted is progress and not seconds: the machine may be slow.
+KILL_AT = [STRUCTURES * tenths // 10 for tenths in (1, 4, 6, 8)]
+CUT_AT = STRUCTURES // 4
+OUTAGE_S, LIMIT_S = 2.0, 400.0
 
 
 class Proxy:
@@ -115,36 +119,44 @@ def test_killed_workers_leave_every_structure_once(
             [sys.executable, str(WORKER), uri, mongodb_database.name], stderr=log
         )
 
+    def kill() -> int:
+        """Kill one that runs, tell which, and note how much was done."""
+        running = [n for n, w in enumerate(workers) if w.poll() is None]
+        victim = random.choice(running)
+        workers[victim].send_signal(signal.SIGKILL)
+        workers[victim].wait()
+        done_at_kill.append(collection.count_documents({}))
+        return victim
+
+    def log_says(words: str) -> bool:
+        return words in (tmp_path / "workers.log").read_text()
+
     workers = [start() for _ in range(WORKERS)]
-    begin, kills, done_at_kill = time.monotonic(), 0, []
-    cut_at, restored, done_at_cut = 0.0, False, 0
+    begin, kills = time.monotonic(), list(KILL_AT)
+    done_at_kill: list[int] = []
+    restored = False
     try:
-        next_kill = begin + KILL_EVERY_S
         while any(worker.poll() is None for worker in workers):
             assert time.monotonic() - begin < LIMIT_S, (
                 "the workers do not come to an end"
             )
-            time.sleep(0.1)
-            now = time.monotonic()
-            if not cut_at and collection.count_documents({}) > STRUCTURES // 5:
+            time.sleep(0.02)
+            done = collection.count_documents({})
+            if not restored and done > CUT_AT:
                 proxy.cut()
-                cut_at, done_at_cut = now, collection.count_documents({})
-            if cut_at and not restored and now > cut_at + OUTAGE_S:
+                cut_at, done_at_cut = time.monotonic(), collection.count_documents({})
+                while time.monotonic() < cut_at + OUTAGE_S or not log_says("again in"):
+                    assert time.monotonic() - begin < LIMIT_S, "nobody waits"
+                    time.sleep(0.1)
                 # Nothing has come through meanwhile but what was on its way.
                 assert collection.count_documents({}) < done_at_cut + 20 * WORKERS + 1
+                victim = kill()
                 proxy.restore()
                 restored = True
-            if kills < KILLS and now > next_kill:
-                if not done_at_kill and not collection.count_documents({}):
-                    continue  # on a busy machine the workers take long to start
-                next_kill = now + KILL_EVERY_S
-                running = [w for w in workers if w.poll() is None]
-                victim = random.choice(running)
-                done_at_kill.append(collection.count_documents({}))
-                victim.send_signal(signal.SIGKILL)
-                victim.wait()
-                workers[workers.index(victim)] = start()
-                kills += 1
+                workers[victim] = start()
+            elif kills and kills[0] < done < STRUCTURES:
+                kills.pop(0)
+                workers[kill()] = start()
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -158,7 +170,7 @@ def test_killed_workers_leave_every_structure_once(
     assert "again in" in told
     assert "server is back" in told
     # Enough of the kills came in the middle of the work.
-    assert sum(0 < done < STRUCTURES for done in done_at_kill) >= 2, done_at_kill
+    assert sum(0 < done < STRUCTURES for done in done_at_kill) >= 3, done_at_kill
     found = [d["structure"] for d in collection.find({}, {"structure": 1})]
     assert sorted(found) == sorted(keys)
     described = FeatureParameters().model_dump(mode="json")

@@ -92,6 +92,29 @@ def test_csv_and_json_lines_are_the_same_table(tmp_path: Path) -> None:
     assert [e.line for e in found[1]] == [1, 2, 3]
 
 
+def test_the_first_row_decides_the_unit_of_a_property_that_is_not_known(
+    tmp_path: Path,
+) -> None:
+    text = "key,value,in\na,1,\nb,2,GPa\nc,300,MPa\nd,4,eV\ne,5e9,Pa\n"
+    columns = TableColumns(unit="in")
+    path = table(tmp_path, text)
+    rows = list(read_property_table(path, "hardness", columns=columns))
+    good = [row for row in rows if isinstance(row, PropertyRow)]
+    assert [(row.structure, row.unit) for row in good] == [
+        ("b", "GPa"), ("c", "GPa"), ("e", "GPa"),
+    ]  # fmt: skip
+    assert [row.value for row in good] == pytest.approx([2.0, 0.3, 5.0], rel=1e-12)
+    bad = {row.line: str(row.error) for row in rows if isinstance(row, RowFailure)}
+    assert sorted(bad) == [2, 5]
+    assert "no unit" in bad[2]
+    assert "'eV' cannot be converted to 'GPa'" in bad[5]
+    # A unit for the table decides, whatever the first row has.
+    asked = read_property_table(path, "hardness", unit="MPa", columns=columns)
+    assert [row.value for row in asked if isinstance(row, PropertyRow)] == (
+        pytest.approx([1.0, 2000.0, 300.0, 5000.0], rel=1e-12)
+    )
+
+
 def test_rows_that_cannot_be_used_are_told_line_by_line(tmp_path: Path) -> None:
     text = (
         "key,value,unit\n"
@@ -105,7 +128,7 @@ def test_rows_that_cannot_be_used_are_told_line_by_line(tmp_path: Path) -> None:
         "h,3,eV,more\n"
     )
     good, *bad = read_property_table(table(tmp_path, text), "bandgap")
-    assert good == PropertyRow(2, "a", None, 1.0)
+    assert good == PropertyRow(2, "a", None, 1.0, "eV")
     words = ["no number", "finite", "names no", "converted", "no unit", "3 f", "3 f"]
     assert len(bad) == len(words)
     for line, (row, word) in enumerate(zip(bad, words, strict=True), start=3):
