@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from pymatgen.core import Lattice, Structure
+from small_training import TARGET, config, write_small_dataset
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
@@ -19,16 +19,9 @@ from nanoos_fw.errors import (
     MissingDependencyError,
     OutOfTimeError,
 )
-from nanoos_fw.ml.datasets import (
-    DatasetConfig,
-    build_regression_dataset,
-    write_dataset,
-)
-from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.training import (
     CHECKPOINT,
     RANK_CONFIG,
-    TrainingConfig,
     train_cgcnn_model,
 )
 from nanoos_fw.operations.rerun import failure_class
@@ -37,7 +30,6 @@ from nanoos_fw.parallel.files import PROGRESS
 
 pytestmark = pytest.mark.mpi
 
-TARGET = "energy_per_atom"
 # Upper bound after which a run counts as hanging; passing runs take seconds.
 HANGING_S = 120.0
 
@@ -52,35 +44,7 @@ def launcher():
 
 @pytest.fixture(scope="module")
 def dataset_dir(tmp_path_factory):
-    rng = np.random.default_rng(11)
-    graphs, targets = {}, {}
-    for i in range(29):
-        a, b = rng.choice(["Al", "Ni", "Ti", "Fe"], 2, replace=False)
-        cell = Lattice.tetragonal(*(2.8 + 0.6 * rng.random(2)))
-        structure = Structure(cell, [a, b], [[0, 0, 0], [0.5, 0.5, 0.5]])
-        structure *= (1 + i % 3, 1, 1)  # unequal sizes
-        graphs[f"s{i:02d}"] = build_graph(structure)
-        targets[f"s{i:02d}"] = float(rng.normal() + graphs[f"s{i:02d}"].distances[0])
-    directory = tmp_path_factory.mktemp("dataset")
-    config = DatasetConfig(
-        target_property=TARGET, train_fraction=0.7, val_fraction=0.2, test_fraction=0.1
-    )
-    write_dataset(build_regression_dataset(graphs, targets, config), directory)
-    return directory
-
-
-def config(**changes):
-    fields = {
-        "target": TARGET,
-        "epochs": 5,
-        "batch_size": 6,
-        "hidden_dim": 16,
-        "readout_dim": 16,
-        "ensemble_size": 1,
-        "schedule": "constant",
-        "forest_baseline": False,
-    }
-    return TrainingConfig(**{**fields, **changes})
+    return write_small_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 def train(dataset_dir, work_dir, ranks, **changes):
