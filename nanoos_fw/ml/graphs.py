@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from nanoos_fw.crystals import decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.lattices import CLOSE, FLAT, ISOLATED, NOT_FINITE, TOO_MANY
-from nanoos_fw.ml.neighbors import NeighborList, list_nearest, order_of_edges, shells_of
+from nanoos_fw.ml.neighbors import (
+    NeighborList,
+    list_nearest,
+    list_nearest_of_one,
+    order_of_edges,
+    shells_of,
+)
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -515,10 +521,7 @@ def unpack_graph(data: bytes) -> CrystalGraph:
     n_atoms, n_edges = head.n_atoms, head.n_edges
     index = _WIDE if head.flags & _WIDE_INDEX else _NARROW
     edge_index = np.empty((2, n_edges), dtype=np.int32)
-    centres = _CENTRES[:n_atoms]
-    if len(centres) < n_atoms:
-        centres = np.arange(n_atoms, dtype=np.int32)
-    edge_index[0] = centres.repeat(np.frombuffer(data, _DEGREE, n_atoms, a1))
+    edge_index[0] = _centres(n_atoms).repeat(np.frombuffer(data, _DEGREE, n_atoms, a1))
     edge_index[1] = np.frombuffer(data, index, n_edges, a2)
     offsets = lattice = None
     if head.flags & _GEOMETRY:
@@ -714,22 +717,19 @@ def _build(
     max_neighbors: int | None,
 ) -> CrystalGraph:
     lattice = np.array(lattice, dtype=np.float64)
-    found = list_nearest(
-        lattice[None],
-        frac_coords,
-        numbers,
-        np.array([0, len(numbers)]),
-        cutoff_radius,
-        max_neighbors,
+    found = list_nearest_of_one(
+        lattice, frac_coords, numbers, cutoff_radius, max_neighbors
     )
     if found.status[0]:
         raise _error_of(
             int(found.status[0]), found.detail[0], numbers, lattice, cutoff_radius
         )
     edge_index = np.empty((2, len(found.neighbors)), dtype=np.int32)
-    edge_index[0] = np.repeat(np.arange(len(numbers), dtype=np.int32), found.degrees)
+    edge_index[0] = _centres(len(numbers)).repeat(found.degrees)
     edge_index[1] = found.neighbors
-    return CrystalGraph(
+    # Not by __init__: these arrays fit, and it takes as long as a small search.
+    graph: CrystalGraph = object.__new__(CrystalGraph)
+    graph.__dict__.update(
         numbers=numbers,
         edge_index=edge_index,
         distances=found.distances,
@@ -738,6 +738,14 @@ def _build(
         offsets=found.offsets,
         lattice=lattice,
     )
+    return graph
+
+
+def _centres(n_atoms: int) -> NDArray[np.int32]:
+    """Return 0, 1, ... ``n_atoms - 1``, read only."""
+    if n_atoms <= len(_CENTRES):
+        return _CENTRES[:n_atoms]
+    return np.arange(n_atoms, dtype=np.int32)
 
 
 def _build_some(

@@ -164,6 +164,45 @@ def list_nearest(
     )
 
 
+def list_nearest_of_one(
+    lattice: _Floats,
+    frac_coords: _Floats,
+    numbers: NDArray[np.uint8],
+    cutoff_radius: float,
+    max_neighbors: int | None,
+) -> NeighborList:
+    """Do what :func:`list_nearest` does for one crystal whose numbers were checked.
+
+    Parameters
+    ----------
+    lattice, frac_coords, numbers
+        ``(3, 3) float64``, ``(n_atoms, 3)`` and ``(n_atoms,) uint8``.
+    cutoff_radius, max_neighbors
+        As in :func:`list_nearest`, and checked.
+
+    Notes
+    -----
+    Checking arrays takes a third as long as the search in a small crystal.
+    """
+    kernels = _kernels()
+    frac_coords = np.ascontiguousarray(frac_coords, dtype=np.float64)
+    if kernels is None or frac_coords.shape != (len(numbers), 3):
+        start = np.array([0, len(numbers)])
+        return list_nearest(
+            lattice[None], frac_coords, numbers, start, cutoff_radius, max_neighbors
+        )
+    return NeighborList(
+        *kernels.list_sorted(
+            lattice[None],
+            frac_coords,
+            numbers,
+            np.array([0, len(numbers)]),
+            float(cutoff_radius),
+            int(max_neighbors or 0),
+        )
+    )
+
+
 def expand_in_gaussians(
     distances: NDArray[np.floating], step: float, n_centers: int
 ) -> NDArray[np.float32]:
