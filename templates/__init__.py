@@ -1,4 +1,4 @@
-"""Text templates shipped with the package, and the two functions that read them."""
+"""Text templates shipped with the package, and the functions that read them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def load_template(name: str) -> str:
             advice="list the folder templates/ of the package",
         )
     return path.read_text(encoding="utf-8")
+
+
+def template_names(folder: str) -> list[str]:
+    """Return the names of the shipped files of a folder below ``templates/``."""
+    files = resources.files(__name__).joinpath(folder).iterdir()
+    return sorted(file.name for file in files if file.is_file())
 
 
 def render_template(name: str, /, **values: object) -> str:

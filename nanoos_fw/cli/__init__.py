@@ -24,6 +24,7 @@ from nanoos_fw.cli import (
     search,
     simulations,
     tables,
+    templates,
     training,
 )
 from nanoos_fw.cli.common import (
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     databases.add_commands(commands)
     potentials.add_commands(commands)
     simulations.add_commands(commands)
+    templates.add_commands(commands)
     training.add_commands(commands)
     cluster.add_commands(commands)
     operations.add_commands(commands)

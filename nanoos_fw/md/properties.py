@@ -353,6 +353,15 @@ def _stopped(stop: StopRequest) -> OutOfTimeError:
     )
 
 
+def strained_copies(md: MDConfig) -> int:
+    """Return how many strained copies a property takes, after the crystal itself."""
+    if md.workflow_type == "ELASTIC_LAMMPS":
+        return 6 * 2 * md.strain_points
+    if md.workflow_type == "EOS_LAMMPS":
+        return 2 * max(_MIN_EOS_POINTS, md.strain_points) + 1
+    return 0
+
+
 def main(
     config: dict[str, Any], work_dir: Path, comm: Communicator, stop: StopRequest
 ) -> dict[str, Any]:
