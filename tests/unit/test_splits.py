@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError, MissingDependencyError
-from nanoos_fw.firetasks import BuildDatasetTask
+from nanoos_fw.firetasks import BuildDatasetTask, TrainModelTask
 from nanoos_fw.firetasks.base import TaskContext
+from nanoos_fw.ml import training
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
     build_regression_dataset,
@@ -28,6 +29,7 @@ from nanoos_fw.ml.exports import export_dataset
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 from nanoos_fw.ml.splits import reduced_formulas
+from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.settings import load_settings
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import ensure_indexes
@@ -387,6 +389,64 @@ def test_units_of_tables_reach_the_dataset(database: Any) -> None:
         build()
 
 
+def context(database: Any, folder: Path) -> TaskContext:
+    return TaskContext(
+        database=database,
+        structures=StructureStore(database),
+        features=FeatureStore(database),
+        simulations=SimulationStore(database),
+        models=ModelRegistry(database),
+        campaigns=CampaignStore(database),
+        settings=load_settings(),
+        work_root=folder,
+        deadline=None,
+    )
+
+
+def test_a_model_trained_on_a_mock_dataset_is_kept_and_not_activated(
+    database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = context(database, tmp_path)
+    built = build_train_val_datasets(
+        database, "hardness", in_set="all", features=FEATURES, mock_targets=True
+    )
+    key = built.dataset.dataset_hash
+    write_dataset(built.dataset, place.work_dir("datasets", key))
+    place.campaigns.create("c", {})
+    place.campaigns.record("c", dataset=key)
+
+    def train_here(
+        target: str, config: training.TrainingConfig, **places: Any
+    ) -> training.TrainingResult:
+        """Train in this process instead of one of its own."""
+        job = {
+            "config": config.model_dump(mode="json"),
+            "dataset_dir": str(places["dataset_dir"]),
+            "threads": 1,
+            "pause_after": None,
+        }
+        found = training.main(job, places["work_dir"], Communicator(), StopRequest())
+        return training.TrainingResult(**found)
+
+    monkeypatch.setattr("nanoos_fw.firetasks.ml.train_cgcnn_model", train_here)
+    task = TrainModelTask(
+        campaign="c",
+        model_name="made_up",
+        training={
+            "target": "hardness", "epochs": 1, "hidden_dim": 8, "num_layers": 1,
+            "readout_dim": 8, "ensemble_size": 1,
+        },
+    )  # fmt: skip
+    for _ in range(2):  # a rerun finds it in the registry, and does not activate it
+        with pytest.raises(InputError, match="mock targets"):
+            task.run(place)
+    (record,) = [r for r in place.models.list_models() if r.name == "made_up"]
+    assert record.has_weights
+    assert record.dataset_info["mock_targets"] is True
+    assert not record.is_active
+    assert place.models.history("made_up") == []
+
+
 def test_the_firetask_builds_from_imported_labels(
     database: Any, tmp_path: Path
 ) -> None:
@@ -397,17 +457,7 @@ def test_the_firetask_builds_from_imported_labels(
         source="a paper",
     )  # fmt: skip
     CampaignStore(database).create("c", {})
-    place = TaskContext(
-        database=database,
-        structures=store,
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
-        settings=load_settings(),
-        work_root=tmp_path,
-        deadline=None,
-    )
+    place = context(database, tmp_path)
     task = BuildDatasetTask(
         campaign="c", structures=keys, dataset={"target_property": "hardness"}
     )
