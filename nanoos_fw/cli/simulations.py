@@ -1,8 +1,14 @@
-"""``nanoos md``: simulations and what their trajectories say."""
+"""``nanoos md``: run simulations, and see what their trajectories say."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +16,25 @@ from nanoos_fw.cli.common import add_json, print_json
 from nanoos_fw.errors import InputError
 
 if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+    from nanoos_fw.console import CountProgress
     from nanoos_fw.md.analysis import Analysis, AnalysisRequest
 
+_SHOWN = ("temperature_k", "total_energy_ev", "pressure_bar", "volume_a3")
 _ANALYSES = ("rdf", "adf", "msd", "vdos", "npt")
 
 
 def add_commands(commands: Any) -> None:
     """Add ``md`` and what it can do."""
-    group = commands.add_parser("md", help="analyse and plot simulations")
+    group = commands.add_parser("md", help="run, analyse and plot simulations")
     actions = group.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _add_simulate(actions)
+
+    status = actions.add_parser("status", help="how far a simulation is")
+    status.add_argument("run", type=Path, metavar="DIR", help="folder of `md run -o`")
+    add_json(status)
+    status.set_defaults(command=_status)
 
     analyze = actions.add_parser(
         "analyze",
@@ -48,6 +64,40 @@ def add_commands(commands: Any) -> None:
         "--format", choices=("png", "svg"), default="png", help="default: %(default)s"
     )
     plot.set_defaults(command=_plot)
+
+
+def _add_simulate(actions: Any) -> None:
+    run = actions.add_parser(
+        "run",
+        help="simulate here and now, without a database",
+        description=(
+            "Interrupted or stopped, the same command continues from the last restart "
+            "file."
+        ),
+    )
+    run.add_argument("structure", type=Path, metavar="STRUCTURE_FILE")
+    run.add_argument(
+        "--workflow",
+        default="MD_NVT_LAMMPS",
+        metavar="NAME",
+        help="default: %(default)s",
+    )
+    run.add_argument("--potential", metavar="NAME", help="see `nanoos potentials list`")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameters, such as temperature=300 num_steps=20000 timestep=2",
+    )
+    run.add_argument("--ranks", type=int, default=1, help="default: %(default)s")
+    run.add_argument(
+        "--timeout", type=float, metavar="S", help="stop after so long, to go on later"
+    )
+    run.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    add_json(run)
+    run.set_defaults(command=_run)
 
 
 def _add_run(parser: Any) -> None:
@@ -119,6 +169,148 @@ def _request(arguments: argparse.Namespace) -> AnalysisRequest:
             f"the analysis cannot be made: {problems}",
             advice=f"analyses: {', '.join(_ANALYSES)}",
         ) from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    parameters = _parameters(arguments)
+    structure = _structure(arguments.structure)
+    from rich.console import Console
+
+    from nanoos_fw.console import CountProgress
+    from nanoos_fw.md.engine import LAMMPSEngine
+    from nanoos_fw.md.inputs import MDConfig
+    from nanoos_fw.md.output import read_simulation
+    from nanoos_fw.parallel import Resources, locked
+
+    engine = LAMMPSEngine()
+    folder = arguments.output.resolve()
+    with locked(folder):
+        inputs = engine.prepare_input(structure, parameters, folder)
+        simulation = read_simulation(inputs)
+        config = MDConfig.model_validate(simulation["config"])
+        for warning in simulation["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+        bar = CountProgress(Console(stderr=True), "timesteps", config.total_steps)
+        with bar.shown(), _shown_by(bar):
+            outcome = engine.execute(
+                inputs,
+                folder / "output",
+                timeout=arguments.timeout,
+                resources=Resources(ranks=arguments.ranks),
+            )
+    if arguments.json:
+        print_json(outcome)
+    else:
+        print("\n".join(_status_lines(_status_of(folder / "output"))))
+        print(folder / "output")
+    return 0 if outcome["success"] else 1
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    values: dict[str, Any] = {"workflow_type": arguments.workflow}
+    for word in arguments.set:
+        name, equals, text = word.partition("=")
+        if not name or not equals:
+            raise InputError(
+                f"{word!r} sets nothing", advice="write --set temperature=300"
+            )
+        if name in ("workflow_type", "potential"):
+            raise InputError(
+                f"{name} has an option of its own",
+                advice="use --workflow and --potential",
+            )
+        if name in values:
+            raise InputError(f"{name} is set twice", advice="set it once")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text  # a word, such as the name of a barostat
+    if arguments.potential is not None:
+        values["potential"] = arguments.potential
+    return values
+
+
+def _structure(path: Path) -> Structure:
+    from nanoos_fw.structure_files import EntryFailure, read_structures
+
+    entries = list(itertools.islice(read_structures(path), 2))
+    if len(entries) != 1:
+        raise InputError(
+            f"{path} holds {'several structures' if entries else 'no structure'}",
+            advice="give a file with the one structure to simulate",
+        )
+    if isinstance(entries[0], EntryFailure):
+        raise entries[0].error
+    return entries[0].structure
+
+
+@contextlib.contextmanager
+def _shown_by(bar: CountProgress) -> Iterator[None]:
+    """Hand the progress that the ranks report to a bar."""
+
+    class Reports(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (progress := getattr(record, "progress", None)) is not None:
+                bar.update(progress["done"])
+
+    package, handler = logging.getLogger("nanoos_fw"), Reports(logging.INFO)
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    found = _status_of(_output_dir(arguments.run))
+    if arguments.json:
+        print_json(found)
+    else:
+        print("\n".join(_status_lines(found)))
+    return 0
+
+
+def _status_of(output: Path) -> dict[str, Any]:
+    from nanoos_fw.md.engine import FINISHED
+    from nanoos_fw.md.inputs import MDConfig
+    from nanoos_fw.md.output import convergence, read_simulation, simulation_thermo
+    from nanoos_fw.md.restarts import newest_origin
+
+    config = MDConfig.model_validate(read_simulation(output)["config"])
+    finished = (output / FINISHED).exists()
+    table = simulation_thermo(output)
+    last = {name: float(values[-1]) for name, values in table.columns.items()}
+    return {
+        "workflow_type": config.workflow_type,
+        "finished": finished,
+        "converged": (convergence(output) or {}).get("converged") if finished else None,
+        "step": int(table.step[-1]) if len(table) else 0,
+        "total_steps": config.total_steps,
+        "restart_step": newest_origin(output).step,
+        "last": {
+            name: {"value": last[name], "unit": table.units[name]}
+            for name in _SHOWN
+            if len(table) and name in last
+        },
+    }
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    state = "finished" if found["finished"] else "not finished"
+    if found["converged"] is False:
+        state = "ended, NOT converged"
+    lines = [
+        f"{found['workflow_type']}: {state}, step {found['step']} of "
+        f"{found['total_steps']}"
+    ]
+    if not found["finished"]:
+        lines.append(f"run again, it continues from step {found['restart_step']}")
+    for name, value in found["last"].items():
+        lines.append(f"  {name:20} {value['value']:.6g} {value['unit']}")
+    return lines
 
 
 def _analyze(arguments: argparse.Namespace) -> int:

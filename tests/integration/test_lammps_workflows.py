@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.cli import main
 from nanoos_fw.errors import MissingDependencyError, OutOfTimeError, SimulationError
 from nanoos_fw.firetasks.md import MDParameters, RunMDTask, _Run
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
@@ -485,3 +487,66 @@ def test_lost_atoms_are_corrected_and_every_try_is_recorded(tmp_path, server):
     assert (
         engine.run(silicon(), parameters, tmp_path / "on")["steps"] == outcome["steps"]
     )
+
+
+# --------------------------------------------------------------- command line
+
+
+def test_simulation_from_the_command_line_stops_and_goes_on(tmp_path, capsys):
+    path, folder = tmp_path / "cu.cif", tmp_path / "run"
+    cell = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0] * 3])
+    cell.to(filename=str(path))
+    words = ["md", "run", str(path), "--workflow", "MD_NVE_LAMMPS"]
+    words += ["--potential", "zhou2004", "-o", str(folder)]
+    words += ["--set", "temperature=250", "num_steps=12000", "equilibration_steps=100"]
+    words += ["restart_every=500", "supercell_min_atoms=30", "dump_every=1000"]
+    assert main([*words, "--timeout", "1.5"]) != 0
+    capsys.readouterr()
+    assert main(["md", "status", str(folder), "--json"]) == 0
+    partial = json.loads(capsys.readouterr().out)
+    assert not partial["finished"]
+    assert partial["total_steps"] == 12_100
+    assert partial["restart_step"] < 12_100
+    assert main([*words, "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["success"]
+    assert outcome["steps"] == 12_100
+    # Again: nothing is computed. With other numbers: not into this folder.
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == outcome
+    assert main([*words, "--set", "seed=77"]) != 0
+    assert "another simulation" in capsys.readouterr().err
+    assert main(["md", "status", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "finished, step 12100 of 12100" in told
+    assert "total_energy_ev" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "temperature"], "sets nothing"),
+        (["--set", "temperature=1", "temperature=2"], "set twice"),
+        (["--set", "potential=sw"], "option of its own"),
+        (["--set", "no_such_parameter=1"], "no_such_parameter"),
+        (["--workflow", "MD_XYZ"], "workflow_type"),
+        (["--potential", "no-such-potential"], "no-such-potential"),
+    ],
+)
+def test_command_line_refuses_what_cannot_run(tmp_path, capsys, words, message):
+    path = tmp_path / "si.cif"
+    silicon().to(filename=str(path))
+    assert main(["md", "run", str(path), "-o", str(tmp_path / "run"), *words]) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "output").exists()
+
+
+def test_command_line_fails_for_a_minimization_that_ends_too_early(tmp_path, capsys):
+    path = tmp_path / "si.json"
+    rough = silicon(5.6)
+    rough.perturb(0.05)
+    path.write_text(rough.to_json())
+    words = ["md", "run", str(path), "--workflow", "MINIMIZE_LAMMPS", "--potential"]
+    words += ["sw", "--set", "num_steps=2", "-o", str(tmp_path / "run")]
+    assert main(words) == 1
+    assert "NOT converged" in capsys.readouterr().out
