@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import add_json, print_json
+from nanoos_fw.cli.common import add_json, add_launchpad, open_launchpad, print_json
 
 _FOLDER = Path("nanoos-cluster")
 
@@ -79,6 +79,25 @@ def add_commands(commands: Any) -> None:
     add_json(init)
     init.set_defaults(command=_init)
 
+    check = commands.add_parser(
+        "preflight",
+        help="check all that campaigns need here, and explain what is wrong",
+        description=(
+            "Check database, configuration, packages, MPI with two ranks, LAMMPS, "
+            "processors, work directory and SLURM, on this machine; on a compute node "
+            "with srun. The exit code is 1 if a check fails; warnings pass."
+        ),
+    )
+    check.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        help="folder of 'nanoos init': its database, and its files against the cluster",
+    )
+    add_json(check)
+    add_launchpad(check)
+    check.set_defaults(command=_preflight)
+
 
 def _init(arguments: argparse.Namespace) -> int:
     from nanoos_fw.errors import InputError
@@ -147,3 +166,31 @@ def _init(arguments: argparse.Namespace) -> int:
         f"{', '.join(CATEGORIES)}:\n  qlaunch -r rapidfire"
     )
     return 0
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.operations.cluster_files import LAUNCHPAD_FILE
+    from nanoos_fw.operations.preflight import preflight
+    from nanoos_fw.settings import load_settings
+
+    settings = load_settings()
+    folder = arguments.folder
+    if folder is not None:
+        folder = folder.resolve()
+        if arguments.launchpad is None:
+            arguments.launchpad = folder / LAUNCHPAD_FILE
+    checks = preflight(
+        settings, lambda: open_launchpad(arguments, settings), folder=folder
+    )
+    failed = sum(check.status == "fail" for check in checks)
+    if arguments.json:
+        print_json({"passed": not failed, "checks": [c.to_dict() for c in checks]})
+        return 1 if failed else 0
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{check.status:4}  {check.name:{width}}  {check.evidence}")
+        if check.next_step:
+            print(f"{'':{6 + width}}  next: {check.next_step}")
+    warned = sum(check.status == "warn" for check in checks)
+    print(f"{len(checks)} checks: {failed} failed, {warned} warnings")
+    return 1 if failed else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +18,7 @@ from small_campaign import NAME, rows, small_plan
 
 from nanoos_fw.cli import main
 from nanoos_fw.operations.cluster_files import CATEGORIES
+from nanoos_fw.parallel import RANKS_LOCK
 from nanoos_fw.slurm import ended_jobs, has_accounting
 from nanoos_fw.stores.database import load_launchpad
 from nanoos_fw.stores.launches import SPEC_KEY
@@ -238,33 +239,50 @@ def assert_complete(database: Any, plan: Any, runs: int = 1) -> None:
         assert steps == sorted(set(steps))
 
 
-@pytest.mark.slow
+def ranks_of(output: Path) -> list[int]:
+    """Return the processes that work in a folder: each holds its lock file open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == output / RANKS_LOCK:
+                found.append(int(link.parts[2]))
+    return sorted(set(found))
+
+
 def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
     cluster: Path, mongodb_database: Any, tmp_path: Path
 ) -> None:
-    """One minute is the shortest limit that SLURM has; the simulation takes longer."""
+    """One minute is the shortest limit that SLURM has.
+
+    However fast the machine is, the simulation is longer: it is frozen until the time
+    by which it has to stop.
+    """
+    plan = submit_simulations(
+        cluster,
+        tmp_path,
+        steps=60_000,
+        _queueadapter={"walltime": 1, "ntasks": 1},
+    )
+
     with submitting(cluster):
-        submit_simulations(cluster, tmp_path, steps=10_000, campaign="speed")
-        wait_until_ended(mongodb_database, cluster)
-        short = mongodb_database["simulations"].find_one({"kind": "md"})
-        per_second = 10_000 / short["environment"]["wall_s"]
-        plan = submit_simulations(
-            cluster,
-            tmp_path,
-            steps=math.ceil(100 * per_second / 1000) * 1000,
-            _queueadapter={"walltime": 1, "ntasks": 1},
-        )
+        wait_for(lambda: bool(list(tmp_path.rglob("md/*/*/output/progress.json"))), str)
+        (progress,) = tmp_path.rglob("md/*/*/output/progress.json")
+        deadline = json.loads((progress.parent / "md.json").read_text())["deadline"]
+        ranks = ranks_of(progress.parent)
+        assert ranks
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        try:
+            wait_for(lambda: time.time() > deadline, lambda: slurm("squeue"))
+        finally:
+            for rank in ranks:
+                os.kill(rank, signal.SIGCONT)
         wait_until_ended(mongodb_database, cluster)
 
     assert states(mongodb_database).keys() == {"COMPLETED"}, failures(mongodb_database)
-    mongodb_database["simulations"].delete_one({"_id": short["_id"]})
     assert_complete(mongodb_database, plan)
     row = mongodb_database["simulations"].find_one({"kind": "md"})
-    jobs = list(
-        mongodb_database["fireworks"]
-        .find({f"spec.{SPEC_KEY}.campaign": plan.name})
-        .sort("fw_id", 1)
-    )
+    jobs = list(mongodb_database["fireworks"].find().sort("fw_id", 1))
     assert row["environment"]["segments"] == len(jobs)
     assert len(jobs) > 1
     numbers = [j["spec"][SPEC_KEY].get("continuation", {}).get("number") for j in jobs]
@@ -274,12 +292,12 @@ def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
     job_ids = [launch["state_history"][0]["reservation_id"] for launch in launches]
     accounting = has_accounting()
 
-    def all_known() -> bool:  # the last one ends a moment after its firework
-        return len(ended_jobs(job_ids, accounting=accounting)) == len(launches)
+    def causes() -> list[str]:  # the last one ends a moment after its firework
+        ended = ended_jobs(job_ids, accounting=accounting)
+        return sorted(job.cause for job in ended.values())
 
-    wait_for(all_known, lambda: job_ids)
-    ended = ended_jobs(job_ids, accounting=accounting)
-    assert {job.cause for job in ended.values()} == {"completed"}
+    wait_for(lambda: len(causes()) == len(launches), lambda: (job_ids, causes()))
+    assert set(causes()) == {"completed"}
 
 
 def running_jobs(name: str) -> list[str]:
