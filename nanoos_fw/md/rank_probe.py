@@ -52,7 +52,7 @@ def mpi_libraries(maps: Path) -> list[str]:
     maps
         Its ``/proc/PID/maps``.
     """
-    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.open()}
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
     return sorted(path for path in paths if _LIBRARY.search(path))
 
 

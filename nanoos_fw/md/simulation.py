@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -113,7 +114,6 @@ class _Run:
                 finish = self.comm.broadcast(self._restart_is_near(step))
                 if not finish:
                     self._stop_between_restarts(stage)
-                self.command("timer timeout off")
             began = time.monotonic()
             target = min(goal, step + self.pace.steps)
             self.command(run_command(stage, target, options))
@@ -199,8 +199,15 @@ class _Run:
 
     def minimize(self, commands: str) -> None:
         """Run a minimization, which a stop ends where it is."""
+        if self.stop.deadline is not None:
+            # Not before the deadline: what ended early would count as converged.
+            left = max(1, math.ceil(self.stop.deadline - time.time()))
+            self.command(f"timer timeout {left} every 10")
         with self._watched():
             self.command(commands)
+        # Pieces of dynamics ask by themselves. Ended by LAMMPS at any step, a piece
+        # could not be gone on from: energies are there for the steps of output only.
+        self.command("timer timeout off")
         if self.comm.any(self.stop.requested):
             step = self.step
             if step > self.origin.step:
@@ -285,10 +292,6 @@ def main(
         run.command(parts.start)
         _check_atoms(lmp, len(simulation["species"]))
         run.command(parts.settings)
-        if stop.deadline is not None:
-            # The second line: a single long run or minimization ends by itself.
-            left = max(1, int(stop.deadline - time.time()))
-            run.command(f"timer timeout {left} every 10")
         run.command(parts.prelude + parts.output)
         for number, (stage, commands) in enumerate(
             zip(md.stages(), parts.stages, strict=True), start=1

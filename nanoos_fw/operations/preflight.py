@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.errors import NanoOSError
 from nanoos_fw.operations.cluster_files import (
     CATEGORIES,
     CONFIG_FILE,
@@ -118,7 +118,7 @@ def _failed(name: str, error: NanoOSError) -> Check:
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> Check:
-    """Are the packages that nanoos_fw requires installed, and new enough?
+    """Check that the packages nanoos_fw requires are there and new enough.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_fireworks_config(here: Path, environ: Mapping[str, str]) -> Check:
-    """Which FW_config.yaml does FireWorks read here, and is it the one that is meant?
+    """Check that the FW_config.yaml FireWorks reads here is the one that is meant.
 
     FireWorks prefers a file of the current folder to ``FW_CONFIG_FILE``.
     """
@@ -187,7 +187,7 @@ def check_fireworks_config(here: Path, environ: Mapping[str, str]) -> Check:
 
 
 def check_round_trip(database: Any) -> Check:
-    """Does the database take, return and delete a document?"""
+    """Check that the database takes, returns and deletes a document."""
     from nanoos_fw.stores.database import store_errors
 
     key = {"_id": f"preflight-{secrets.token_hex(8)}"}
@@ -212,12 +212,14 @@ def check_round_trip(database: Any) -> Check:
         )
     milliseconds = 1000 * (time.monotonic() - began)
     return Check(
-        "database", "ok", f"{database.name}: write, read, delete in {milliseconds:.0f} ms"
+        "database",
+        "ok",
+        f"{database.name}: write, read, delete in {milliseconds:.0f} ms",
     )
 
 
 def check_schema(database: Any) -> Check:
-    """Is the database prepared, with the schema and the indexes of this release?"""
+    """Check that the database is prepared, with schema and indexes of this release."""
     from nanoos_fw.stores.database import store_errors
     from nanoos_fw.stores.migrations import database_status
 
@@ -245,7 +247,7 @@ def check_schema(database: Any) -> Check:
 
 
 def check_clock(connection: Any) -> Check:
-    """Does this machine's clock agree with that of the database server?"""
+    """Compare this machine's clock with that of the database server."""
     from nanoos_fw.stores.database import store_errors
 
     before = time.time()
@@ -273,7 +275,7 @@ def check_clock(connection: Any) -> Check:
 def check_work_dir(
     work_dir: Path, disk_usage: Callable[[Path], Any] = shutil.disk_usage
 ) -> Check:
-    """Can the work directory be written and locked, and has it space?"""
+    """Check that the work directory can be written and locked, and has space."""
     name = "work directory"
     place = work_dir.expanduser().resolve()
     there = place
@@ -284,8 +286,7 @@ def check_work_dir(
         with tempfile.TemporaryDirectory(prefix=".nanoos-preflight-", dir=there) as own:
             file = Path(own) / "probe"
             write_atomic(file, b"probe")
-            if file.read_bytes() != b"probe":
-                raise OSError(f"{file} does not read back")
+            reads_back = file.read_bytes() == b"probe"
             locks = _can_lock(file)
         free = disk_usage(there).free
     except OSError as error:
@@ -296,6 +297,10 @@ def check_work_dir(
             "set NANO_OS_WORK_DIR to a folder that all nodes see and you may write",
         )
     evidence = f"{place}: {free / _GIB:.1f} GiB free"
+    if not reads_back:
+        return Check(
+            name, "fail", f"{place} loses what is written", "set NANO_OS_WORK_DIR"
+        )
     if free < _LITTLE_SPACE_BYTES:
         status: Status = "fail" if free < _NO_SPACE_BYTES else "warn"
         return Check(name, status, evidence, "make space, or set NANO_OS_WORK_DIR")
@@ -310,15 +315,14 @@ def check_work_dir(
 
 
 def _can_lock(path: Path) -> bool:
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+    with path.open("w") as file, contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     return False
 
 
 def check_lammps(command: str | None) -> Check:
-    """Does LAMMPS start, and has it the styles that simulations need?"""
+    """Check that LAMMPS starts, and has the styles that simulations need."""
     from nanoos_fw.md.installed import installed_lammps
 
     try:
@@ -346,7 +350,7 @@ def check_lammps(command: str | None) -> Check:
 def check_processors(
     settings: Settings, environ: Mapping[str, str], cpus: int | None = None
 ) -> Check:
-    """Do ranks and threads fit what this process may use?
+    """Check that ranks and threads fit the processors this process may use.
 
     Parameters
     ----------
@@ -381,7 +385,7 @@ def check_processors(
 
 
 def check_ranks(settings: Settings) -> Check:
-    """Start two ranks as simulations do: do MPI and LAMMPS see both of them?"""
+    """Start two ranks as simulations do; MPI and LAMMPS must see both of them."""
     resources = Resources(
         ranks=2, threads=settings.threads, launcher=settings.mpi_launcher
     )
@@ -451,7 +455,7 @@ def judge_ranks(
 
 
 def check_slurm(folder: Path | None) -> list[Check]:
-    """Does SLURM answer, and do the files of ``nanoos init`` fit it?"""
+    """Check that SLURM answers, and that the files of ``nanoos init`` fit it."""
     from nanoos_fw.slurm import read_cluster
 
     if folder is not None:
@@ -466,7 +470,9 @@ def check_slurm(folder: Path | None) -> list[Check]:
         missing = [str(path) for path in files if not path.is_file()]
         if missing:
             return [
-                Check("SLURM", "fail", f"no {', '.join(missing)}", "nanoos init --slurm")
+                Check(
+                    "SLURM", "fail", f"no {', '.join(missing)}", "nanoos init --slurm"
+                )
             ]
     if shutil.which("sbatch") is None:
         if folder is None:
@@ -486,7 +492,9 @@ def check_slurm(folder: Path | None) -> list[Check]:
     names = ", ".join(p.name for p in cluster.partitions if p.up)
     if not names:
         return [
-            Check("SLURM", "fail", f"{cluster.name}: no partition is up", "wait, or ask")
+            Check(
+                "SLURM", "fail", f"{cluster.name}: no partition is up", "wait, or ask"
+            )
         ]
     accounting: Status = "ok" if cluster.accounting else "warn"
     found = [
@@ -506,7 +514,7 @@ def check_slurm(folder: Path | None) -> list[Check]:
 
 
 def check_category(folder: Path, category: str, cluster: Any) -> Check:
-    """Can jobs of a category run on the cluster, with its files as they are now?"""
+    """Check that jobs of a category can run, with its files as they are now."""
     from fireworks.core.fworker import FWorker
     from fireworks.utilities.fw_serializers import load_object_from_file
 
@@ -518,9 +526,11 @@ def check_category(folder: Path, category: str, cluster: Any) -> Check:
     try:
         adapter = load_object_from_file(str(file))
         if not isinstance(adapter, SlurmAdapter):
-            raise InputError(
-                f"{file} is for {type(adapter).__name__}",
-                advice=f"_fw_name must be {SlurmAdapter._fw_name!r}",
+            return Check(
+                name,
+                "fail",
+                f"{file} is for {type(adapter).__name__}, whose fields are not checked",
+                f"its _fw_name must be {SlurmAdapter._fw_name!r}",
             )
         request = adapter.request
         check_request(request, cluster, str(file))

@@ -12,8 +12,9 @@ from fireworks.core.launchpad import LaunchPad
 
 from nanoos_fw import operations
 from nanoos_fw.demo import demo_plan
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, LaunchError
 from nanoos_fw.firetasks import WriteReportTask
+from nanoos_fw.slurm import parse_cluster
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.launches import (
     failed_fireworks,
@@ -146,3 +147,81 @@ def test_an_error_without_details_shows_its_last_line() -> None:
     }
     assert "KeyError: 'a'" in launch_error(launch).message
     assert "left no message" in launch_error(None).message
+
+
+# ------------------------------------------------------------------------ resources
+
+CLUSTER = parse_cluster(
+    partitions=(
+        "PartitionName=cpu Default=YES MaxNodes=2 MaxTime=12:00:00 State=UP\n"
+        "PartitionName=long Default=NO MaxNodes=2 MaxTime=48:00:00 State=UP\n"
+    ),
+    nodes="cpu|n1|16|64000|(null)|idle\nlong|n1|16|64000|(null)|idle\n",
+    config="ClusterName = mat\n",
+)
+
+
+def asking(**resources: Any) -> Workflow:
+    firework = Firework(
+        [WriteReportTask(campaign="c", path="r.html")],
+        name="big one",
+        spec={"_queueadapter": resources},
+    )
+    return Workflow([firework], metadata={"key": "k"})
+
+
+@pytest.fixture
+def on_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sinfo")
+    monkeypatch.setattr("nanoos_fw.slurm.read_cluster", lambda: CLUSTER)
+
+
+@pytest.mark.usefixtures("on_cluster")
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"memory": "4G"}, "memory"),
+        ({"ntasks": 0}, "ntasks"),
+        ({"walltime": "72:00:00"}, "exceeds the 48 h of partition 'long'"),
+        ({"walltime": "24:00:00", "queue": "cpu"}, "exceeds the 12 h"),
+        ({"queue": "fast"}, "no partition 'fast'"),
+        ({"mem": "100G"}, "102400 MiB on a node exceed"),
+    ],
+)
+def test_resources_that_nobody_has_are_refused_before_insertion(
+    launchpad: Any, resources: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        operations.submit(launchpad, asking(**resources))
+
+    assert words in str(caught.value)
+    assert launchpad.fireworks.count_documents({}) == 0
+    assert launchpad.workflows.count_documents({}) == 0
+
+
+@pytest.mark.usefixtures("on_cluster")
+def test_resources_that_one_partition_has_are_accepted(launchpad: Any) -> None:
+    assert operations.submit(launchpad, asking(walltime="24:00:00", ntasks=16))
+
+
+def test_without_slurm_the_fields_alone_are_checked(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+
+    with pytest.raises(InputError, match=r"'big one'.*walltim"):
+        operations.submit(launchpad, asking(walltim=5))
+    assert operations.submit(launchpad, asking(walltime="72:00:00"))
+
+
+def test_a_controller_that_is_away_does_not_stop_a_submission(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away() -> Any:
+        raise LaunchError("sinfo did not answer")
+
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sinfo")
+    monkeypatch.setattr("nanoos_fw.slurm.read_cluster", away)
+
+    assert operations.submit(launchpad, asking(walltime="72:00:00"))
+    assert "not checked against SLURM: sinfo did not answer" in caplog.text
