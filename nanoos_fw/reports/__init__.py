@@ -6,6 +6,7 @@ from nanoos_fw.reports.collect import collect_report, write_report
 from nanoos_fw.reports.data import (
     Average,
     CrystalPicture,
+    DiffusionResult,
     Discovery,
     Evaluation,
     Failure,
@@ -14,6 +15,7 @@ from nanoos_fw.reports.data import (
     MDPanel,
     MemberCurve,
     MissingRun,
+    MSDCurves,
     NamedAverage,
     NotAvailable,
     PotentialSource,
@@ -28,6 +30,7 @@ from nanoos_fw.reports.data import (
     StageTiming,
     ThermoSeries,
     Training,
+    VDOSCurves,
     regression_scores,
 )
 from nanoos_fw.reports.page import render_report
@@ -36,12 +39,14 @@ from nanoos_fw.reports.pictures import structure_svg
 __all__ = [
     "Average",
     "CrystalPicture",
+    "DiffusionResult",
     "Discovery",
     "Evaluation",
     "Failure",
     "Funnel",
     "Labels",
     "MDPanel",
+    "MSDCurves",
     "MemberCurve",
     "MissingRun",
     "NamedAverage",
@@ -58,6 +63,7 @@ __all__ = [
     "StageTiming",
     "ThermoSeries",
     "Training",
+    "VDOSCurves",
     "collect_report",
     "regression_scores",
     "render_report",

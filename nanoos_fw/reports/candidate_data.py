@@ -203,6 +203,68 @@ class RDFCurves(ReportModel):
         return self
 
 
+class DiffusionResult(ReportModel):
+    """A diffusion coefficient in Å²/ps; no value where the motion is not diffusive."""
+
+    value: float | None
+    standard_error: NonNegativeFloat | None
+    diffusive: bool
+
+
+class MSDCurves(ReportModel):
+    """Mean squared displacements.
+
+    Parameters
+    ----------
+    time_ps
+        ``(n,)`` lags, ps.
+    total
+        ``(n,)`` Å², of all atoms.
+    by_element
+        Element to ``(n,)`` Å².
+    diffusion
+        Element, or ``"all"``, to its coefficient.
+    """
+
+    time_ps: Series
+    total: Series
+    by_element: dict[str, Series] = Field(default_factory=dict)
+    diffusion: dict[str, DiffusionResult] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> MSDCurves:
+        require_lengths("msd", len(self.time_ps), total=self.total, **self.by_element)
+        return self
+
+
+class VDOSCurves(ReportModel):
+    """Vibrational densities of states.
+
+    Parameters
+    ----------
+    frequency_thz
+        ``(n,)`` THz.
+    total
+        ``(n,)`` modes per THz, of all atoms.
+    by_element
+        Element to ``(n,)`` modes per THz.
+    is_resolved
+        Whether the frames are close enough to see the fastest vibrations.
+    """
+
+    frequency_thz: Series
+    total: Series
+    by_element: dict[str, Series] = Field(default_factory=dict)
+    is_resolved: bool
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> VDOSCurves:
+        require_lengths(
+            "vdos", len(self.frequency_thz), total=self.total, **self.by_element
+        )
+        return self
+
+
 class MDPanel(ReportModel):
     """One finished molecular dynamics run.
 
@@ -226,6 +288,8 @@ class MDPanel(ReportModel):
         Density, lattice constants and the like.
     rdf
         Radial distribution functions of the production part.
+    msd, vdos
+        Displacements and vibrations of the production part; None if not asked for.
     """
 
     rank: PositiveInt
@@ -245,6 +309,8 @@ class MDPanel(ReportModel):
     potential_energy_ev: ThermoSeries
     other_averages: tuple[NamedAverage, ...] = ()
     rdf: RDFCurves | NotAvailable
+    msd: MSDCurves | NotAvailable | None = None
+    vdos: VDOSCurves | NotAvailable | None = None
 
     @model_validator(mode="after")
     def _belongs_together(self) -> MDPanel:

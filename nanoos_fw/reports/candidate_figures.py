@@ -14,9 +14,11 @@ from markupsafe import Markup, escape
 from nanoos_fw.reports.data import (
     Discovery,
     MDPanel,
+    MSDCurves,
     Ranking,
     RDFCurves,
     ThermoSeries,
+    VDOSCurves,
 )
 from nanoos_fw.reports.drawing import (
     DASHES,
@@ -33,7 +35,7 @@ from nanoos_fw.reports.drawing import (
     stride,
     thinned,
 )
-from nanoos_fw.reports.formatting import formula, number
+from nanoos_fw.reports.formatting import formula, number, with_error
 from nanoos_fw.reports.statistics import discovery_result
 
 
@@ -336,3 +338,84 @@ def rdf_figure(rdf: RDFCurves, panel: MDPanel, name: str) -> Figure:
         layout,
         320,
     )
+
+
+def msd_figure(msd: MSDCurves, panel: MDPanel, name: str) -> Figure:
+    """Return mean squared displacements, with the diffusion coefficients."""
+    step = stride(len(msd.time_ps), MAX_POINTS)
+    said = []
+    for element, found in msd.diffusion.items():
+        who = "all atoms" if element == "all" else element
+        if found.value is None:
+            said.append(Markup("{}: no diffusive motion found").format(who))
+            continue
+        value = with_error(found.value, found.standard_error)
+        doubt = "" if found.diffusive else ", though the motion is not diffusive"
+        said.append(Markup("{}: D = {} Å²/ps{}").format(who, value, doubt))
+    caption = Markup("{}: mean squared displacement against lag{}{}.{}").format(
+        formula(panel.formula),
+        "; " if said else "",
+        Markup("; ").join(said),
+        thinned(len(msd.time_ps), step, "lag"),
+    )
+    return _curves_figure(
+        (f"{name}-msd", f"Mean squared displacements of {panel.formula} against time"),
+        caption,
+        msd.time_ps[::step],
+        {"total": msd.total[::step]}
+        | {element: curve[::step] for element, curve in msd.by_element.items()},
+        ("Lag (ps)", "Mean squared displacement (Å²)", "%{x:.3f} ps: %{y:.4f} Å²"),
+    )
+
+
+def vdos_figure(vdos: VDOSCurves, panel: MDPanel, name: str) -> Figure:
+    """Return vibrational densities of states."""
+    step = stride(len(vdos.frequency_thz), MAX_POINTS)
+    doubt = "" if vdos.is_resolved else " Frames are too far apart for the fastest."
+    caption = Markup("{}: vibrational density of states.{}{}").format(
+        formula(panel.formula),
+        doubt,
+        thinned(len(vdos.frequency_thz), step, "frequency"),
+    )
+    return _curves_figure(
+        (
+            f"{name}-vdos",
+            f"Vibrational densities of states of {panel.formula} against frequency",
+        ),
+        caption,
+        vdos.frequency_thz[::step],
+        {"total": vdos.total[::step]}
+        | {element: curve[::step] for element, curve in vdos.by_element.items()},
+        ("Frequency (THz)", "Modes per THz", "%{x:.2f} THz: %{y:.3f}"),
+    )
+
+
+def _curves_figure(
+    title: tuple[str, str],
+    caption: Markup,
+    x: tuple[float, ...],
+    curves: dict[str, tuple[float, ...]],
+    words: tuple[str, str, str],
+) -> Figure:
+    """Return curves of all atoms and of elements; `words`: both axes, and hovering."""
+    data: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "All atoms" if i == 0 else str(escape(label)),
+            "x": compact(x),
+            "y": compact(values),
+            "line": {
+                "color": INK if i == 0 else PALETTE[(i - 1) % len(PALETTE)],
+                "width": 2.2 if i == 0 else 1.4,
+                "dash": DASHES[i % len(DASHES)],
+            },
+            "hovertemplate": words[2],
+        }
+        for i, (label, values) in enumerate(curves.items())
+    ]
+    layout: Layout = {
+        "xaxis": {"title": {"text": words[0]}},
+        "yaxis": {"title": {"text": words[1]}},
+    }
+    return Figure(*title, caption, data, layout, 320)

@@ -309,7 +309,14 @@ class _Collector:
             found = {} if run is None else self.simulations.find([key], run["method"])
             simulation = found.get(key)
             if simulation is not None and simulation.status == "done":
-                panels.append(md_panel(rank, entry, simulation))
+                panels.append(
+                    md_panel(
+                        rank,
+                        entry,
+                        simulation,
+                        lambda key: get_artifact(self.database, key),
+                    )
+                )
                 continue
             reason = (
                 "the run has not finished"

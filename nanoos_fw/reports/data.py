@@ -26,14 +26,17 @@ from nanoos_fw.reports.base import (
 from nanoos_fw.reports.candidate_data import (
     Average,
     CrystalPicture,
+    DiffusionResult,
     Discovery,
     MDPanel,
     MissingRun,
+    MSDCurves,
     NamedAverage,
     RankedCandidate,
     Ranking,
     RDFCurves,
     ThermoSeries,
+    VDOSCurves,
 )
 from nanoos_fw.reports.learning_data import (
     AliasMove,
@@ -52,12 +55,14 @@ __all__ = [
     "Average",
     "CalibrationCurve",
     "CrystalPicture",
+    "DiffusionResult",
     "Discovery",
     "Evaluation",
     "Failure",
     "Funnel",
     "Labels",
     "MDPanel",
+    "MSDCurves",
     "MemberCurve",
     "MissingRun",
     "NamedAverage",
@@ -74,6 +79,7 @@ __all__ = [
     "StageTiming",
     "ThermoSeries",
     "Training",
+    "VDOSCurves",
     "regression_scores",
 ]
 

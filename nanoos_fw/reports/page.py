@@ -18,8 +18,10 @@ from nanoos_fw.reports import findings, formatting
 from nanoos_fw.reports.candidate_figures import (
     discovery_figure,
     md_figure,
+    msd_figure,
     rdf_figure,
     top_figure,
+    vdos_figure,
 )
 from nanoos_fw.reports.data import (
     MDPanel,
@@ -141,6 +143,12 @@ class _Figures:
     def rdf(self, panel: MDPanel) -> Figure:
         assert not isinstance(panel.rdf, NotAvailable)
         return self._keep(rdf_figure(panel.rdf, panel, f"md-{panel.rank}"))
+
+    def msd(self, panel: MDPanel) -> Figure:
+        return self._keep(msd_figure(_present(panel.msd), panel, f"md-{panel.rank}"))
+
+    def vdos(self, panel: MDPanel) -> Figure:
+        return self._keep(vdos_figure(_present(panel.vdos), panel, f"md-{panel.rank}"))
 
 
 class _Sections:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoos_fw.errors import NanoOSError
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE, conformal_quantile
 from nanoos_fw.reports.data import (
     AliasMove,
     Average,
     CalibrationCurve,
+    DiffusionResult,
     Evaluation,
     MDPanel,
     MemberCurve,
+    MSDCurves,
     NamedAverage,
     NotAvailable,
     PredictionInterval,
@@ -23,6 +27,7 @@ from nanoos_fw.reports.data import (
     Scores,
     ThermoSeries,
     Training,
+    VDOSCurves,
 )
 from nanoos_fw.stores.aliases import AliasEntry
 from nanoos_fw.stores.models import ModelRecord
@@ -173,7 +178,12 @@ def _scores(name: str, metrics: Mapping[str, Any]) -> Scores:
     return Scores(name=name, mae=metrics["mae"], rmse=metrics["rmse"], r2=metrics["r2"])
 
 
-def md_panel(rank: int, entry: StoredStructure, simulation: Simulation) -> MDPanel:
+def md_panel(
+    rank: int,
+    entry: StoredStructure,
+    simulation: Simulation,
+    artifact: Callable[[str], bytes],
+) -> MDPanel:
     """Return one finished run as the panel of its candidate."""
     result = simulation.result
     thermo, averages = result["thermo"], result["averages"]
@@ -187,6 +197,7 @@ def md_panel(rank: int, entry: StoredStructure, simulation: Simulation) -> MDPan
             set_point=set_point,
         )
 
+    analyses = result.get("analyses", {})
     ensemble = {"MD_NPT_LAMMPS": "NPT", "MD_NVT_LAMMPS": "NVT"}
     return MDPanel(
         rank=rank,
@@ -205,7 +216,9 @@ def md_panel(rank: int, entry: StoredStructure, simulation: Simulation) -> MDPan
         volume_a3=series("volume_a3"),
         potential_energy_ev=series("potential_energy_ev"),
         other_averages=_density(entry, result),
-        rdf=_rdf(result.get("analyses", {}).get("rdf")),
+        rdf=_rdf(analyses.get("rdf")),
+        msd=_msd(analyses.get("msd"), artifact),
+        vdos=_vdos(analyses.get("vdos"), artifact),
     )
 
 
@@ -244,3 +257,64 @@ def _rdf(curves: Mapping[str, Any] | None) -> RDFCurves | NotAvailable:
     return RDFCurves(
         r=curves["r_a"], total=curves["total"], partials=curves["partials"]
     )
+
+
+def _msd(
+    numbers: Mapping[str, Any] | None, artifact: Callable[[str], bytes]
+) -> MSDCurves | NotAvailable | None:
+    found = _curves(numbers, artifact, "_a2")
+    if numbers is None or found is None:
+        return None
+    if isinstance(found, NotAvailable):
+        return found
+    return MSDCurves(
+        time_ps=found.pop("time_ps"),
+        total=found.pop("total"),
+        by_element=found,
+        diffusion={
+            name: DiffusionResult(
+                value=fit["value"],
+                standard_error=fit["standard_error"],
+                diffusive=fit["diffusive"],
+            )
+            for name, fit in numbers["diffusion"].items()
+        },
+    )
+
+
+def _vdos(
+    numbers: Mapping[str, Any] | None, artifact: Callable[[str], bytes]
+) -> VDOSCurves | NotAvailable | None:
+    found = _curves(numbers, artifact, "_per_thz")
+    if numbers is None or found is None:
+        return None
+    if isinstance(found, NotAvailable):
+        return found
+    for name in ("time_ps", "vacf"):
+        found.pop(name)
+    return VDOSCurves(
+        frequency_thz=found.pop("frequency_thz"),
+        total=found.pop("total"),
+        by_element=found,
+        is_resolved=numbers["is_resolved"],
+    )
+
+
+def _curves(
+    numbers: Mapping[str, Any] | None,
+    artifact: Callable[[str], bytes],
+    unit: str,
+) -> dict[str, Any] | NotAvailable | None:
+    """Return the curves stored with an analysis, by name without the unit."""
+    if numbers is None:
+        return None
+    if "error" in numbers:
+        return NotAvailable(reason=str(numbers["error"]["message"]))
+    if "artifact" not in numbers:
+        return NotAvailable(reason="the curves were not stored with the analysis")
+    try:
+        packed = artifact(numbers["artifact"])
+    except NanoOSError as error:  # the rest of the report is as good without it
+        return NotAvailable(reason=error.message)
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        return {name.removesuffix(unit): arrays[name] for name in arrays.files}

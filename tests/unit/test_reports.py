@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from pydantic import ValidationError
 
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, StoreError
+from nanoos_fw.md.analysis import Analysis
 from nanoos_fw.reports import (
     Average,
     CrystalPicture,
+    DiffusionResult,
     Discovery,
     Evaluation,
     Failure,
@@ -31,6 +33,7 @@ from nanoos_fw.reports import (
     MDPanel,
     MemberCurve,
     MissingRun,
+    MSDCurves,
     NamedAverage,
     NotAvailable,
     PotentialSource,
@@ -45,15 +48,22 @@ from nanoos_fw.reports import (
     StageTiming,
     ThermoSeries,
     Training,
+    VDOSCurves,
     findings,
     formatting,
+    panels,
     pictures,
     regression_scores,
     render_report,
     structure_svg,
 )
 from nanoos_fw.reports import page as page_module
-from nanoos_fw.reports.candidate_figures import discovery_figure, md_figure
+from nanoos_fw.reports.candidate_figures import (
+    discovery_figure,
+    md_figure,
+    msd_figure,
+    vdos_figure,
+)
 from nanoos_fw.reports.data import AliasMove, CalibrationCurve
 from nanoos_fw.reports.drawing import Figure
 from nanoos_fw.reports.learning_figures import labels_figure
@@ -332,6 +342,26 @@ def synthetic_run(
                 "Ni-Ni": shells([3.1, 1.3, 1.9, 0.9, 1.0]),
             },
         ),
+        msd=MSDCurves(
+            time_ps=np.linspace(0, 20, 201),
+            total=0.3 * np.linspace(0, 20, 201),
+            by_element={"Al": 0.36 * np.linspace(0, 20, 201)},
+            diffusion={
+                "all": DiffusionResult(
+                    value=0.05, standard_error=0.0012, diffusive=True
+                ),
+                "Al": DiffusionResult(
+                    value=0.06, standard_error=0.0034, diffusive=False
+                ),
+                "Ni": DiffusionResult(value=None, standard_error=None, diffusive=False),
+            },
+        ),
+        vdos=VDOSCurves(
+            frequency_thz=np.linspace(0, 12, 121),
+            total=np.linspace(0, 12, 121) ** 2,
+            by_element={"Al": np.linspace(0, 12, 121)},
+            is_resolved=False,
+        ),
     )
 
 
@@ -484,6 +514,60 @@ def test_every_figure_of_the_page_is_drawn_and_labelled(page: Page) -> None:
     assert {"parity", "labels", "discovery", "md-1-thermo", "md-2-rdf"} <= set(
         page.figures
     )
+    assert {"md-1-msd", "md-1-vdos"} <= set(page.figures)
+
+
+def test_displacements_and_vibrations_are_drawn_as_they_are(html: str) -> None:
+    run = synthetic_run(1, "Ni3Al", "L1_2", np.random.default_rng(0))
+    assert isinstance(run.msd, MSDCurves)
+    assert isinstance(run.vdos, VDOSCurves)
+    msd, vdos = msd_figure(run.msd, run, "a"), vdos_figure(run.vdos, run, "a")
+    assert [trace["name"] for trace in msd.data] == ["All atoms", "Al"]
+    np.testing.assert_allclose(msd.data[1]["y"], run.msd.by_element["Al"], atol=2e-3)
+    np.testing.assert_allclose(vdos.data[0]["y"], run.vdos.total, atol=0.05)
+    np.testing.assert_allclose(vdos.data[0]["x"], run.vdos.frequency_thz, atol=5e-3)
+    assert "all atoms: D = 0.0500 ± 0.0012 Å²/ps; Al: D = 0.0600 ± 0.0034" in (
+        msd.caption.replace("\N{NO-BREAK SPACE}", " ")
+    )
+    assert (
+        "though the motion is not diffusive; Ni: no diffusive motion found."
+        in msd.caption
+    )
+    assert "too far apart" in vdos.caption
+
+
+def test_stored_curves_come_back_and_lost_ones_are_said() -> None:
+    analysis = Analysis()
+    x = np.linspace(0, 2, 5)
+    analysis.arrays["msd"] = {"time_ps": x, "total_a2": 2 * x, "Cu_a2": 3 * x}
+    fit = {"value": 0.5, "standard_error": 0.1, "diffusive": True, "unit": "Å²/ps"}
+    numbers = {"artifact": "digest", "diffusion": {"Cu": fit}}
+    found = panels._msd(numbers, {"digest": analysis.packed("msd")}.__getitem__)
+    assert isinstance(found, MSDCurves)
+    assert found.time_ps == tuple(x)
+    assert found.total == tuple(2 * x)
+    assert found.by_element == {"Cu": tuple(3 * x)}
+    assert found.diffusion["Cu"].standard_error == 0.1
+    analysis.arrays["vdos"] = {
+        "time_ps": x[:2],
+        "vacf": x[:2],
+        "frequency_thz": x,
+        "total_per_thz": 2 * x,
+        "Cu_per_thz": 3 * x,
+    }
+    numbers = {"artifact": "digest", "is_resolved": True}
+    curves = panels._vdos(numbers, lambda _: analysis.packed("vdos"))
+    assert isinstance(curves, VDOSCurves)
+    assert (curves.total, curves.by_element) == (tuple(2 * x), {"Cu": tuple(3 * x)})
+
+    def lost(digest: str) -> bytes:
+        raise StoreError(f"artifact {digest} is gone")
+
+    missing = panels._msd(numbers, lost)
+    assert isinstance(missing, NotAvailable)
+    assert "is gone" in missing.reason
+    assert panels._msd(None, lost) is None
+    assert isinstance(panels._vdos({"is_resolved": True}, lost), NotAvailable)
 
 
 def test_report_of_equal_data_is_equal(html: str) -> None:
