@@ -1,0 +1,350 @@
+"""What the engine adds to LAMMPS: loop times, tiny runs, many single energies.
+
+Three parts, each chosen by name and short; what is compared takes turns, medians count:
+
+``md``
+    Time in the time-stepping loops of LAMMPS, and of the whole run, by the engine and
+    by plain ``lmp`` on the same script, ranks and ``opt`` styles.
+``tiny``
+    A run of few steps, in a process of its own and in a child of the warm server.
+``static``
+    Energies of displaced copies of silicon: the calculator with its kept pair style,
+    ASE's LAMMPSlib with its kept instance, and a process per structure. The energies
+    must equal those of a fresh instance.
+
+    python scripts/benchmarks/lammps_engine.py md --ranks 2 --steps 1000 -o md.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pymatgen.core import Lattice, Structure
+
+from nanoos_fw.md.calculator import LammpsCalculator
+from nanoos_fw.md.engine import LAMMPSEngine
+from nanoos_fw.md.fork_server import ForkServer
+from nanoos_fw.md.potentials import lennard_jones_potential
+from nanoos_fw.md.recipes import file_potential
+from nanoos_fw.parallel import Resources, launch_command
+from nanoos_fw.provenance import package_versions, utc_now
+
+_LOOP = re.compile(r"^Loop time of ([0-9.e+-]+)", re.MULTILINE)
+# Energies of a kept and a fresh instance may differ by the order of their sums.
+_SAME_EV_PER_ATOM = 1e-9
+Row = dict[str, Any]
+
+
+def silicon() -> Structure:
+    """Return the conventional cell of diamond silicon."""
+    return Structure.from_spacegroup("Fd-3m", Lattice.cubic(5.431), ["Si"], [[0, 0, 0]])
+
+
+def systems() -> dict[str, tuple[Structure, Any]]:
+    """Return a structure and its potential by name."""
+    argon = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.3), ["Ar"], [[0, 0, 0]])
+    copper = Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0, 0, 0]]
+    )
+    lj = lennard_jones_potential({"Ar": (0.0104, 3.4)}, cutoff_a=8.5)
+    return {
+        "lj": (argon, lj),
+        "eam": (copper, "zhou2004"),
+        "tersoff": (silicon(), "tersoff"),
+    }
+
+
+def lmp() -> str:
+    """Return the executable of this environment."""
+    found = shutil.which("lmp", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SystemExit("there is no lmp beside this Python")
+    return found
+
+
+def loop_s(folder: Path, pattern: str) -> float:
+    """Return the seconds that all runs in the logs spent in their loops."""
+    texts = [path.read_text() for path in folder.glob(pattern)]
+    times = [float(t) for text in texts for t in _LOOP.findall(text)]
+    if not times:
+        raise SystemExit(f"no loop time in {folder}/{pattern}")
+    return sum(times)
+
+
+def by_engine(engine: LAMMPSEngine, inputs: Path, ranks: int) -> tuple[float, float]:
+    """Return loop time and wall time of the engine, in a fresh folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        engine.execute(inputs, Path(folder), resources=Resources(ranks))
+        return loop_s(Path(folder), "log.*.lammps"), time.perf_counter() - began
+
+
+def by_lmp(inputs: Path, ranks: int) -> tuple[float, float]:
+    """Return loop time and wall time of plain ``lmp``, in a fresh folder."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "run"
+        shutil.copytree(inputs, folder)
+        launcher = launch_command(Resources(ranks)) if ranks > 1 else []
+        began = time.perf_counter()
+        subprocess.run(
+            [*launcher, lmp(), "-in", "in.lammps"],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return loop_s(folder, "log.lammps"), time.perf_counter() - began
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list]:
+    """Return what each way gave, all of them once per repeat."""
+    found: dict[str, list] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            found[name].append(way())
+    return found
+
+
+def prepare(
+    engine: LAMMPSEngine,
+    structure: Structure,
+    potential: Any,
+    folder: Path,
+    **more: Any,
+) -> Path:
+    """Return the input folder of a short run."""
+    parameters = {
+        "workflow_type": "MD_NVE_LAMMPS",
+        "potential": potential,
+        "temperature": 50.0,
+        "equilibration_steps": 0,
+        "thermo_every": 100,
+        "dump_every": 0,
+        "restart_every": 100_000,
+        **more,
+    }
+    return engine.prepare_input(structure, parameters, folder)
+
+
+def measure_md(arguments: argparse.Namespace) -> list[Row]:
+    """Return loop and wall times of the engine and of plain ``lmp``."""
+    rows, engine = [], LAMMPSEngine()
+    for name in arguments.systems:
+        structure, potential = systems()[name]
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = prepare(
+                engine,
+                structure,
+                potential,
+                Path(folder),
+                num_steps=arguments.steps,
+                supercell_min_atoms=arguments.atoms,
+            )
+
+            def ours(inputs: Path = inputs) -> tuple[float, float]:
+                return by_engine(engine, inputs, arguments.ranks)
+
+            def plain(inputs: Path = inputs) -> tuple[float, float]:
+                return by_lmp(inputs, arguments.ranks)
+
+            found = interleaved({"engine": ours, "lmp": plain}, arguments.repeats)
+        for way, times in found.items():
+            rows.append(
+                {
+                    "case": name,
+                    "way": way,
+                    "loop_s": statistics.median(t[0] for t in times),
+                    "wall_s": statistics.median(t[1] for t in times),
+                }
+            )
+    return rows
+
+
+def measure_tiny(arguments: argparse.Namespace) -> list[Row]:
+    """Return wall times of a run of ten steps."""
+    with ForkServer() as server, tempfile.TemporaryDirectory() as folder:
+        alone, warm = LAMMPSEngine(), LAMMPSEngine(server=server)
+        potential = file_potential("sw", "Si.sw")
+        inputs = prepare(alone, silicon(), potential, Path(folder), num_steps=10)
+        by_engine(warm, inputs, 1)  # the first child waits for the server's imports
+        found = interleaved(
+            {
+                "own process": lambda: by_engine(alone, inputs, 1)[1],
+                "warm server": lambda: by_engine(warm, inputs, 1)[1],
+                "lmp": lambda: by_lmp(inputs, 1)[1],
+            },
+            arguments.repeats,
+        )
+    return [
+        {"case": "tiny", "way": way, "wall_s": statistics.median(times)}
+        for way, times in found.items()
+    ]
+
+
+def copies(n_atoms: int, count: int) -> list[Structure]:
+    """Return displaced copies of a cell of 8, 16, 32 or 64 atoms."""
+    repeats = {8: (1, 1, 1), 16: (2, 1, 1), 32: (2, 2, 1), 64: (2, 2, 2)}[n_atoms]
+    random = np.random.default_rng(5)
+    found = []
+    for _ in range(count):
+        cell = silicon() * list(repeats)
+        moved = cell.cart_coords + random.normal(scale=0.05, size=(n_atoms, 3))
+        found.append(
+            Structure(cell.lattice, cell.species, moved, coords_are_cartesian=True)
+        )
+    return found
+
+
+def energies_kept(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return energies by one calculator, which keeps its pair style."""
+    found = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LammpsCalculator(potential, Path(folder)) as calculator,
+    ):
+        for s in structures:
+            calculator.load([x.species_string for x in s], s.lattice.matrix)
+            result = calculator.evaluate(s.lattice.matrix, s.frac_coords)
+            found.append(result.energy_ev)
+    return found
+
+
+def energies_ase(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return energies by ASE's LAMMPSlib, which keeps its instance; forces as well."""
+    from ase import Atoms
+    from ase.calculators.lammpslib import LAMMPSlib
+
+    with tempfile.TemporaryDirectory() as folder:
+        potential.install(Path(folder))
+        style = potential.pair_style
+        file = next(Path(folder).glob("*.*"))
+        calculator = LAMMPSlib(
+            lmpcmds=[f"pair_style {style}", f"pair_coeff * * {file} Si"],
+            atom_types={"Si": 1},
+            keep_alive=True,
+            log_file=None,
+        )
+        found = []
+        for s in structures:
+            atoms = Atoms("Si" * len(s), s.cart_coords, cell=s.lattice.matrix, pbc=True)
+            atoms.calc = calculator
+            found.append(float(atoms.get_potential_energy()))
+            atoms.get_forces()
+            atoms.get_stress()
+        calculator.clean()
+    return found
+
+
+def energies_processes(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return energies by one process per structure."""
+    engine, found = LAMMPSEngine(), []
+    for s in structures:
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = engine.prepare_input(
+                s,
+                {"workflow_type": "STATIC_LAMMPS", "potential": potential},
+                Path(folder),
+            )
+            engine.execute(inputs, Path(folder) / "output")
+            result = engine.parse_output(Path(folder) / "output")
+            found.append(float(result["final_potential_energy"]))
+    return found
+
+
+def measure_static(arguments: argparse.Namespace) -> list[Row]:
+    """Return structures per second, and the largest difference to fresh energies."""
+    potential, rows = file_potential("sw", "Si.sw"), []
+    for n_atoms in arguments.sizes:
+        structures = copies(n_atoms, arguments.structures)
+        fresh = [energies_kept(potential, [s])[0] for s in structures]
+        few = structures[: arguments.processes]
+        ways = {
+            "kept pair style": (energies_kept, structures),
+            "ASE LAMMPSlib": (energies_ase, structures),
+            "a process each": (energies_processes, few),
+        }
+
+        def timed(way: str, ways: dict[str, Any] = ways) -> tuple[float, list[float]]:
+            function, chosen = ways[way]
+            began = time.perf_counter()
+            energies = function(potential, chosen)
+            return len(chosen) / (time.perf_counter() - began), energies
+
+        found = interleaved(
+            {way: lambda way=way, timed=timed: timed(way) for way in ways},
+            arguments.repeats,
+        )
+        for way, results in found.items():
+            worst = max(
+                abs(energy - expected) / n_atoms
+                for _, energies in results
+                for energy, expected in zip(energies, fresh, strict=False)
+            )
+            if worst > _SAME_EV_PER_ATOM:
+                raise SystemExit(f"{way}: energies differ by {worst:.2e} eV/atom")
+            rows.append(
+                {
+                    "case": f"{n_atoms} atoms",
+                    "way": way,
+                    "structures_per_s": statistics.median(r for r, _ in results),
+                    "worst_ev_per_atom": worst,
+                }
+            )
+    return rows
+
+
+_PARTS = {"md": measure_md, "tiny": measure_tiny, "static": measure_static}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=_PARTS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1, help="of md")
+    parser.add_argument("--steps", type=int, default=500, help="of md")
+    parser.add_argument("--atoms", type=int, default=1000, help="of md, at least")
+    parser.add_argument(
+        "--systems", nargs="+", choices=systems(), default=list(systems())
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, choices=(8, 16, 32, 64), default=[8, 64]
+    )
+    parser.add_argument("--structures", type=int, default=50, help="of static")
+    parser.add_argument("--processes", type=int, default=2, help="structures of them")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+
+    rows = _PARTS[arguments.part](arguments)
+    for row in rows:
+        numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
+        print(f"{row['case']:10} {row['way']:16} {'  '.join(numbers)}")
+    if arguments.output is not None:
+        options = {k: v for k, v in vars(arguments).items() if k != "output"}
+        report = {
+            "time": utc_now(),
+            "machine": platform.platform(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load": os.getloadavg(),
+            "versions": package_versions(),
+            "options": options,
+            "rows": rows,
+        }
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
