@@ -147,7 +147,7 @@ def test_a_campaign_runs_through_qlaunch_and_the_queue(
     assert len(found["features"]) == len(found["structures"]) - 4  # the elements
     kinds = [kind for kind, _ in found["simulations"]]
     assert kinds.count("md") == plan.md_runs
-    model = mongodb_database["models"].find_one({})
+    model = mongodb_database["models"].find_one({"name": plan.model_name})
     assert model["environment"]["ranks"] == 2
     train = mongodb_database["fireworks"].find_one({f"spec.{SPEC_KEY}.stage": "train"})
     launch = mongodb_database["launches"].find_one({"fw_id": train["fw_id"]})
