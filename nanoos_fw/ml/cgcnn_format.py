@@ -95,13 +95,13 @@ def published_atom_features(numbers: NDArray[np.integer]) -> NDArray[np.float32]
         As :func:`published_element_vectors`.
     """
     values, known = published_element_vectors()
-    if not known[numbers].all():
+    if not known.take(numbers).all():
         missing = np.unique(numbers[~known[numbers]])
         raise InputError(
             "the published CGCNN has no vector for some elements",
             evidence={"atomic_numbers": missing.tolist()},
         )
-    return np.asarray(values[numbers])
+    return values.take(numbers, axis=0)
 
 
 def graph_to_cgcnn(
@@ -140,7 +140,7 @@ def graph_to_cgcnn(
     if layout not in ("rows", "padded", "ragged"):
         raise InputError(f"there is no layout {layout!r}")
     degrees = graph.degrees
-    few = np.flatnonzero(degrees < max_neighbors)
+    few = (degrees < max_neighbors).nonzero()[0]
     if len(few) and layout == "rows":
         raise InputError(
             f"atom {few[0]} has {degrees[few[0]]} of {max_neighbors} neighbours "
