@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,8 +18,8 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.crystal_tables import build_table
-from nanoos_fw.ml.features import graph_from_repr
-from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.features import AnyGraph, as_graph
+from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.inference import FoldedNetwork, fold_network, run_networks
 from nanoos_fw.ml.model_files import (
     ATOM_TABLE,
@@ -59,9 +58,6 @@ __all__ = [
     "predict_table",
     "save_checkpoint",
 ]
-
-AnyGraph = Mapping[str, Any] | CrystalGraph | bytes
-"""What a model predicts for: ``graph_repr``, a graph, or a packed graph."""
 
 SYSTEM_MODELS = {
     "cgcnn_bandgap_v1": ("bandgap", "band-gap.pth.tar"),
@@ -203,8 +199,8 @@ class CGCNNModel:
     def unseen_elements(self, graph: AnyGraph) -> list[str]:
         """Return the elements of a graph that the training set did not hold."""
         seen = self._loaded().elements
-        numbers = np.unique(_as_graph(graph).numbers)
-        return [_symbol(int(z)) for z in numbers if int(z) not in seen]
+        numbers = np.unique(as_graph(graph).numbers)
+        return [element_symbol(int(z)) for z in numbers if int(z) not in seen]
 
     def predict(
         self, graph_repr: AnyGraph, *, coverage: float = DEFAULT_COVERAGE
@@ -393,7 +389,7 @@ class CGCNNModel:
         packed = [graph for graph in graphs if isinstance(graph, bytes)]
         if len(packed) == len(graphs):
             return GraphTable.from_packed(packed)
-        return GraphTable.from_graphs([_as_graph(graph) for graph in graphs])
+        return GraphTable.from_graphs([as_graph(graph) for graph in graphs])
 
     def predict_rows(
         self, table: GraphTable, batch_size: int = 256
@@ -611,7 +607,7 @@ def _unseen_by_graph(table: GraphTable, elements: Sequence[int]) -> list[list[st
     for row, z in sorted(
         set(zip(rows.tolist(), numbers[strange].tolist(), strict=True))
     ):
-        unseen[row].append(_symbol(z))
+        unseen[row].append(element_symbol(z))
     return unseen
 
 
@@ -678,18 +674,3 @@ def _fold(
             f"member {index} of {name} does not fit its architecture: {error}",
             advice="train the model again",
         ) from error
-
-
-def _as_graph(graph: AnyGraph) -> CrystalGraph:
-    if isinstance(graph, CrystalGraph):
-        return graph
-    if isinstance(graph, bytes):
-        return unpack_graph(graph)
-    return graph_from_repr(graph)
-
-
-@functools.cache
-def _symbol(z: int) -> str:
-    from pymatgen.core.periodic_table import Element
-
-    return str(Element.from_Z(z).symbol)

@@ -23,10 +23,14 @@ from nanoos_fw.ml.graphs import (
     CrystalGraph,
     build_graph,
     pack_arrays,
+    unpack_graph,
 )
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+AnyGraph = Mapping[str, Any] | CrystalGraph | bytes
+"""Forms of a graph: ``graph_repr``, a graph, or a packed graph."""
 
 FEATURE_VERSION = 1
 """Raised whenever equal input would give other features: part of every cache key."""
@@ -176,6 +180,15 @@ def graph_to_repr(graph: CrystalGraph) -> dict[str, Any]:
         "atom_features": table.values[graph.numbers],
         "atom_feature_known": table.known[graph.numbers],
     }
+
+
+def as_graph(graph: AnyGraph) -> CrystalGraph:
+    """Return the graph of any of its forms."""
+    if isinstance(graph, CrystalGraph):
+        return graph
+    if isinstance(graph, bytes):
+        return unpack_graph(graph)
+    return graph_from_repr(graph)
 
 
 def graph_from_repr(graph_repr: Mapping[str, Any]) -> CrystalGraph:

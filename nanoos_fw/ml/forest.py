@@ -6,13 +6,12 @@ and a file of it holds no code.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.features import STATISTICS, element_table, graph_from_repr
-from nanoos_fw.ml.graphs import CrystalGraph, unpack_graph
+from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
+from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE, Predictions
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
-
-if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import AnyGraph
 
 MODEL_TYPE = "RandomForest"
 FOREST_FORMAT = "nanoos_fw.forest"
@@ -300,7 +296,7 @@ class ForestModel:
             )
         means, stds = [np.zeros(0)], [np.zeros(0)]
         for start in range(0, len(graphs), batch_size):
-            some = [_as_graph(graph) for graph in graphs[start : start + batch_size]]
+            some = [as_graph(graph) for graph in graphs[start : start + batch_size]]
             mean, std = self.predict_features(
                 graph_scalars(GraphTable.from_graphs(some))
             )
@@ -320,7 +316,7 @@ class ForestModel:
 
     def predict(self, graph_repr: AnyGraph) -> dict[str, Any]:
         """Predict one structure; keys as in :meth:`.cgcnn.CGCNNModel.predict`."""
-        graph = _as_graph(graph_repr)
+        graph = as_graph(graph_repr)
         mean, std = self.predict_many([graph])
         unseen = self.unseen_elements(graph)
         return {
@@ -344,14 +340,9 @@ class ForestModel:
         """Return the elements of a graph that the training set did not hold."""
         if not self.card.elements:
             return []
-        from pymatgen.core.periodic_table import Element
-
-        numbers = np.unique(_as_graph(graph).numbers)
-        return [
-            str(Element.from_Z(int(z)).symbol)
-            for z in numbers
-            if int(z) not in self.card.elements
-        ]
+        seen = self.card.elements
+        numbers = np.unique(as_graph(graph).numbers)
+        return [element_symbol(int(z)) for z in numbers if int(z) not in seen]
 
     # ----------------------------------------------------------------------- files
 
@@ -621,18 +612,3 @@ def _digest(card: str, arrays: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{name}{array.shape}{array.dtype.str}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-@functools.singledispatch
-def _as_graph(graph: Any) -> CrystalGraph:
-    return graph_from_repr(graph)
-
-
-@_as_graph.register
-def _(graph: CrystalGraph) -> CrystalGraph:
-    return graph
-
-
-@_as_graph.register
-def _(graph: bytes) -> CrystalGraph:
-    return unpack_graph(graph)

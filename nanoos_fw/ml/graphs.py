@@ -8,6 +8,7 @@ Conventions of every array here and downstream: an *edge* goes from a centre ato
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
@@ -836,14 +837,18 @@ def _formula(numbers: NDArray[np.uint8]) -> str:
     from pymatgen.core import Composition
 
     elements, counts = np.unique(numbers, return_counts=True)
-    content = {_symbol(int(z)): int(n) for z, n in zip(elements, counts, strict=True)}
+    content = {
+        element_symbol(int(z)): int(n) for z, n in zip(elements, counts, strict=True)
+    }
     with warnings.catch_warnings():
         # pymatgen orders by electronegativity, and warns that noble gases have none.
         warnings.simplefilter("ignore", UserWarning)
         return str(Composition(content).reduced_formula)
 
 
-def _symbol(number: int) -> str:
+@functools.cache
+def element_symbol(number: int) -> str:
+    """Return the symbol of an atomic number."""
     from pymatgen.core import Element
 
     return str(Element.from_Z(number).symbol)

@@ -31,7 +31,7 @@ from nanoos_fw.ml.model_files import (
 from nanoos_fw.provenance import sha256_bytes
 
 if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import AnyGraph
+    from nanoos_fw.ml.features import AnyGraph
     from nanoos_fw.ml.uncertainty import Predictions
 
 
