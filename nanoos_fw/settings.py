@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nanoos_fw.errors import InputError
 
@@ -48,6 +48,11 @@ class Settings(BaseModel):
     lammps_potential_dir: Path | None = Field(
         default=None,
         description="the site's potential files, searched before LAMMPS' own",
+    )
+    web_token: SecretStr | None = Field(
+        default=None,
+        min_length=16,
+        description="of 'nanoos serve'; without it a new one each time",
     )
 
 

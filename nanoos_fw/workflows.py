@@ -36,7 +36,7 @@ from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import MDMethod, RelaxationMethod
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
-from nanoos_fw.provenance import content_key
+from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.launches import SPEC_KEY
 
 MAX_FAN = 50
@@ -287,6 +287,61 @@ def verification_workflow(plan: CampaignPlan, candidates: Iterable[str]) -> Work
         allow_fizzled_parents=True,
     )
     return _workflow(plan, "verification", [*labels, report])
+
+
+def featurization_workflow(
+    structures: Sequence[str],
+    features: FeatureParameters,
+    work_root: str,
+    *,
+    force_recompute: bool = False,
+    structures_per_firework: int = 500,
+) -> Workflow:
+    """Return the featurization of stored structures, without a campaign.
+
+    Parameters
+    ----------
+    structures
+        Keys in the structure store.
+    work_root
+        Folder of the work directories, which all workers share.
+    force_recompute
+        Compute again what is there; then the workflow is a new one each time.
+    """
+    keys = sorted(set(structures))
+    parts = chunks(keys, structures_per_firework)
+    described = features.model_dump(mode="json")
+    asked: dict[str, Any] = {"structures": keys, "features": described}
+    if force_recompute:
+        asked["asked"] = utc_now()
+    key = content_key("featurization", asked)
+    fireworks = [
+        Firework(
+            [
+                FeaturizeStructuresTask(
+                    structures=part,
+                    features=described,
+                    force_recompute=force_recompute,
+                )
+            ],
+            spec={
+                "_category": "prep",
+                "_add_launchpad_and_fw_id": True,
+                SPEC_KEY: {
+                    "stage": "featurize",
+                    "key": f"{key}-{number}",
+                    "work_root": str(Path(work_root)),
+                },
+            },
+            name=f"featurize {number + 1} of {len(parts)}",
+        )
+        for number, part in enumerate(parts)
+    ]
+    return Workflow(
+        fireworks,
+        name=f"featurize {len(keys)} structures",
+        metadata={"kind": "featurization", "key": key},
+    )
 
 
 def search_workflow(search: str, work_root: str, workers: int, turn: int) -> Workflow:

@@ -26,6 +26,7 @@ from nanoos_fw.cli import (
     tables,
     templates,
     training,
+    web,
 )
 from nanoos_fw.cli.common import (
     add_launchpad,
@@ -167,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_commands(commands)
     cluster.add_commands(commands)
     operations.add_commands(commands)
+    web.add_commands(commands)
     return parser
 
 

@@ -84,21 +84,42 @@ def render_report(data: ReportData) -> str:
     -----
     Equal data give equal text. About 5 MB, nearly all of it plotly.js.
     """
+    return _whole_page(
+        f"{data.campaign}: campaign report",
+        "body.html",
+        data=data,
+        sections=_Sections(data),
+        key_figures=_key_figures(data),
+    )
+
+
+def render_run(panel: MDPanel, back: str) -> str:
+    """Return the page of one molecular dynamics run, self-contained like a report.
+
+    Parameters
+    ----------
+    back
+        Address that the page links back to.
+    """
+    title = f"{panel.formula}: molecular dynamics"
+    return _whole_page(title, "run.html", run=panel, back=back)
+
+
+def _whole_page(title: str, template: str, **values: Any) -> str:
     environment = _environment()
     figures = _Figures()
     scripts = {"plotly": _plotly_script(), "page": load_template("reports/page.js")}
-    body = environment.get_template("body.html").render(
-        data=data,
+    body = environment.get_template(template).render(
         figures=figures,
         tables=itertools.count(1),
         figure_numbers=itertools.count(1),
-        sections=_Sections(data),
-        key_figures=_key_figures(data),
         findings=findings,
+        averages=averages,
         missing=_is_missing,
+        **values,
     )
     return environment.get_template("report.html").render(
-        data=data,
+        title=title,
         body=Markup(body),
         style=Markup(load_template("reports/style.css")),
         figure_data=Markup(_script_json(figures.drawn)),
@@ -179,28 +200,30 @@ class _Sections:
                 error.message
             )
 
-    def averages(self, panel: MDPanel) -> list[AverageRow]:
-        rows = [
-            _average_row("Temperature", "K", panel.temperature_k, 1),
-            _average_row("Pressure", "bar", panel.pressure_bar, 1),
-            _average_row("Volume of the cell", "Å³", panel.volume_a3, 1),
-            _average_row(
-                "Potential energy",
-                "eV/atom",
-                panel.potential_energy_ev,
-                panel.n_atoms,
-            ),
-        ]
-        rows += [
-            AverageRow(
-                average.name[:1].upper() + average.name[1:],
-                average.unit,
-                formatting.with_error(average.mean, average.standard_error),
-                "–",
-            )
-            for average in panel.other_averages
-        ]
-        return rows
+
+def averages(panel: MDPanel) -> list[AverageRow]:
+    """Return the rows of the table of averages of a run."""
+    rows = [
+        _average_row("Temperature", "K", panel.temperature_k, 1),
+        _average_row("Pressure", "bar", panel.pressure_bar, 1),
+        _average_row("Volume of the cell", "Å³", panel.volume_a3, 1),
+        _average_row(
+            "Potential energy",
+            "eV/atom",
+            panel.potential_energy_ev,
+            panel.n_atoms,
+        ),
+    ]
+    rows += [
+        AverageRow(
+            average.name[:1].upper() + average.name[1:],
+            average.unit,
+            formatting.with_error(average.mean, average.standard_error),
+            "–",
+        )
+        for average in panel.other_averages
+    ]
+    return rows
 
 
 def _average_row(

@@ -127,6 +127,23 @@ class SimulationStore:
         with store_errors("list methods"):
             return sorted(self._simulations.distinct("method"))[:limit]
 
+    def newest(self, kind: str, limit: int) -> list[Simulation]:
+        """Return the last stored simulations of a kind, without thermo and analyses."""
+        left_out = {"result.thermo": 0, "result.analyses": 0}
+        with store_errors("read simulations"):
+            documents = list(
+                self._simulations.find({"kind": kind}, left_out)
+                .sort("created", -1)
+                .limit(limit)
+            )
+        return [_simulation(document) for document in documents]
+
+    def by_key(self, key: str) -> Simulation | None:
+        """Return the simulation of a content key, or None."""
+        with store_errors("read a simulation"):
+            document = self._simulations.find_one({"_id": key})
+        return None if document is None else _simulation(document)
+
     def analysed(self, simulation: Simulation, name: str, result: Any) -> None:
         """Add a named analysis to a stored simulation."""
         with store_errors("store an analysis"):

@@ -369,6 +369,13 @@ class StructureStore:
         _refuse_missing(keys, found)
         return {key: found[key] for key in keys}
 
+    def formulas(self, keys: Sequence[str]) -> dict[str, str]:
+        """Return the formulas of structures by key; unknown keys are left out."""
+        query = {"_id": {"$in": list(keys)}}
+        with store_errors("read formulas"):
+            found = self._structures.find(query, {"formula": 1})
+            return {document["_id"]: document["formula"] for document in found}
+
     def count(self, in_set: str | None = None) -> int:
         """Return the number of structures, of one set or of all."""
         with store_errors("count structures"):
