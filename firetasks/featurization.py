@@ -11,7 +11,7 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from nanoos_fw.errors import NanoOSError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
@@ -40,6 +40,18 @@ class FeatureParameters(Parameters):
 
     cutoff_radius: float = Field(default=8.0, gt=0, description="Å")
     max_neighbors: int | None = Field(default=12, ge=1)
+    vectors: bool = Field(
+        default=False, description="keep the vectors of edges, for networks on angles"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Features are found by these values: what is at its default is left out, as
+        # it was before there was a choice.
+        values: dict[str, Any] = handler(self)
+        if not self.vectors:
+            values.pop("vectors", None)
+        return values
 
 
 class FeaturizeParameters(Parameters):

@@ -24,6 +24,7 @@ from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.predictors import PropertyModel
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
 from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
+from nanoos_fw.ml.training_config import MODEL_TYPES
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key
@@ -180,7 +181,7 @@ class TrainModelTask(NanoTask):
             name=parameters.model_name,
             target=result.target,
             unit=result.unit,
-            model_type="CGCNN",
+            model_type=MODEL_TYPES[parameters.training.model_type],
             weights=Path(result.checkpoint),
             training_key=training_key,
             training_config=parameters.training.model_dump(mode="json"),

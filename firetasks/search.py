@@ -18,6 +18,7 @@ from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.datasets import open_dataset
 from nanoos_fw.ml.search import SearchConfig, best_trial, check_dataset
 from nanoos_fw.ml.training import TrainingResult, train_cgcnn_model
+from nanoos_fw.ml.training_config import MODEL_TYPES
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key, read_json, write_json
 from nanoos_fw.stores.database import put_artifact
@@ -134,7 +135,7 @@ def register_winner(
         name=config.model_name or config.name,
         target=result.target,
         unit=result.unit,
-        model_type="CGCNN",
+        model_type=MODEL_TYPES[result.config.model_type],
         weights=Path(result.checkpoint),
         training_key=content_key("search", {"search": config.model_dump(mode="json")}),
         training_config=result.config.model_dump(mode="json"),

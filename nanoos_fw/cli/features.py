@@ -86,6 +86,11 @@ def add_parameters(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="nearest neighbours of each atom (default: 12; 0: all in the cutoff)",
     )
+    parser.add_argument(
+        "--vectors",
+        action="store_true",
+        help="keep the vectors of edges, which networks on angles need",
+    )
 
 
 def parameters_of(arguments: argparse.Namespace) -> FeatureParameters:
@@ -99,6 +104,8 @@ def parameters_of(arguments: argparse.Namespace) -> FeatureParameters:
         given["cutoff_radius"] = arguments.cutoff
     if arguments.neighbors is not None:
         given["max_neighbors"] = arguments.neighbors or None
+    if arguments.vectors:
+        given["vectors"] = True
     try:
         return FeatureParameters(**given)
     except ValidationError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.graphs import CrystalGraph
+from nanoos_fw.ml.graphs import CrystalGraph, cartesian_vectors
 
 DEFAULT_MAX_BYTES = 1 << 30
 _STRAIGHT = 1e-6  # sine of a bond angle below which three atoms lie on a line
@@ -98,7 +98,7 @@ def edge_vectors(
             f"coordinates of shape {sites.shape} do not fit {graph.n_atoms} atoms"
         )
     i, j = graph.edge_index
-    vectors = (sites[j] + graph.offsets - sites[i]) @ graph.lattice
+    vectors = cartesian_vectors(sites[j] + graph.offsets - sites[i], graph.lattice)
     lengths = np.linalg.norm(vectors, axis=1)
     if not np.allclose(lengths, graph.distances, rtol=0, atol=_VECTOR_TOLERANCE):
         raise InputError(

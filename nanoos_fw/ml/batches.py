@@ -64,6 +64,9 @@ class GraphTable:
         ``(n_graphs + 1,) int64``: graph g owns ``atom_start[g]:atom_start[g + 1]``.
     cutoff_radius, max_neighbors
         How all of the graphs were built.
+    vectors
+        ``(n_edges, 3) float32``, from centre to neighbour, Å; None where they were
+        not kept.
     """
 
     numbers: NDArray[np.uint8]
@@ -74,6 +77,7 @@ class GraphTable:
     edge_start: NDArray[np.int64]
     cutoff_radius: float
     max_neighbors: int | None
+    vectors: NDArray[np.float32] | None = None
 
     @classmethod
     def from_graphs(cls, graphs: Sequence[CrystalGraph]) -> GraphTable:
@@ -88,7 +92,10 @@ class GraphTable:
             raise InputError("a graph table needs at least one graph")
         kinds = {(graph.cutoff_radius, graph.max_neighbors) for graph in graphs}
         cutoff_radius, max_neighbors = _only_one_kind(kinds)
-        return cls(
+        vectors = [graph.vectors for graph in graphs if graph.vectors is not None]
+        if len(vectors) not in (0, len(graphs)):
+            raise _mixed()
+        return GraphTable(
             numbers=np.concatenate([graph.numbers for graph in graphs]),
             degrees=np.concatenate([g.degrees for g in graphs]).astype(np.uint16),
             neighbors=np.concatenate([graph.edge_index[1] for graph in graphs]),
@@ -97,6 +104,7 @@ class GraphTable:
             edge_start=_starts([graph.n_edges for graph in graphs]),
             cutoff_radius=cutoff_radius,
             max_neighbors=max_neighbors,
+            vectors=np.concatenate(vectors) if vectors else None,
         )
 
     @classmethod
@@ -115,12 +123,17 @@ class GraphTable:
         alike = read_headers(blobs)
         if alike is None:  # or damaged, which the slow way tells
             return cls.from_graphs([unpack_graph(blob) for blob in blobs])
-        wide_index, cutoff_radius, max_neighbors, n_atoms, n_edges = alike
+        wide_index, has_vectors, cutoff_radius, max_neighbors, n_atoms, n_edges = alike
         size = 4 if wide_index else 2
         a1 = HEADER_BYTES + n_atoms
         a2 = a1 + 2 * n_atoms
         a3 = a2 + size * n_edges
         a4 = a3 + 4 * n_edges
+        vectors = None
+        if has_vectors:
+            tails = zip(blobs, a4.tolist(), strict=True)
+            flat = np.frombuffer(b"".join(blob[end:] for blob, end in tails), "<f4")
+            vectors = flat.astype("f4", copy=False).reshape(-1, 3)
         # Equal keys in all blobs let whole columns be cut out at once.
         numbers, degrees, neighbors, distances = [], [], [], []
         ends = zip(blobs, a1.tolist(), a2.tolist(), a3.tolist(), a4.tolist(),
@@ -132,7 +145,7 @@ class GraphTable:
             distances.append(blob[e3:e4])
         join = b"".join
         index = "<i4" if wide_index else "<i2"
-        return cls(
+        return GraphTable(
             numbers=np.frombuffer(join(numbers), dtype="u1"),
             degrees=np.frombuffer(join(degrees), "<u2").astype(np.uint16, copy=False),
             neighbors=np.frombuffer(join(neighbors), index).astype(np.int32),
@@ -141,6 +154,7 @@ class GraphTable:
             edge_start=_starts(n_edges),
             cutoff_radius=cutoff_radius,
             max_neighbors=max_neighbors,
+            vectors=vectors,
         )
 
     @classmethod
@@ -157,7 +171,10 @@ class GraphTable:
         _only_one_kind({(t.cutoff_radius, t.max_neighbors) for t in tables})
         if len(tables) == 1:
             return tables[0]
-        return cls(
+        vectors = [table.vectors for table in tables if table.vectors is not None]
+        if len(vectors) not in (0, len(tables)):
+            raise _mixed()
+        return GraphTable(
             numbers=np.concatenate([table.numbers for table in tables]),
             degrees=np.concatenate([table.degrees for table in tables]),
             neighbors=np.concatenate([table.neighbors for table in tables]),
@@ -166,6 +183,7 @@ class GraphTable:
             edge_start=_starts(np.concatenate([np.diff(t.edge_start) for t in tables])),
             cutoff_radius=tables[0].cutoff_radius,
             max_neighbors=tables[0].max_neighbors,
+            vectors=np.concatenate(vectors) if vectors else None,
         )
 
     def __len__(self) -> int:
@@ -213,6 +231,7 @@ class GraphTable:
             edge_start=_starts(edges_of),
             cutoff_radius=self.cutoff_radius,
             max_neighbors=self.max_neighbors,
+            vectors=None if self.vectors is None else np.asarray(self.vectors[edges]),
         )
 
 
@@ -233,6 +252,13 @@ def _only_one_kind(kinds: set[tuple[float, int | None]]) -> tuple[float, int | N
         )
     (kind,) = kinds
     return kind
+
+
+def _mixed() -> InputError:
+    return InputError(
+        "graphs with and without the vectors of their edges cannot be mixed",
+        advice="featurize all structures with the same parameters",
+    )
 
 
 def _starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -496,7 +496,7 @@ def predict_table(
     """Return the prediction of each network for rows of a table, ``(members, n)``.
 
     By torch, as networks in training have it; :meth:`CGCNNModel.predict_rows` is
-    faster.
+    faster. ``batch_size`` is at most the network's ``evaluation_batch``.
     """
     import torch
 
@@ -505,6 +505,7 @@ def predict_table(
     wanted = np.arange(len(table)) if rows is None else rows
     dtype = getattr(torch, card.precision)
     answers = np.empty((len(members), len(wanted)))
+    batch_size = min(batch_size, members[0].evaluation_batch)
     for member in members:
         member.eval()
     with torch.inference_mode():

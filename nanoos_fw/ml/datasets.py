@@ -27,6 +27,7 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.graphs import CrystalGraph, pack_graph, read_header, unpack_graph
 from nanoos_fw.ml.shards import (
     GRAPH_COLUMNS,
+    OPTIONAL_COLUMNS,
     PART_NAMES,
     ROW_COLUMNS,
     MappedParts,
@@ -457,6 +458,7 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
             **{name: arrays[name] for name in GRAPH_COLUMNS},
             cutoff_radius=manifest["cutoff_radius"],
             max_neighbors=manifest["max_neighbors"],
+            vectors=arrays.get("vectors"),
         ),
         target_mean=manifest["target_mean"],
         target_std=manifest["target_std"],
@@ -574,12 +576,12 @@ def _checked_targets(
 
 
 def _packed(graph: CrystalGraph | bytes) -> bytes:
-    """Return the distances-only bytes of a graph, however it comes."""
+    """Return the bytes of a graph without geometry, however it comes."""
     if isinstance(graph, bytes):
         if not read_header(graph).has_geometry:
             return graph
         graph = unpack_graph(graph)
-    return pack_graph(graph)
+    return pack_graph(graph, vectors=graph.vectors is not None)
 
 
 def graph_digests(table: GraphTable) -> list[str]:
@@ -593,8 +595,10 @@ def graph_digests(table: GraphTable) -> list[str]:
             distances=batch.distances.astype(np.float64),
             cutoff_radius=table.cutoff_radius,
             max_neighbors=table.max_neighbors,
+            vectors=table.select([row]).vectors,
         )
-        digests.append(sha256_bytes(pack_graph(graph)))
+        packed = pack_graph(graph, vectors=graph.vectors is not None)
+        digests.append(sha256_bytes(packed))
     return digests
 
 
@@ -692,7 +696,7 @@ def _finish(
     path = directory / MANIFEST
     path.unlink(missing_ok=True)
     files = writer.finish()
-    for name in set(ROW_COLUMNS) - {Path(file).stem for file in files}:
+    for name in {*ROW_COLUMNS, *OPTIONAL_COLUMNS} - {Path(file).stem for file in files}:
         (directory / f"{name}.npy").unlink(missing_ok=True)  # of what was there before
     bounds = facts["outlier_bounds"]
     removed = np.flatnonzero(codes == PART_NAMES.index(OUTLIER)).tolist()

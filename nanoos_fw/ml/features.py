@@ -401,14 +401,18 @@ def _u_per_a3() -> float:
 
 
 def featurize_arrays(
-    flat: CrystalArrays, cutoff_radius: float, max_neighbors: int | None
+    flat: CrystalArrays,
+    cutoff_radius: float,
+    max_neighbors: int | None,
+    *,
+    vectors: bool = False,
 ) -> list[tuple[bytes, dict[str, float]] | InputError]:
     """Return packed graph and scalars of each crystal, or why it has none.
 
     What :func:`extract_structure_features` and ``pack_graph`` give, for many crystals
     in few calls.
     """
-    packed = pack_arrays(flat, cutoff_radius, max_neighbors)
+    packed = pack_arrays(flat, cutoff_radius, max_neighbors, vectors=vectors)
     cross = np.cross(flat.lattices[:, 0], flat.lattices[:, 1])
     volumes = np.abs(np.einsum("ij,ij->i", cross, flat.lattices[:, 2]))
     scalars = scalar_features(flat.numbers, flat.atom_start, volumes)

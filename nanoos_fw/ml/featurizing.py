@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -106,7 +106,8 @@ class FeaturizingChild:
     Parameters
     ----------
     parameters
-        Arguments of :func:`nanoos_fw.ml.features.extract_structure_features`.
+        Arguments of :func:`nanoos_fw.ml.features.extract_structure_features`, and
+        ``vectors``: whether the graphs keep those of their edges.
     guard
         Limits of one structure.
     """
@@ -367,7 +368,8 @@ def _featurize_together(
     if not small:
         return []
     flat, _ = read_arrays(small.values())
-    found = featurize_arrays(flat, cutoff, kept)
+    vectors = bool(parameters.get("vectors", False))
+    found = featurize_arrays(flat, cutoff, kept, vectors=vectors)
     return [
         (
             key,
@@ -418,8 +420,19 @@ def _packed(
             raise _too_large(
                 guard, {"n_sites": len(structure), "expected_neighbors": round(edges)}
             )
-    graph_repr, scalars = extract_structure_features(structure, **parameters)
-    return pack_graph(graph_from_repr(graph_repr)), scalars
+    arguments, vectors = _divided(parameters)
+    graph_repr, scalars = extract_structure_features(structure, **arguments)
+    graph = graph_from_repr(graph_repr)
+    if vectors:
+        kept = np.asarray(graph_repr["vectors"], dtype=np.float32)
+        graph = replace(graph, vectors=kept)
+    return pack_graph(graph, vectors=vectors), scalars
+
+
+def _divided(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of the extraction, and whether vectors are kept."""
+    arguments = dict(parameters)
+    return arguments, bool(arguments.pop("vectors", False))
 
 
 def _too_large(guard: FeatureGuard, evidence: dict[str, Any]) -> OutOfMemoryError:
@@ -438,7 +451,7 @@ def _warm_up(parameters: Mapping[str, Any]) -> None:
 
     copper = Structure(Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]])
     with contextlib.suppress(NanoOSError):  # a cutoff that is too short, say
-        extract_structure_features(copper, **parameters)
+        extract_structure_features(copper, **_divided(parameters)[0])
 
 
 class _MemoryLimit:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from nanoos_fw.ml.model_files import AnyArchitecture
     from nanoos_fw.ml.training import TrainingConfig
 
-_EVALUATION_BATCH = 256
 _N_SUMS = 3  # loss, squared and absolute error
 
 
@@ -254,12 +253,13 @@ class Fit:
         """
         self.network.eval()
         answers = np.zeros(len(rows))
-        starts = range(0, len(rows), _EVALUATION_BATCH)
+        size = self.network.evaluation_batch
+        starts = range(0, len(rows), size)
         with torch.inference_mode():
             for index, start in enumerate(starts):
                 if index % self.comm.size != self.comm.rank:
                     continue
-                chunk = rows[start : start + _EVALUATION_BATCH]
+                chunk = rows[start : start + size]
                 output = self.network(self._batch(chunk))
                 answers[start : start + len(chunk)] = self._values(output).cpu().numpy()
         self.comm.sum_in_place(answers)

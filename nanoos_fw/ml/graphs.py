@@ -41,7 +41,8 @@ _CRYSTALS_AT_ONCE = 64
 _MAX_DEGREE = np.iinfo(np.uint16).max
 
 # Packed form: this header, then Z u1, degree u2, neighbour i2 or i4, distance f4, and
-# with geometry offsets i1 or i2 and the lattice f8. Little endian throughout.
+# with geometry offsets i1 or i2 and the lattice f8, or else with vectors those as f4.
+# Little endian throughout.
 _HEADER = struct.Struct("<4sBBHIIdI")
 _HEADER_FIELDS = np.dtype(
     [
@@ -61,7 +62,7 @@ _PACK_VERSION = 1
 _NARROW, _WIDE = np.dtype("<i2"), np.dtype("<i4")
 _DEGREE, _DISTANCE = np.dtype("<u2"), np.dtype("<f4")
 _CENTRES = np.arange(1024, dtype=np.int32)
-_WIDE_INDEX, _GEOMETRY, _WIDE_OFFSETS = 1, 2, 4
+_WIDE_INDEX, _GEOMETRY, _WIDE_OFFSETS, _VECTORS = 1, 2, 4, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,9 @@ class CrystalGraph:
         packed without geometry.
     lattice
         ``(3, 3) float64``, rows are lattice vectors in Å. None like ``offsets``.
+    vectors
+        ``(n_edges, 3) float32``, from centre to neighbour in Å, of a graph that was
+        packed with them; else None, see :func:`nanoos_fw.ml.angles.edge_vectors`.
     """
 
     numbers: NDArray[np.uint8]
@@ -94,16 +98,19 @@ class CrystalGraph:
     max_neighbors: int | None = None
     offsets: NDArray[np.int32] | None = None
     lattice: NDArray[np.float64] | None = None
+    vectors: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         n_edges = self.distances.shape[0]
         offsets = (n_edges, 3) if self.offsets is None else self.offsets.shape
+        vectors = (n_edges, 3) if self.vectors is None else self.vectors.shape
         lattice = (3, 3) if self.lattice is None else self.lattice.shape
         if (
             self.numbers.ndim != 1
             or self.edge_index.shape != (2, n_edges)
             or offsets != (n_edges, 3)
             or lattice != (3, 3)
+            or vectors != (n_edges, 3)
         ):
             raise InputError(
                 "the arrays of a crystal graph do not fit together",
@@ -113,6 +120,7 @@ class CrystalGraph:
                     "distances": list(self.distances.shape),
                     "offsets": list(offsets),
                     "lattice": list(lattice),
+                    "vectors": list(vectors),
                 },
             )
 
@@ -392,7 +400,50 @@ def nearest_neighbors(graph: CrystalGraph, max_neighbors: int) -> CrystalGraph:
 # --------------------------------------------------------------------------- bytes
 
 
-def pack_graph(graph: CrystalGraph, *, geometry: bool = False) -> bytes:
+def cartesian_vectors(
+    steps: NDArray[np.float64], lattices: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the Cartesian vectors of steps in fractional coordinates.
+
+    Term by term, so that equal edges give equal bits however many are done at once.
+
+    Parameters
+    ----------
+    steps
+        ``(n_edges, 3)``.
+    lattices
+        ``(n_edges, 3, 3)`` or ``(3, 3)``, rows are lattice vectors in Å.
+
+    Returns
+    -------
+    ``(n_edges, 3) float64``
+        Å.
+    """
+    vectors = steps[:, :1] * lattices[..., 0, :]
+    vectors += steps[:, 1:2] * lattices[..., 1, :]
+    vectors += steps[:, 2:] * lattices[..., 2, :]
+    return vectors
+
+
+def vectors_of_arrays(flat: CrystalArrays, found: NeighborList) -> NDArray[np.float32]:
+    """Return the vectors of the edges that were found in several crystals.
+
+    ``(n_edges, 3) float32``, from centre to neighbour, Å.
+    """
+    sizes = np.diff(flat.atom_start)
+    edge_start = np.concatenate([[0], np.cumsum(found.degrees)])[flat.atom_start]
+    edges_of = np.diff(edge_start)
+    crystal = np.repeat(np.arange(len(sizes)), edges_of)
+    centre = np.repeat(np.arange(len(flat.numbers)), found.degrees)
+    first = flat.atom_start[crystal]
+    steps = flat.frac_coords[first + found.neighbors] + found.offsets
+    steps -= flat.frac_coords[centre]
+    return cartesian_vectors(steps, flat.lattices[crystal]).astype(np.float32)
+
+
+def pack_graph(
+    graph: CrystalGraph, *, geometry: bool = False, vectors: bool = False
+) -> bytes:
     """Return a graph as bytes: about 75 per atom with 12 neighbours.
 
     Parameters
@@ -402,6 +453,9 @@ def pack_graph(graph: CrystalGraph, *, geometry: bool = False) -> bytes:
     geometry
         Keep offsets and lattice too (36 bytes more per atom with 12 neighbours).
         Models that see distances only do not need them.
+    vectors
+        Keep the vectors of the edges instead (12 bytes more per edge), which models
+        that see angles need.
 
     Raises
     ------
@@ -439,6 +493,13 @@ def pack_graph(graph: CrystalGraph, *, geometry: bool = False) -> bytes:
             graph.offsets.astype(width).tobytes(),
             graph.lattice.astype("<f8").tobytes(),
         ]
+    elif vectors:
+        if graph.vectors is None:
+            raise InputError(
+                "the graph has no vectors to pack", advice="build it again"
+            )
+        flags |= _VECTORS
+        body.append(graph.vectors.astype("<f4").tobytes())
     payload = b"".join(body)
     fields = (
         _MAGIC,
@@ -454,7 +515,11 @@ def pack_graph(graph: CrystalGraph, *, geometry: bool = False) -> bytes:
 
 
 def pack_arrays(
-    flat: CrystalArrays, cutoff_radius: float, max_neighbors: int | None
+    flat: CrystalArrays,
+    cutoff_radius: float,
+    max_neighbors: int | None,
+    *,
+    vectors: bool = False,
 ) -> list[bytes | InputError]:
     """Return the packed graph of each crystal, or why it has none.
 
@@ -486,6 +551,10 @@ def pack_arrays(
     numbers, degrees = flat.numbers.tobytes(), found.degrees.astype("<u2").tobytes()
     neighbors = found.neighbors.astype("<i2").tobytes()
     distances = found.distances.astype("<f4").tobytes()
+    steps = b""
+    if vectors:
+        steps = vectors_of_arrays(flat, found).astype("<f4", copy=False).tobytes()
+    flags = _VECTORS if vectors else 0
     atoms, status = starts.tolist(), found.status.tolist()
     packed: list[bytes | InputError] = []
     radius, kept = float(cutoff_radius), max_neighbors or 0
@@ -500,9 +569,10 @@ def pack_arrays(
                 degrees[2 * a : 2 * b],
                 neighbors[2 * e : 2 * f],
                 distances[4 * e : 4 * f],
+                steps[12 * e : 12 * f],
             )
         )
-        fields = (_MAGIC, _PACK_VERSION, 0, kept, b - a, f - e, radius)
+        fields = (_MAGIC, _PACK_VERSION, flags, kept, b - a, f - e, radius)
         checksum = zlib.crc32(payload, zlib.crc32(_HEADER.pack(*fields, 0)))
         packed.append(_HEADER.pack(*fields, checksum) + payload)
     return packed
@@ -524,7 +594,10 @@ def unpack_graph(data: bytes) -> CrystalGraph:
     edge_index = np.empty((2, n_edges), dtype=np.int32)
     edge_index[0] = _centres(n_atoms).repeat(np.frombuffer(data, _DEGREE, n_atoms, a1))
     edge_index[1] = np.frombuffer(data, index, n_edges, a2)
-    offsets = lattice = None
+    offsets = lattice = vectors = None
+    if head.flags & _VECTORS:
+        vectors = np.frombuffer(data, _DISTANCE, 3 * n_edges, a4)
+        vectors = vectors.astype(np.float32).reshape(-1, 3)
     if head.flags & _GEOMETRY:
         width = "<i2" if head.flags & _WIDE_OFFSETS else "i1"
         kept = np.frombuffer(data, width, 3 * n_edges, a4)
@@ -541,6 +614,7 @@ def unpack_graph(data: bytes) -> CrystalGraph:
         max_neighbors=head.max_neighbors,
         offsets=offsets,
         lattice=lattice,
+        vectors=vectors,
     )
     return graph
 
@@ -575,6 +649,11 @@ class PackedHeader(NamedTuple):
         """Offsets and lattice follow the distances."""
         return bool(self.flags & _GEOMETRY)
 
+    @property
+    def has_vectors(self) -> bool:
+        """Vectors of the edges follow the distances."""
+        return bool(self.flags & _VECTORS)
+
 
 def read_header(data: bytes) -> PackedHeader:
     """Check a packed graph and return its header.
@@ -599,6 +678,8 @@ def read_header(data: bytes) -> PackedHeader:
     size = a4 = a3 + 4 * n_edges
     if flags & _GEOMETRY:
         size += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
+    if flags & _VECTORS:
+        size += 12 * n_edges
     # The checksum covers the header with its own field zero.
     computed = zlib.crc32(data[: _HEADER.size - 4] + bytes(4))
     computed = zlib.crc32(memoryview(data)[_HEADER.size :], computed)
@@ -625,14 +706,14 @@ def read_header(data: bytes) -> PackedHeader:
 
 def read_headers(
     blobs: Sequence[bytes],
-) -> tuple[bool, float, int | None, NDArray[np.int64], NDArray[np.int64]] | None:
+) -> tuple[bool, bool, float, int | None, NDArray[np.int64], NDArray[np.int64]] | None:
     """Check packed graphs that were all made in one way, at once.
 
     Returns
     -------
     tuple or None
-        Whether neighbours have 4 bytes, cutoff radius, neighbours kept, numbers of
-        atoms and of edges. None if
+        Whether neighbours have 4 bytes, whether there are vectors, cutoff radius,
+        neighbours kept, numbers of atoms and of edges. None if
         they are not alike, or one of them is not good: :func:`read_header` tells.
     """
     size = _HEADER.size
@@ -653,6 +734,8 @@ def read_headers(
     lengths = size + 3 * n_atoms + (8 if flags & _WIDE_INDEX else 6) * n_edges
     if flags & _GEOMETRY:
         lengths += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
+    if flags & _VECTORS:
+        lengths += 12 * n_edges
     crc32, end, blank = zlib.crc32, size - 4, bytes(4)
     checksums = [crc32(b[size:], crc32(b[:end] + blank)) for b in blobs]
     good = (
@@ -664,7 +747,8 @@ def read_headers(
     if not good:
         return None
     cutoff_radius, kept = float(first["cutoff_radius"]), int(first["max_neighbors"])
-    return bool(flags & _WIDE_INDEX), cutoff_radius, kept or None, n_atoms, n_edges
+    wide, vectors = bool(flags & _WIDE_INDEX), bool(flags & _VECTORS)
+    return wide, vectors, cutoff_radius, kept or None, n_atoms, n_edges
 
 
 # ------------------------------------------------------------------------- private
@@ -738,6 +822,7 @@ def _build(
         max_neighbors=max_neighbors,
         offsets=found.offsets,
         lattice=lattice,
+        vectors=None,
     )
     return graph
 

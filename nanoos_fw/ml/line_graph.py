@@ -8,7 +8,7 @@ those depend on how the cell was chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphBatch, GraphTable
 from nanoos_fw.ml.crystal_tables import read_crystals
-from nanoos_fw.ml.features import graph_from_repr
-from nanoos_fw.ml.graphs import CrystalArrays, graph_error
+from nanoos_fw.ml.features import AnyGraph, as_graph
+from nanoos_fw.ml.graphs import (
+    CrystalArrays,
+    CrystalGraph,
+    graph_error,
+    vectors_of_arrays,
+)
 from nanoos_fw.ml.neighbors import list_nearest
 
 if TYPE_CHECKING:
@@ -46,36 +51,35 @@ class LineGraphBatch(GraphBatch):
 
 @dataclass(frozen=True, eq=False)
 class LineGraphTable(GraphTable):
-    """A :class:`GraphTable` whose batches have angles.
+    """A :class:`GraphTable` with vectors, whose batches have angles.
 
     Parameters
     ----------
-    vectors
-        ``(n_edges, 3) float32``, from centre to neighbour, Å.
     angle_cutoff
         Å.
     """
 
-    vectors: NDArray[np.float32]
-    angle_cutoff: float
+    angle_cutoff: float = field(kw_only=True)
 
     def batch(self, rows: NDArray[np.int64] | Sequence[int]) -> LineGraphBatch:
         """Return some graphs as one batch, in the order of ``rows``."""
         plain = super().batch(rows)
-        vectors = self.vectors[self._edges_of(rows)]
+        edges = self._edges_of(rows)
         pairs, cosines = pair_edges(
-            plain.degrees, plain.distances, vectors, self.angle_cutoff
+            plain.degrees, plain.distances, self._vectors[edges], self.angle_cutoff
         )
         return LineGraphBatch(**vars(plain), edge_pairs=pairs, cosines=cosines)
 
     def select(self, rows: NDArray[np.int64] | Sequence[int]) -> LineGraphTable:
         """Return a table (in memory) of some graphs, in the order of ``rows``."""
         plain = super().select(rows)
-        return LineGraphTable(
-            **vars(plain),
-            vectors=np.asarray(self.vectors[self._edges_of(rows)]),
-            angle_cutoff=self.angle_cutoff,
-        )
+        return LineGraphTable(**vars(plain), angle_cutoff=self.angle_cutoff)
+
+    @property
+    def _vectors(self) -> NDArray[np.float32]:
+        if self.vectors is None:
+            raise _no_vectors()
+        return self.vectors
 
     def _edges_of(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[np.int64]:
         spans = [
@@ -83,6 +87,40 @@ class LineGraphTable(GraphTable):
             for row in np.asarray(rows, dtype=np.int64)
         ]
         return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
+
+
+def with_angles(table: GraphTable, angle_cutoff: float) -> LineGraphTable:
+    """Return a table whose batches have angles; its arrays are not copied.
+
+    Parameters
+    ----------
+    table
+        Graphs of all neighbours within a cutoff, with vectors.
+    angle_cutoff
+        Å.
+
+    Raises
+    ------
+    InputError
+        If there are no vectors, the number of neighbours was fixed, or angles would
+        reach further than the graphs.
+    """
+    if table.vectors is None:
+        raise _no_vectors()
+    if table.max_neighbors is not None:
+        raise InputError(
+            f"graphs of {table.max_neighbors} neighbours do not do for angles: which "
+            "of equally far neighbours they hold depends on the choice of the cell",
+            advice="featurize with all neighbours within the cutoff "
+            "(`--neighbors 0`, max_neighbors: null)",
+        )
+    if angle_cutoff > table.cutoff_radius:
+        raise InputError(
+            f"angle_cutoff {angle_cutoff:g} Å is beyond the cutoff of the graphs, "
+            f"{table.cutoff_radius:g} Å",
+            advice="lower angle_cutoff, or featurize with a larger cutoff_radius",
+        )
+    return LineGraphTable(**{**vars(table), "angle_cutoff": angle_cutoff})
 
 
 def pair_edges(
@@ -159,48 +197,60 @@ def line_graphs_of_crystals(
             tables.append(table)
             positions += (begin + flat.positions[good]).tolist()
     places = np.array(positions, dtype=np.int64)
-    whole = _join(tables) if tables else None
+    whole = None
+    if tables:
+        whole = with_angles(GraphTable.concatenate(tables), angle_cutoff)
     return whole, places, dict(sorted(errors.items()))
 
 
-def line_graphs_of_reprs(
-    graph_reprs: Sequence[Any], *, angle_cutoff: float
+def line_graphs_of(
+    graphs: Sequence[AnyGraph], *, angle_cutoff: float
 ) -> LineGraphTable:
-    """Return graphs of :func:`.features.extract_structure_features` as a table.
+    """Return graphs in any form that holds the vectors of edges as a table.
+
+    Parameters
+    ----------
+    graphs
+        Each packed with vectors, or of :func:`.features.extract_structure_features`.
+    angle_cutoff
+        Å.
 
     Raises
     ------
     InputError
-        If one has no vectors, as packed graphs, or was built with a fixed number of
-        neighbours.
+        As :func:`with_angles`.
     """
-    graphs = []
-    vectors = [np.zeros((0, 3), dtype=np.float32)]
-    for graph_repr in graph_reprs:
-        if not isinstance(graph_repr, Mapping) or graph_repr.get("vectors") is None:
-            raise InputError(
-                "a model that sees angles needs the vectors of the edges, which this "
-                "graph does not hold",
-                advice="give it the graph_repr of extract_structure_features, or the "
-                "structure itself to predict_crystals",
-            )
-        graph = graph_from_repr(graph_repr)
-        own = np.asarray(graph_repr["vectors"], dtype=np.float32)
-        lengths = np.linalg.norm(own, axis=-1)
-        if own.shape != (graph.n_edges, 3) or not np.allclose(
-            lengths, graph.distances, atol=1e-4
-        ):
-            raise InputError("the vectors of the graph are not those of its edges")
-        graphs.append(graph)
-        vectors.append(own)
-    return LineGraphTable(
-        **vars(GraphTable.from_graphs(graphs)),
-        vectors=np.concatenate(vectors),
-        angle_cutoff=angle_cutoff,
-    )
+    packed = [graph for graph in graphs if isinstance(graph, bytes)]
+    if len(packed) == len(graphs):
+        table = GraphTable.from_packed(packed)
+    else:
+        table = GraphTable.from_graphs([_with_vectors(graph) for graph in graphs])
+    return with_angles(table, angle_cutoff)
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _no_vectors() -> InputError:
+    return InputError(
+        "a model that sees angles needs the vectors of the edges, which these graphs "
+        "do not hold",
+        advice="featurize with vectors (`nanoos features compute --vectors`), give "
+        "the graph_repr of extract_structure_features, or the structures themselves",
+    )
+
+
+def _with_vectors(graph: AnyGraph) -> CrystalGraph:
+    if not isinstance(graph, Mapping) or graph.get("vectors") is None:
+        return as_graph(graph)
+    plain = as_graph(graph)
+    own = np.asarray(graph["vectors"], dtype=np.float32)
+    lengths = np.linalg.norm(own, axis=-1)
+    if own.shape != (plain.n_edges, 3) or not np.allclose(
+        lengths, plain.distances, atol=1e-4
+    ):
+        raise InputError("the vectors of the graph are not those of its edges")
+    return replace(plain, vectors=own)
 
 
 def _build(
@@ -222,46 +272,17 @@ def _build(
         errors[begin + int(flat.positions[row])] = graph_error(
             flat, found, row, cutoff_radius
         )
-    sizes = np.diff(flat.atom_start)
-    edge_start = np.concatenate([[0], np.cumsum(found.degrees)])[flat.atom_start]
-    edges_of = np.diff(edge_start)
-    crystal = np.repeat(np.arange(len(sizes)), edges_of)
-    first = flat.atom_start[crystal]
-    centre = np.repeat(np.arange(len(flat.numbers)), found.degrees)
-    steps = flat.frac_coords[first + found.neighbors] + found.offsets
-    steps -= flat.frac_coords[centre]
-    vectors = np.einsum("ij,ijk->ik", steps, flat.lattices[crystal])
     table = LineGraphTable(
         numbers=flat.numbers,
         degrees=found.degrees.astype(np.uint16),
         neighbors=found.neighbors,
         distances=found.distances.astype(np.float32),
         atom_start=flat.atom_start,
-        edge_start=edge_start,
+        edge_start=np.concatenate([[0], np.cumsum(found.degrees)])[flat.atom_start],
         cutoff_radius=float(cutoff_radius),
         max_neighbors=None,
-        vectors=vectors.astype(np.float32),
+        vectors=vectors_of_arrays(flat, found),
         angle_cutoff=angle_cutoff,
     )
     good = np.flatnonzero(found.status == 0)
-    return (table if len(good) == len(sizes) else table.select(good)), good
-
-
-def _join(tables: Sequence[LineGraphTable]) -> LineGraphTable:
-    def starts(name: str) -> NDArray[np.int64]:
-        lengths = [np.diff(getattr(table, name)) for table in tables]
-        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-
-    columns = ("numbers", "degrees", "neighbors", "distances", "vectors")
-    whole: dict[str, Any] = {
-        name: np.concatenate([getattr(table, name) for table in tables])
-        for name in columns
-    }
-    return LineGraphTable(
-        **whole,
-        atom_start=starts("atom_start"),
-        edge_start=starts("edge_start"),
-        cutoff_radius=tables[0].cutoff_radius,
-        max_neighbors=None,
-        angle_cutoff=tables[0].angle_cutoff,
-    )
+    return (table if len(good) == len(table) else table.select(good)), good

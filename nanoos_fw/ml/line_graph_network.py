@@ -24,7 +24,12 @@ from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.model_files import LineGraphArchitecture
-from nanoos_fw.ml.network import GlobalBatchNorm, Network, TensorBatch
+from nanoos_fw.ml.network import (
+    CountedDropout,
+    GlobalBatchNorm,
+    Network,
+    TensorBatch,
+)
 
 _SMALLEST_SUM = 1e-3  # of the gates of a node: fewer count as no message
 
@@ -74,6 +79,7 @@ class LineGraphNetwork(Network):
     """
 
     atom_table: Tensor
+    evaluation_batch = 32
 
     def __init__(
         self, architecture: LineGraphArchitecture, atom_table: NDArray[np.float32]
@@ -95,6 +101,7 @@ class LineGraphNetwork(Network):
             EdgeGatedConvolution(hidden)
             for _ in range(architecture.angle_layers + architecture.atom_layers)
         )
+        self.dropout = CountedDropout(architecture.dropout, hidden)
         self.output = nn.Linear(hidden, architecture.n_outputs)
 
     def forward(self, batch: TensorBatch) -> Tensor:
@@ -128,7 +135,7 @@ class LineGraphNetwork(Network):
         crystals = atoms.new_zeros((n_graphs, atoms.shape[1]))
         crystals = crystals.index_add(0, batch.graph_index, atoms)
         crystals = crystals / batch.graph_sizes.to(atoms.dtype).unsqueeze(1)
-        return cast(Tensor, self.output(crystals)).squeeze(1)
+        return cast(Tensor, self.output(self.dropout(crystals))).squeeze(1)
 
 
 # ------------------------------------------------------------------------- private

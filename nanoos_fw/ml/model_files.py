@@ -101,6 +101,8 @@ class LineGraphArchitecture(BaseModel):
         Of distances, as in :class:`Architecture`.
     n_outputs
         1 for a number; for classes, one of each.
+    dropout
+        Share of the units of the pooled vector that drop out in training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +117,7 @@ class LineGraphArchitecture(BaseModel):
     gaussian_step: float = Field(default=0.2, gt=0.0)
     gaussian_width: float = Field(default=0.3, gt=0.0)
     n_outputs: int = Field(default=1, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     def gaussian_centers(self) -> NDArray[np.float64]:
         """Return the centres of the Gaussians of distances in Å."""

@@ -176,6 +176,8 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(rows, channels)``."""
         if not self.training or self.comm.size == 1:
+            if not x.shape[0]:
+                return x  # no moments: a batch without angles, say
             return functional.batch_norm(
                 x,
                 self.running_mean,
@@ -298,7 +300,13 @@ class GatedConvolution(nn.Module):
 
 
 class Network(nn.Module):
-    """What the training loop knows of a network: a batch in, normalized targets out."""
+    """What the training loop knows of a network: a batch in, normalized targets out.
+
+    ``evaluation_batch``: graphs at once where no gradients are wanted, which decides
+    memory.
+    """
+
+    evaluation_batch = 256
 
     def use_communicator(self, comm: Communicator) -> None:
         """Let batch normalization run over the ranks of a communicator."""

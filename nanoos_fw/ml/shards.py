@@ -30,6 +30,8 @@ GRAPH_COLUMNS = (
     "atom_start",
     "edge_start",
 )
+OPTIONAL_COLUMNS = ("vectors",)
+"""Of graphs that were packed with the vectors of their edges."""
 ROW_COLUMNS = ("ids", "targets", "parts", "times")
 PART_NAMES = ("train", "val", "test", "outlier")
 
@@ -153,8 +155,9 @@ class ShardWriter:
         self._files: dict[str, BinaryIO] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._lengths: dict[str, int] = {}
+        self._inner: dict[str, tuple[int, ...]] = {}
         self._atoms = self._edges = 0
-        self._how: tuple[float, int | None] | None = None
+        self._how: tuple[float, int | None, bool] | None = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -177,17 +180,21 @@ class ShardWriter:
         InputError
             If they were built in another way than those before.
         """
-        how = (table.cutoff_radius, table.max_neighbors)
+        how = (table.cutoff_radius, table.max_neighbors, table.vectors is not None)
         if self._how not in (None, how):
             raise InputError(
                 "graphs built in different ways cannot be mixed",
-                evidence={"cutoff_radius, max_neighbors": [str(self._how), str(how)]},
+                evidence={
+                    "cutoff_radius, max_neighbors, vectors": [str(self._how), str(how)]
+                },
                 advice="featurize all structures with the same parameters",
             )
         first = self._how is None
         self._how = how
         for name in GRAPH_COLUMNS[:4]:
             self.column(name, getattr(table, name))
+        if table.vectors is not None:
+            self.column("vectors", table.vectors)
         for name, before in (("atom_start", self._atoms), ("edge_start", self._edges)):
             starts = getattr(table, name)
             self.column(name, (starts if first else starts[1:]) + before)
@@ -195,13 +202,13 @@ class ShardWriter:
         self._edges += int(table.edge_start[-1])
 
     def column(self, name: str, values: NDArray[Any]) -> None:
-        """Append values to a column."""
+        """Append values to a column; those of a row may be several."""
         if name not in self._files:
             self._directory.mkdir(parents=True, exist_ok=True)
             file = self._partial(name).open("wb+")
             file.write(bytes(_HEADER_BYTES))
             self._files[name], self._dtypes[name] = file, values.dtype
-            self._lengths[name] = 0
+            self._lengths[name], self._inner[name] = 0, values.shape[1:]
         self._files[name].write(np.ascontiguousarray(values).data)
         self._lengths[name] += len(values)
 
@@ -213,7 +220,7 @@ class ShardWriter:
             fields = {
                 "descr": npy.dtype_to_descr(self._dtypes[name]),
                 "fortran_order": False,
-                "shape": (self._lengths[name],),
+                "shape": (self._lengths[name], *self._inner[name]),
             }
             npy.write_array_header_1_0(file, fields)
             if file.tell() != _HEADER_BYTES:

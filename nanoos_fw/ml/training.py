@@ -24,6 +24,7 @@ from nanoos_fw.ml.cgcnn import dropout_spread, ensemble, predict_table
 from nanoos_fw.ml.cgcnn_format import published_element_vectors
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
 from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.line_graph import with_angles
 from nanoos_fw.ml.metrics import (
     calibrate,
     classification_metrics,
@@ -37,6 +38,7 @@ from nanoos_fw.ml.model_files import (
     REFERENCE,
     AnyArchitecture,
     Architecture,
+    LineGraphArchitecture,
     ModelCard,
     atom_features,
     read_checkpoint,
@@ -284,6 +286,8 @@ def main(
     dataset = _open(Path(config["dataset_dir"]), comm)
     _check(dataset, training)
     table = _preload(dataset.graphs)
+    if training.model_type == "line_graph":
+        table = with_angles(table, training.angle_cutoff)
     parent = config.get("parent")
     plan = _plan(training, dataset, table, None if parent is None else Path(parent))
     key = content_key(
@@ -332,17 +336,7 @@ def _plan(
     atom_table = atom_features()
     if training.element_vectors == "published":
         atom_table, _ = published_element_vectors()
-    architecture: AnyArchitecture = Architecture(
-        hidden_dim=training.hidden_dim,
-        num_layers=training.num_layers,
-        readout_dim=training.readout_dim,
-        dense_layers=training.dense_layers,
-        n_outputs=max(1, len(training.classes)),
-        dropout=training.dropout,
-        gaussian_max=table.cutoff_radius,
-        gaussian_step=training.gaussian_step,
-        gaussian_width=training.gaussian_step,
-    )
+    architecture = _architecture(training, table.cutoff_radius)
     scale: tuple[float, float] | None = None
     arrays, members = None, 0
     if parent is not None:
@@ -380,6 +374,36 @@ def _plan(
     )
 
 
+def _architecture(training: TrainingConfig, cutoff_radius: float) -> AnyArchitecture:
+    """Return the sizes of a new network for graphs of a cutoff (Å)."""
+    n_outputs = max(1, len(training.classes))
+    if training.model_type == "line_graph":
+        return LineGraphArchitecture(
+            kind="line_graph",
+            hidden_dim=training.hidden_dim,
+            angle_layers=training.angle_layers,
+            atom_layers=training.num_layers - training.angle_layers,
+            angle_cutoff=training.angle_cutoff,
+            n_angle_gaussians=training.angle_gaussians,
+            n_outputs=n_outputs,
+            dropout=training.dropout,
+            gaussian_max=cutoff_radius,
+            gaussian_step=training.gaussian_step,
+            gaussian_width=1.5 * training.gaussian_step,
+        )
+    return Architecture(
+        hidden_dim=training.hidden_dim,
+        num_layers=training.num_layers,
+        readout_dim=training.readout_dim,
+        dense_layers=training.dense_layers,
+        n_outputs=n_outputs,
+        dropout=training.dropout,
+        gaussian_max=cutoff_radius,
+        gaussian_step=training.gaussian_step,
+        gaussian_width=training.gaussian_step,
+    )
+
+
 def _read_parent(path: Path) -> tuple[ModelCard, dict[str, NDArray[Any]], str]:
     if not path.is_file():
         raise InputError(
@@ -394,12 +418,18 @@ def _read_parent(path: Path) -> tuple[ModelCard, dict[str, NDArray[Any]], str]:
 def _sizes(card: ModelCard) -> dict[str, Any]:
     """Return the fields of a config that a parent decides."""
     architecture = card.architecture
-    if not isinstance(architecture, Architecture):
-        raise InputError(
-            f"networks of kind {type(architecture).__name__} cannot be trained further",
-            advice="take a CGCNN model as the parent",
-        )
+    if isinstance(architecture, LineGraphArchitecture):
+        return {
+            "model_type": "line_graph",
+            "hidden_dim": architecture.hidden_dim,
+            "num_layers": architecture.angle_layers + architecture.atom_layers,
+            "angle_layers": architecture.angle_layers,
+            "angle_cutoff": architecture.angle_cutoff,
+            "angle_gaussians": architecture.n_angle_gaussians,
+            "gaussian_step": architecture.gaussian_step,
+        }
     return {
+        "model_type": "cgcnn",
         "hidden_dim": architecture.hidden_dim,
         "num_layers": architecture.num_layers,
         "readout_dim": architecture.readout_dim,
@@ -476,6 +506,7 @@ def _check(dataset: Dataset, training: TrainingConfig) -> None:
 def _preload(table: GraphTable) -> GraphTable:
     """Read small tables into memory: mapped pages cost a little on each access."""
     size = table.neighbors.nbytes + table.distances.nbytes
+    size += 0 if table.vectors is None else table.vectors.nbytes
     return table.select(np.arange(len(table))) if size <= _PRELOAD_BYTES else table
 
 

@@ -32,7 +32,13 @@ _LATER_FIELDS = (
     "freeze",
     "normalizer",
     "forest_baseline",
+    "model_type",
+    "angle_layers",
+    "angle_cutoff",
+    "angle_gaussians",
 )
+MODEL_TYPES = {"cgcnn": "CGCNN", "line_graph": "LineGraph"}
+"""What the registry calls the kinds of networks that can be trained."""
 
 PUBLISHED: dict[str, Any] = {
     "epochs": 30,
@@ -68,8 +74,17 @@ class TrainingConfig(BaseModel):
         Graphs per step over all ranks; batches of an epoch are nearly equal.
     learning_rate
         Highest rate.
+    model_type
+        ``cgcnn``, or ``line_graph``: a network on atoms, bonds and angles
+        (:mod:`nanoos_fw.ml.line_graph_network`), which needs a dataset of all
+        neighbours within a cutoff, with the vectors of edges.
     hidden_dim, num_layers, readout_dim, dense_layers
-        Sizes of the network.
+        Sizes of the network; the one on angles has no ``readout_dim`` and
+        ``dense_layers``.
+    angle_layers, angle_cutoff, angle_gaussians
+        Of ``line_graph``: the first so many of ``num_layers`` pass messages over
+        angles, too; bonds as short as the cutoff (Å) make angles; Gaussians over the
+        cosine.
     gaussian_step
         Distance between Gaussians of the bond expansion, and their width (Å).
     ensemble_size
@@ -158,6 +173,10 @@ class TrainingConfig(BaseModel):
     freeze: tuple[str, ...] = ()
     normalizer: Literal["refit", "keep"] = "refit"
     forest_baseline: bool = True
+    model_type: Literal["cgcnn", "line_graph"] = "cgcnn"
+    angle_layers: int = Field(default=2, ge=1)
+    angle_cutoff: float = Field(default=3.5, gt=0.0)
+    angle_gaussians: int = Field(default=20, ge=2)
     schema_version: Literal[1] = 1
 
     @model_validator(mode="after")
@@ -166,6 +185,18 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 "classes takes two names, and needs element_reference = false"
             )
+        others = {
+            "cgcnn": ("angle_layers", "angle_cutoff", "angle_gaussians"),
+            "line_graph": ("readout_dim", "dense_layers"),
+        }[self.model_type]
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is no size of {self.model_type}")
+        if self.model_type == "line_graph":
+            if self.angle_layers > self.num_layers:
+                raise ValueError("angle_layers must be at most num_layers")
+            if self.precision == "bfloat16":
+                raise ValueError("line_graph is computed in float32 or float64")
         return self
 
     @model_serializer(mode="wrap")

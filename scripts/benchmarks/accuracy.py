@@ -1,6 +1,8 @@
 """Test error of the energy per atom on real structures, beside what needs no network.
 
     python scripts/benchmarks/accuracy.py --data data.extxyz.xz --json accuracy.json
+    python scripts/benchmarks/accuracy.py --data data.extxyz.xz --model-type line_graph \
+        --num-layers 3 --hidden-dim 32 --ensemble-size 1 --epochs 25
 
 The structures are divided at random into 80/10/10 %, by ``--split-seed``. A linear
 reference of each element, fitted to the training part alone, takes the part of the
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from intervals import read
+from intervals import read, with_vectors
 
 from nanoos_fw.ml.datasets import (
     PARTS,
@@ -41,12 +43,14 @@ from nanoos_fw.ml.datasets import (
     write_dataset,
 )
 from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.graphs import build_graphs
 from nanoos_fw.ml.metrics import (
     element_fractions,
     fit_element_reference,
     regression_metrics,
 )
 from nanoos_fw.ml.training import TrainingConfig, TrainingResult, train_cgcnn_model
+from nanoos_fw.ml.training_config import MODEL_TYPES
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import package_versions, sha256_file
 
@@ -165,7 +169,8 @@ def run(
     arguments: argparse.Namespace, config: TrainingConfig, place: Path
 ) -> dict[str, Any]:
     """Build the dataset, train, and judge on validation and test."""
-    graphs, targets = read(arguments.data)
+    angles = config.model_type == "line_graph"
+    graphs, targets = read(arguments.data, with_vectors if angles else build_graphs)
     divided = DatasetConfig(
         target_property=TARGET, seed=arguments.split_seed, unit="eV/atom"
     )
@@ -188,7 +193,9 @@ def run(
             name: judge(dataset.targets[rows], said[rows], linear[rows])
             for name, said in simple.items()
         }
-        parts[part]["CGCNN"] = network_row(result, dataset, part, linear)
+        parts[part][MODEL_TYPES[config.model_type]] = network_row(
+            result, dataset, part, linear
+        )
     return {
         "structures": dataset.num_samples,
         "rows": {part: len(dataset.rows(part)) for part in PARTS},
@@ -227,7 +234,8 @@ def print_table(answer: dict[str, Any]) -> None:
         print(f"{name:32} {number(found['mae']):>8} {number(found['rmse']):>8} "
               f"{number(found['r2']):>8} "
               f"{number(found['r2_of_remainder']):>16}")  # fmt: skip
-    network = answer["parts"]["test"]["CGCNN"]
+    kind = answer["all_hyper_parameters"]["model_type"]
+    network = answer["parts"]["test"][MODEL_TYPES[kind]]
     if "coverage_of_90" in network:
         print(f"90 % intervals hold {100 * network['coverage_of_90']:.1f} % of the "
               f"test part, mean half width {network['mean_half_width']:.4f} "

@@ -15,11 +15,15 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymatgen.core import Structure
 
+from nanoos_fw.ml.angles import edge_vectors
 from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.datasets import (
     Dataset,
@@ -39,9 +43,14 @@ LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95)
 ANIONS = {"oxides": 8, "fluorides": 9, "sulfides": 16}
 
 
-def read(path: Path) -> tuple[dict[str, CrystalGraph], dict[str, float]]:
+Builder = Callable[[Iterable[Structure]], tuple[Sequence[CrystalGraph | None], Any]]
+
+
+def read(
+    path: Path, build: Builder = build_graphs
+) -> tuple[dict[str, CrystalGraph], dict[str, float]]:
     entries = [e for e in read_structures(path) if not isinstance(e, EntryFailure)]
-    graphs, _ = build_graphs(e.structure for e in entries)
+    graphs, _ = build(e.structure for e in entries)
     kept, targets = {}, {}
     for index, (entry, graph) in enumerate(zip(entries, graphs, strict=True)):
         if graph is not None and "energy" in entry.properties:
@@ -49,6 +58,23 @@ def read(path: Path) -> tuple[dict[str, CrystalGraph], dict[str, float]]:
             energy = entry.properties["energy"]
             targets[f"s{index:06d}"] = energy / len(entry.structure)
     return kept, targets
+
+
+def with_vectors(
+    structures: Iterable[Structure],
+) -> tuple[list[CrystalGraph | None], Any]:
+    """Build the graphs that networks on angles need."""
+    crystals = list(structures)
+    graphs, errors = build_graphs(crystals, cutoff_radius=5.0, max_neighbors=None)
+    return [
+        None
+        if graph is None
+        else replace(
+            graph,
+            vectors=edge_vectors(graph, crystal.frac_coords).astype(np.float32),
+        )
+        for graph, crystal in zip(graphs, crystals, strict=True)
+    ], errors
 
 
 def coverage(dataset: Dataset, checkpoint: str) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.ml.angles import edge_vectors
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
     build_regression_dataset,
@@ -19,8 +21,11 @@ from nanoos_fw.ml.training import TrainingConfig
 TARGET = "energy_per_atom"
 
 
-def write_small_dataset(directory: Path) -> Path:
-    """Write 29 crystals of unequal sizes, 20 of them to train on."""
+def write_small_dataset(directory: Path, *, vectors: bool = False) -> Path:
+    """Write 29 crystals of unequal sizes, 20 of them to train on.
+
+    ``vectors``: with all neighbours within 5 Å and the vectors of the edges.
+    """
     rng = np.random.default_rng(11)
     graphs, targets = {}, {}
     for i in range(29):
@@ -28,7 +33,12 @@ def write_small_dataset(directory: Path) -> Path:
         cell = Lattice.tetragonal(*(2.8 + 0.6 * rng.random(2)))
         structure = Structure(cell, [a, b], [[0, 0, 0], [0.5, 0.5, 0.5]])
         structure *= (1 + i % 3, 1, 1)
-        graphs[f"s{i:02d}"] = build_graph(structure)
+        graph = build_graph(structure)
+        if vectors:
+            graph = build_graph(structure, cutoff_radius=5.0, max_neighbors=None)
+            steps = edge_vectors(graph, structure.frac_coords)
+            graph = replace(graph, vectors=steps.astype(np.float32))
+        graphs[f"s{i:02d}"] = graph
         targets[f"s{i:02d}"] = float(rng.normal() + graphs[f"s{i:02d}"].distances[0])
     config = DatasetConfig(
         target_property=TARGET, train_fraction=0.7, val_fraction=0.2, test_fraction=0.1

@@ -76,6 +76,21 @@ def test_ranks_do_not_change_the_loss_curve(
     assert one.train_loss[-1] != one.train_loss[0]
 
 
+def test_ranks_do_not_change_the_training_on_angles(tmp_path):
+    directory = write_small_dataset(tmp_path / "dataset", vectors=True)
+    sizes = {"model_type": "line_graph", "readout_dim": 128, "angle_cutoff": 3.4}
+    changes = {**sizes, "precision": "float64", "batch_size": 3, "dropout": 0.2}
+    changes["epochs"] = 3
+    # With three graphs per batch the fourth rank never has a sample.
+    one = train(directory, tmp_path / "1", 1, **changes)
+    many = train(directory, tmp_path / "4", 4, **changes)
+    assert many.ranks == 4
+    for name in ("train_loss", "val_mae"):
+        found, expected = (getattr(r.curves[0], name) for r in (many, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert one.curves[0].train_loss[-1] != one.curves[0].train_loss[0]
+
+
 STOPPER = """
 import sys
 from nanoos_fw.ml.training import main

@@ -1,22 +1,38 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
+from safetensors.numpy import load_file
 
-from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.crystals import encode_structure
+from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
+from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.ml.angles import build_angles, edge_vectors
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn import CGCNNModel
-from nanoos_fw.ml.features import extract_structure_features
-from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    graph_digests,
+    open_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.features import extract_structure_features, featurize_arrays
+from nanoos_fw.ml.featurizing import FeatureGuard, FeaturizingChild, _packed
+from nanoos_fw.ml.graphs import build_graph, pack_graph, read_arrays, unpack_graph
 from nanoos_fw.ml.line_graph import (
     LineGraphTable,
+    line_graphs_of,
     line_graphs_of_crystals,
-    line_graphs_of_reprs,
+    with_angles,
 )
-from nanoos_fw.ml.line_graph_model import LineGraphModel, fit_line_graph
+from nanoos_fw.ml.line_graph_model import LineGraphModel
 from nanoos_fw.ml.model_files import (
     Architecture,
     LineGraphArchitecture,
@@ -26,7 +42,10 @@ from nanoos_fw.ml.model_files import (
 )
 from nanoos_fw.ml.network import TensorBatch, build_network
 from nanoos_fw.ml.predictors import PropertyModel, open_model
-from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.ml.screening import predict_in_chunks
+from nanoos_fw.ml.training import TrainingConfig, TrainingResult, main, with_parent
+from nanoos_fw.parallel import Communicator, StopRequest
+from nanoos_fw.provenance import sha256_bytes
 
 SIZES = LineGraphArchitecture(
     kind="line_graph",
@@ -100,6 +119,66 @@ def write_model(path, seeds=(0, 1), sizes=SIZES):
     )
     states = [network(seed).float().state_dict() for seed in seeds]
     return save_checkpoint(path, card, states, atom_features(), np.zeros(119))
+
+
+def packed(crystals, cutoff=5.0):
+    """As the feature store has them."""
+    flat, _ = read_arrays([encode_structure(crystal) for crystal in crystals])
+    made = featurize_arrays(flat, cutoff, None, vectors=True)
+    return [graph for graph, _ in made]
+
+
+def test_packed_graphs_keep_vectors(tmp_path):
+    parameters = {"cutoff_radius": 5.0, "max_neighbors": None, "vectors": True}
+    encoded = {str(i): encode_structure(crystal) for i, crystal in enumerate(ALL)}
+    with FeaturizingChild(parameters, FeatureGuard()) as child:
+        stored = {one.key: one.graph for one in child.featurize(encoded)}
+    together = packed(ALL)
+    alone = [_packed(s, parameters, FeatureGuard())[0] for s in ALL]
+    # However they are computed, the bytes are the same.
+    assert [stored[str(i)] for i in range(3)] == together == alone
+    table, expected = with_angles(GraphTable.from_packed(alone), 3.6), table_of(ALL)
+    np.testing.assert_array_equal(table.vectors, expected.vectors)
+    one_by_one = GraphTable.from_graphs([unpack_graph(blob) for blob in alone])
+    np.testing.assert_array_equal(one_by_one.vectors, expected.vectors)
+    assert pack_graph(unpack_graph(alone[0]), vectors=True) == alone[0]
+    # Their first columns are those of graphs without.
+    plain = GraphTable.from_packed([
+        pack_graph(build_graph(s, cutoff_radius=5.0, max_neighbors=None)) for s in ALL
+    ])  # fmt: skip
+    assert plain.vectors is None
+    for name in ("numbers", "degrees", "neighbors", "distances", "edge_start"):
+        np.testing.assert_array_equal(getattr(table, name), getattr(plain, name))
+    with pytest.raises(InputError, match="do not hold"):
+        with_angles(plain, 3.6)
+    # Whoever asked before there were vectors finds the same features.
+    assert FeatureParameters().model_dump() == {
+        "cutoff_radius": 8.0,
+        "max_neighbors": 12,
+    }
+    assert FeatureParameters(vectors=True).model_dump()["vectors"] is True
+    # And a dataset keeps them on its way to a training, whichever form they came in.
+    config = DatasetConfig(target_property="x", min_samples=3, train_fraction=0.7,
+                           val_fraction=0.3, test_fraction=0.0)  # fmt: skip
+    targets = {"0": 1.0, "1": 2.0, "2": 3.0}
+    blobs = dict(zip(targets, alone, strict=True))
+    graphs = {name: unpack_graph(blob) for name, blob in blobs.items()}
+    manifests = [
+        write_dataset(build_regression_dataset(given, targets, config), tmp_path / name)
+        for name, given in (("packed", blobs), ("graphs", graphs))
+    ]
+    assert manifests[0] == manifests[1]
+    written = open_dataset(tmp_path / "packed")
+    np.testing.assert_array_equal(written.graphs.vectors, expected.vectors)
+    assert graph_digests(written.graphs) == [sha256_bytes(blob) for blob in alone]
+    # One without vectors in the same place leaves none behind.
+    bare = {name: pack_graph(graph) for name, graph in graphs.items()}
+    other = write_dataset(
+        build_regression_dataset(bare, targets, config), tmp_path / "packed"
+    )
+    assert other["dataset_hash"] != manifests[0]["dataset_hash"]
+    assert open_dataset(tmp_path / "packed").graphs.vectors is None
+    assert not (tmp_path / "packed" / "vectors.npy").exists()
 
 
 @pytest.mark.parametrize("crystal", ALL)
@@ -280,12 +359,19 @@ def test_graphs_that_do_not_do_are_refused(tmp_path):
     for form in (graph, pack_graph(graph, geometry=True)):
         with pytest.raises(InputError, match="vectors"):
             model.predict(form)
-    with pytest.raises(InputError, match="needs graphs"):
+    with pytest.raises(InputError, match="which of equally far neighbours"):
         model.predict(extract_structure_features(LOW, 5.0, 12)[0])
     turned = extract_structure_features(LOW, 5.0, None)[0]
     turned["vectors"] = turned["vectors"][::-1]
     with pytest.raises(InputError, match="not those of its edges"):
-        line_graphs_of_reprs([turned], angle_cutoff=3.6)
+        line_graphs_of([turned], angle_cutoff=3.6)
+    good = packed([LOW])
+    with pytest.raises(InputError, match="beyond the cutoff"):
+        line_graphs_of(good, angle_cutoff=5.5)
+    with pytest.raises(InputError, match="with and without"):
+        line_graphs_of([*good, pack_graph(graph)], angle_cutoff=3.6)
+    with pytest.raises(CorruptArtifactError):
+        line_graphs_of([good[0][:-4]], angle_cutoff=3.6)
     with pytest.raises(CorruptArtifactError, match="not a CGCNN"):
         CGCNNModel("m", "energy_per_atom").load_from_checkpoint(tmp_path / "m")
 
@@ -302,31 +388,166 @@ def test_cards_tell_the_architectures_apart():
         assert again.architecture == sizes
 
 
-def test_a_tiny_set_is_learned_by_heart(tmp_path):
-    rng = np.random.default_rng(0)
-    crystals = []
-    for _ in range(12):
-        crystal = LOW.copy()
-        crystal.perturb(0.15, seed=int(rng.integers(1 << 30)))
-        crystals.append(crystal)
-    # What no sum over single distances can tell: the smallest angle at an atom.
-    table = table_of(crystals)
-    targets = np.array([table.batch([row]).cosines.max() for row in range(12)])
-    targets = targets.astype(np.float64) * 10
-    config = TrainingConfig(
-        target="angle", epochs=150, batch_size=6, ensemble_size=1, weight_decay=0.0,
-        element_reference=False, learning_rate=0.01, averaging_epochs=1.0,
-    )  # fmt: skip
-    rows = np.arange(12)
-    args = (config, SIZES, tmp_path / "m")
-    digest = fit_line_graph(table, targets, rows, rows[:0], *args, unit="")
-    model = open_model(tmp_path / "m", sha256=digest)
+ANGLE = "angle"
+CRYSTALS = {}
+for _number in range(20):
+    _crystal = LOW.copy()
+    _crystal.perturb(0.15, seed=_number)
+    CRYSTALS[f"s{_number:02d}"] = _crystal
+SMALL = {
+    "target": ANGLE,
+    "model_type": "line_graph",
+    "hidden_dim": 12,
+    "num_layers": 3,
+    "angle_layers": 2,
+    "angle_cutoff": 3.6,
+    "epochs": 4,
+    "batch_size": 5,
+    "ensemble_size": 2,
+    "weight_decay": 0.0,
+    "element_reference": False,
+    "learning_rate": 0.01,
+    "averaging_epochs": 1.0,
+    "forest_baseline": False,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset_dir(tmp_path_factory):
+    """Write what no sum over single distances can tell: the smallest angle."""
+    table = table_of(list(CRYSTALS.values()))
+    names = list(CRYSTALS)
+    targets = {
+        name: 10 * float(table.batch([row]).cosines.max())
+        for row, name in enumerate(names)
+    }
+    graphs = dict(zip(names, packed(list(CRYSTALS.values())), strict=True))
+    config = DatasetConfig(target_property=ANGLE, train_fraction=0.6,
+                           val_fraction=0.2, test_fraction=0.2, unit="")  # fmt: skip
+    directory = tmp_path_factory.mktemp("angles")
+    write_dataset(build_regression_dataset(graphs, targets, config), directory)
+    return directory
+
+
+class StopAfter(StopRequest):
+    """Asks to stop at the n-th question."""
+
+    def __init__(self, questions):
+        super().__init__()
+        self.left = questions
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def train(dataset_dir, work_dir, stop=None, parent=None, **changes):
+    work_dir.mkdir(exist_ok=True)
+    config = TrainingConfig(**{**SMALL, **changes})
+    if parent is not None:
+        config = with_parent(config, parent)
+    answer = main(
+        {
+            "config": config.model_dump(mode="json"),
+            "dataset_dir": str(dataset_dir),
+            "threads": 1,
+            "parent": None if parent is None else str(parent),
+        },
+        work_dir,
+        Communicator(),
+        stop or StopRequest(),
+    )
+    return TrainingResult(**json.loads(json.dumps(answer, allow_nan=False)))
+
+
+def test_the_training_loop_of_all_networks_learns_angles(dataset_dir, tmp_path):
+    result = train(dataset_dir, tmp_path / "work", epochs=120, ensemble_size=1)
+    spread = open_dataset(dataset_dir).targets.std()
+    assert result.metrics["train"]["mae"] < 0.2 * spread
+    assert result.metrics["test"]["mae"] < 0.7 * result.baselines["mean"]["test"]["mae"]
+
+
+def test_a_training_of_angles_resumes_bit_for_bit_and_its_model_predicts(
+    dataset_dir, tmp_path
+):
+    changes = {"dropout": 0.2}
+    whole = train(dataset_dir, tmp_path / "whole", **changes)
+    parts = tmp_path / "parts"
+    for questions in (3, 5):  # in the middle of an epoch, twice
+        with pytest.raises(OutOfTimeError):
+            train(dataset_dir, parts, StopAfter(questions), **changes)
+    resumed = train(dataset_dir, parts, **changes)
+    assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
+    assert resumed.curves == whole.curves
+    assert resumed.predictions == whole.predictions
+    model = open_model(Path(whole.checkpoint), sha256=whole.checkpoint_sha256)
+    assert isinstance(model, LineGraphModel)
+    rows = whole.predictions["test"]
+    crystals = [CRYSTALS[row["structure_id"]] for row in rows]
     reprs = [extract_structure_features(s, 5.0, None)[0] for s in crystals]
-    mean, std = model.predict_many(reprs)
-    assert np.abs(mean - targets).mean() < 0.1 * targets.std()
-    assert std is None
-    with pytest.raises(InputError, match="cutoffs"):
-        fit_line_graph(
-            table_of(crystals, SIZES.model_copy(update={"angle_cutoff": 3.0})),
-            targets, rows, rows[:0], *args, unit="",
-        )  # fmt: skip
+    for graphs in (packed(crystals), reprs):  # as the store has them, and as made now
+        found = model.predict_full(graphs)
+        for name in ("mean", "std"):
+            expected = [row[name] for row in rows]
+            np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4)
+        assert found.distance is not None
+    # Screening takes packed graphs.
+    ids = [row["structure_id"] for row in rows]
+    pairs = zip(ids, packed(crystals), strict=True)
+    screened = [row for chunk in predict_in_chunks(model, pairs, 2) for row in chunk]
+    np.testing.assert_allclose(
+        [row["mean"] for row in screened], [row["mean"] for row in rows], rtol=1e-5
+    )
+    # It can be trained further; sizes that are not given are its own.
+    later = train(
+        dataset_dir, tmp_path / "later", parent=Path(whole.checkpoint), epochs=1,
+        freeze=("on_bonds.0",),
+    )  # fmt: skip
+    assert later.config.angle_layers == 2
+    before, after = (
+        load_file(path) for path in (whole.checkpoint, later.last_checkpoint)
+    )
+    same = {n for n in after if "members" in n and np.array_equal(before[n], after[n])}
+    assert {n for n in same if ".on_bonds.0." in n}
+    assert not {n for n in same if ".on_bonds.1." in n and "gate.weight" in n}
+    with pytest.raises(InputError, match="angle_cutoff is 3"):
+        train(dataset_dir, tmp_path / "x", parent=Path(whole.checkpoint),
+              angle_cutoff=3.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"readout_dim": 3},
+        {"angle_layers": 4},
+        {"precision": "bfloat16"},
+        {"model_type": "cgcnn"},
+    ],
+)
+def test_configs_that_contradict_the_kind_of_network_are_refused(change):
+    with pytest.raises(ValidationError):
+        TrainingConfig(**{**SMALL, **change})
+
+
+def test_datasets_without_angles_are_refused(dataset_dir, tmp_path):
+    dataset = open_dataset(dataset_dir)
+    bare = {
+        name: build_graph(CRYSTALS[name], cutoff_radius=5.0, max_neighbors=12)
+        for name in dataset.ids
+    }
+    targets = dict(zip(dataset.ids, dataset.targets.tolist(), strict=True))
+    other = build_regression_dataset(bare, targets, dataset.config)
+    write_dataset(other, tmp_path / "bare")
+    with pytest.raises(InputError, match="--vectors"):
+        train(tmp_path / "bare", tmp_path / "work")
+
+
+def test_a_batch_without_angles_can_be_trained_on():
+    net = network(0).train()
+    table = with_angles(GraphTable.from_packed(packed(ALL)), 0.1)
+    output = net(TensorBatch.from_batch(table.batch([0, 1, 2]), torch.float64))
+    output.sum().backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert torch.isfinite(output).all()
