@@ -1,8 +1,8 @@
 """Test error of the energy per atom on real structures, beside what needs no network.
 
     python scripts/benchmarks/accuracy.py --data data.extxyz.xz --json accuracy.json
-    python scripts/benchmarks/accuracy.py --data data.extxyz.xz --model-type line_graph \
-        --num-layers 3 --hidden-dim 32 --ensemble-size 1 --epochs 25
+    python scripts/benchmarks/accuracy.py --data data.extxyz.xz \
+        --model-type line_graph --num-layers 3 --hidden-dim 32 --epochs 25
 
 The structures are divided at random into 80/10/10 %, by ``--split-seed``. A linear
 reference of each element, fitted to the training part alone, takes the part of the
