@@ -14,7 +14,7 @@ from nanoos_fw.errors import InputError
 PREFIX = "NANO_OS_"
 CONFIG_FILE = Path("~/.nanoos/config.yaml")
 # Read by the test suite and by child programs, not settings.
-_NOT_SETTINGS = frozenset({"NANO_OS_CONFIG", "NANO_OS_PARENT"})
+_NOT_SETTINGS = frozenset({"NANO_OS_CONFIG", "NANO_OS_PARENT", "NANO_OS_SLOT"})
 _NOT_SETTINGS_PREFIX = "NANO_OS_TEST_"
 
 

@@ -27,6 +27,7 @@ from nanoos_fw.cli import (
     templates,
     training,
     web,
+    work,
 )
 from nanoos_fw.cli.common import (
     add_launchpad,
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_commands(commands)
     operations.add_commands(commands)
     web.add_commands(commands)
+    work.add_commands(commands)
     return parser
 
 

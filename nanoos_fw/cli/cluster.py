@@ -19,7 +19,9 @@ def add_commands(commands: Any) -> None:
         description=(
             "Ask SLURM for its partitions, and write my_launchpad.yaml and, for each "
             "category of work (prep, train, infer, md), a folder with my_fworker.yaml, "
-            "my_qadapter.yaml and FW_config.yaml. Start qlaunch in these folders. "
+            "my_qadapter.yaml and FW_config.yaml. Start qlaunch in these folders. Or "
+            "submit work.sh, a job array of workers that run fireworks of all "
+            "categories, several at a time (nanoos work). "
             "Files that you have edited are not replaced."
         ),
     )
@@ -105,6 +107,7 @@ def _init(arguments: argparse.Namespace) -> int:
     from nanoos_fw.operations.cluster_files import (
         CATEGORIES,
         LAUNCHPAD_FILE,
+        WORK_SCRIPT,
         ClusterChoices,
         launchpad_text,
         write_cluster_files,
@@ -163,7 +166,9 @@ def _init(arguments: argparse.Namespace) -> int:
         print(f"partitions with GPUs: {', '.join(gpus)}; --gpu CATEGORY uses them")
     print(
         f"next: nanoos preflight {folder}, then in each of the folders "
-        f"{', '.join(CATEGORIES)}:\n  qlaunch -r rapidfire"
+        f"{', '.join(CATEGORIES)}:\n  qlaunch -r rapidfire\n"
+        f"or, for many short fireworks, packed into a few jobs:\n"
+        f"  sbatch --array=0-3 {folder / WORK_SCRIPT}"
     )
     return 0
 

@@ -11,6 +11,9 @@ in ``_category``:
     screening: one task with threads
 ``md``
     MPI ranks of LAMMPS
+
+``work.sh`` is a job array of packed workers for all of them, see
+``operations.workers``.
 """
 
 from __future__ import annotations
@@ -27,7 +30,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.provenance import write_atomic
-from nanoos_fw.slurm import Cluster, Partition, check_request, slurm_request
+from nanoos_fw.slurm import (
+    Cluster,
+    Partition,
+    batch_script,
+    check_request,
+    slurm_request,
+)
 from nanoos_fw.templates import render_template
 
 CATEGORIES = ("prep", "train", "infer", "md")
@@ -36,6 +45,8 @@ _MAX_RANKS = {"train": 4, "md": 4}
 _MAX_THREADS = 4
 LAUNCHPAD_FILE, FWORKER_FILE = "my_launchpad.yaml", "my_fworker.yaml"
 QADAPTER_FILE, CONFIG_FILE = "my_qadapter.yaml", "FW_config.yaml"
+WORK_SCRIPT, GPU_WORK_SCRIPT, WORK_DIR = "work.sh", "work-gpu.sh", "work"
+_WORK_WALLTIME_H = 24
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ def write_cluster_files(
     *,
     force: bool = False,
 ) -> WrittenFiles:
-    """Write ``my_launchpad.yaml`` and the three files of each category.
+    """Write ``my_launchpad.yaml``, the three files of each category, and ``work.sh``.
 
     Files that exist with the same content are left alone; others are refused, unless
     ``force``: people edit them.
@@ -205,7 +216,58 @@ def write_cluster_files(
             pre_rocket="\n".join(f"  {line}" for line in pre_rocket.splitlines()),
             rocket_launch=json.dumps(rocket),
         )
+    cpu = tuple(c for c in CATEGORIES if c not in choices.gpu)
+    for name, categories in ((WORK_SCRIPT, cpu), (GPU_WORK_SCRIPT, choices.gpu)):
+        if categories:
+            texts[folder / name] = _work_script(folder, cluster, choices, categories)
     return _write(folder, texts, force)
+
+
+def _work_script(
+    folder: Path,
+    cluster: Cluster,
+    choices: ClusterChoices,
+    categories: Sequence[str],
+) -> str:
+    """Return the batch script of an array of packed workers, each with a whole node."""
+    request = default_request(categories[0], cluster, choices)
+    partition = cluster.partition(request["queue"])
+    cpus = min(node.cpus for node in partition.nodes)
+    gpus = None
+    if categories[0] in choices.gpu:
+        gpus = min(node.gpus for node in partition.nodes) or 1
+    # As many slots as fit with the ranks that a job of its own would have.
+    slots = gpus or max(1, cpus // max(_MAX_RANKS.values()))
+    request |= {
+        "job_name": "nanoos_work",
+        "ntasks": cpus,
+        "cpus_per_task": 1,
+        "gpus_per_node": gpus,
+        "walltime": _walltime(min(_WORK_WALLTIME_H * 3600.0, partition.max_time_s)),
+        "array": "0-0",  # sbatch --array=0-9 goes before it
+        "signal": "B:USR1@120",
+        "pre_rocket": _pre_rocket(folder / categories[0], choices),
+        "rocket_launch": _work_command(folder, categories, slots),
+    }
+    checked = slurm_request({k: v for k, v in request.items() if v is not None})
+    check_request(checked, cluster, "the packed workers")
+    return batch_script(checked, str(folder / WORK_DIR))
+
+
+def _work_command(folder: Path, categories: Sequence[str], slots: int) -> str:
+    program = Path(sys.executable).parent / "nanoos"
+    words = [
+        str(program) if os.access(program, os.X_OK) else "nanoos",
+        "work",
+        "-l",
+        str(folder / LAUNCHPAD_FILE),
+        "--dir",
+        str(folder / WORK_DIR),
+    ]
+    for category in categories:
+        words += ["--category", category]
+    words += ["--slots", str(slots)]
+    return f'{shlex.join(words)} "$@"'  # what follows the script's name goes before
 
 
 def _write(folder: Path, texts: Mapping[Path, str], force: bool) -> WrittenFiles:
@@ -224,6 +286,7 @@ def _write(folder: Path, texts: Mapping[Path, str], force: bool) -> WrittenFiles
             evidence={"files": differ},
             advice="edit it by hand, or replace all files with --force",
         )
+    (folder / WORK_DIR).mkdir(parents=True, exist_ok=True)
     for path in report.written:
         private = path.name == LAUNCHPAD_FILE
         before = os.umask(0o077 if private else 0o022)

@@ -63,6 +63,8 @@ class OpenLaunch:
         Beginning of the state.
     seen
         Last sign of life: heartbeat of the task or of FireWorks.
+    death
+        How its process ended, if the worker that had started it saw that.
     """
 
     launch_id: int
@@ -74,6 +76,7 @@ class OpenLaunch:
     pid: int | None
     since: datetime
     seen: datetime
+    death: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def judge(
         Age at which the heartbeat of a run without a job counts as ended.
     """
     job_id = launch.job_id
+    if launch.death is not None and launch.state == "RUNNING":
+        return Verdict(launch, LOST, "killed", launch.death)  # its job may well go on
     if job_id is None:
         if launch.state == "RESERVED":
             return _judge_unnumbered(launch, now)
@@ -290,6 +295,7 @@ def _open_launch(
         pid=place.pid if place else None,
         since=utc(last["created_on"]),
         seen=max(seen, place.beat) if place else seen,
+        death=place.death if place else None,
     )
 
 

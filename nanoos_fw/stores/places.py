@@ -26,7 +26,10 @@ COLLECTION = "launch_places"
 
 @dataclass(frozen=True)
 class LaunchPlace:
-    """Where a launch runs; see the fields of ``note_place``."""
+    """Where a launch runs; see the fields of ``noted_place``.
+
+    ``death`` tells how its process ended, if a packed worker saw it end.
+    """
 
     launch_id: int
     fw_id: int
@@ -35,6 +38,7 @@ class LaunchPlace:
     job_id: str | None
     started: datetime
     beat: datetime
+    death: str | None = None
 
 
 @contextlib.contextmanager
@@ -56,26 +60,20 @@ def noted_place(
         yield
         return
     now = datetime.now(UTC)
-    place = {
+    place: dict[str, Any] = {
         "fw_id": fw_id,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "slurm": {
-            name.removeprefix("SLURM_").lower(): env[name]
-            for name in (
-                "SLURM_JOB_ID",
-                "SLURM_ARRAY_JOB_ID",
-                "SLURM_ARRAY_TASK_ID",
-                "SLURM_STEP_ID",
-                "SLURM_JOB_PARTITION",
-                "SLURM_CLUSTER_NAME",
-                "SLURM_RESTART_COUNT",
-            )
-            if name in env
-        },
+        "slurm": slurm_ids(env),
         "started": now,
         "beat": now,
     }
+    if "NANO_OS_SLOT" in env:  # one of several in its allocation
+        place["slot"] = {
+            "number": int(env["NANO_OS_SLOT"]),
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "gpus": env.get("CUDA_VISIBLE_DEVICES", ""),
+        }
     key = {"_id": launch["launch_id"]}
     with store_errors("note where a launch runs"):
         database[COLLECTION].update_one(key, {"$set": place}, upsert=True)
@@ -103,6 +101,60 @@ def noted_place(
         end.set()
 
 
+def slurm_ids(env: Mapping[str, str]) -> dict[str, str]:
+    """Return what SLURM calls the place of a process: job, array task, step, node."""
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_STEP_ID",
+        "SLURM_JOB_PARTITION",
+        "SLURM_CLUSTER_NAME",
+        "SLURM_RESTART_COUNT",
+    )
+    found = {
+        name.removeprefix("SLURM_").lower(): env[name] for name in names if name in env
+    }
+    if "SLURMD_NODENAME" in env:
+        found["node"] = env["SLURMD_NODENAME"]
+    return found
+
+
+def note_death(
+    database: Any,
+    *,
+    launch_id: int,
+    fw_id: int,
+    pid: int,
+    reason: str,
+    environ: Mapping[str, str] | None = None,
+) -> None:
+    """Write down that the process of a launch has ended without ending the launch.
+
+    Its allocation may go on for days; without this nobody would look for it before.
+    The launch may not have come to note its place itself.
+    """
+    now = datetime.now(UTC)
+    first = {
+        "slurm": slurm_ids(os.environ if environ is None else environ),
+        "started": now,
+        "beat": now,
+    }
+    database[COLLECTION].update_one(
+        {"_id": launch_id},
+        {
+            "$set": {
+                "fw_id": fw_id,
+                "host": socket.gethostname(),
+                "pid": pid,
+                "death": reason,
+            },
+            "$setOnInsert": first,
+        },
+        upsert=True,
+    )
+
+
 def read_places(database: Any, launch_ids: list[int]) -> dict[int, LaunchPlace]:
     """Return the places of launches that have noted one. One query."""
     with store_errors("read where launches run"):
@@ -116,6 +168,7 @@ def read_places(database: Any, launch_ids: list[int]) -> dict[int, LaunchPlace]:
             job_id=document["slurm"].get("job_id"),
             started=utc(document["started"]),
             beat=utc(document["beat"]),
+            death=document.get("death"),
         )
         for document in documents
     }

@@ -155,6 +155,71 @@ def test_a_campaign_runs_through_qlaunch_and_the_queue(
     assert ended_jobs([job], accounting=has_accounting())[job].nodes == "n[1-2]"
 
 
+def test_the_same_campaign_runs_through_packed_workers(
+    cluster: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """Two jobs: one of two slots with a rank each, one of a slot with two ranks.
+
+    Only the second may take the training, which asks for two tasks.
+    """
+    plan = submit_campaign(
+        cluster,
+        tmp_path,
+        md_runs=6,
+        top_k=6,
+        relaxations_per_firework=9,
+        structures_per_firework=14,
+    )
+    set_queueadapter(mongodb_database, "train", {"ntasks": 2})
+    script = str(cluster / "work.sh")
+    jobs = [
+        slurm("sbatch", "--parsable", f"--chdir={tmp_path}", script, "--slots", slots)
+        .strip()
+        .partition(";")[0]
+        for slots in ("2", "1")
+    ]
+
+    def logs() -> str:
+        return "".join(p.read_text() for p in tmp_path.glob("nanoos_work-*"))
+
+    try:
+        wait_for(
+            lambda: not set(states(mongodb_database)) - {"COMPLETED", "FIZZLED"},
+            lambda: (states(mongodb_database), logs(), slurm("squeue")),
+        )
+        (cluster / "work" / "drain").touch()
+        wait_for(
+            lambda: not slurm("squeue", "--noheader", f"-j{jobs[0]},{jobs[1]}"), logs
+        )
+    finally:
+        slurm("scancel", *jobs)
+
+    assert states(mongodb_database).keys() == {"COMPLETED"}, (
+        failures(mongodb_database),
+        logs(),
+    )
+    found = rows(mongodb_database)  # fails on a double row
+    assert len(found["ranking"]) == plan.top_k
+    assert [kind for kind, _ in found["simulations"]].count("md") == 6
+    launches = list(mongodb_database["launches"].find())
+    places = {p["_id"]: p for p in mongodb_database["launch_places"].find()}
+    assert {launch["launch_id"] for launch in launches} == set(places)
+    for launch in launches:
+        place = places[launch["launch_id"]]
+        slurm_ids = place["slurm"]
+        assert slurm_ids["array_job_id"] in jobs
+        assert slurm_ids["array_task_id"] == "0"
+        name = f"worker-{slurm_ids['array_job_id']}-0-{slurm_ids['node']}"
+        assert launch["fworker"]["name"] == f"{name}-slot{place['slot']['number']}"
+    two_slots = [p for p in places.values() if p["slurm"]["array_job_id"] == jobs[0]]
+    assert {p["slot"]["number"] for p in two_slots} == {1, 2}
+    model = mongodb_database["models"].find_one({"name": plan.model_name})
+    assert model["environment"]["ranks"] == 2
+    train = mongodb_database["fireworks"].find_one({f"spec.{SPEC_KEY}.stage": "train"})
+    assert places[train["launches"][-1]]["slurm"]["array_job_id"] == jobs[1]
+    assert logs().count("leaves: drained") == 3
+
+
 # ------------------------------------------------------------------- walltime and kills
 
 

@@ -78,7 +78,7 @@ def test_only_the_owner_reads_the_password(tmp_path: Path) -> None:
 
 
 def test_edited_files_are_not_replaced(tmp_path: Path) -> None:
-    assert len(write(tmp_path).written) == 13
+    assert len(write(tmp_path).written) == 14
     assert write(tmp_path).written == []
     edited = tmp_path / "md" / "my_qadapter.yaml"
     edited.write_text(edited.read_text().replace('"0-12:00:00"', '"0-02:00:00"'))
@@ -107,6 +107,22 @@ def test_every_category_of_the_workflows_has_its_files(tmp_path: Path) -> None:
     keys = [f"{number:040d}" for number in range(40)]
     workflow = screening_workflow(small_plan(tmp_path), keys, keys[:4])
     assert {fw.spec["_category"] for fw in workflow.fws} == set(CATEGORIES)
+
+
+def test_packed_workers_have_a_script_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, gpu=("train",), account="mat-42")
+    for name, categories, slots, line in (
+        ("work.sh", ("prep", "infer", "md"), 4, "--ntasks=16"),
+        ("work-gpu.sh", ("train",), 4, "--gpus-per-node=4"),
+    ):
+        text = (tmp_path / name).read_text()
+        options = [li for li in text.splitlines() if li.startswith("#SBATCH")]
+        assert f"#SBATCH {line}" in options
+        assert "#SBATCH --array=0-0" in options
+        assert "#SBATCH --account=mat-42" in options
+        assert f"cd -- {tmp_path / 'work'}" in text
+        chosen = " ".join(f"--category {c}" for c in categories)
+        assert f'{chosen} --slots {slots} "$@" &' in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Packed workers as real processes on a real server: deaths, and being stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fireworks import Firework, PyTask, Workflow
+
+from nanoos_fw import operations
+from nanoos_fw.operations.reconcile import reconcile
+from nanoos_fw.operations.workers import WorkPlan, work
+from nanoos_fw.stores.database import load_launchpad
+
+pytestmark = pytest.mark.mongodb
+
+
+def task(function: str = "os.getcwd", *args: Any) -> PyTask:
+    return PyTask(func=function, args=list(args))
+
+
+@pytest.fixture
+def server(mongodb_database: Any, tmp_path: Path) -> Path:
+    from nanoos_fw.operations.cluster_files import launchpad_text
+
+    path = tmp_path / "my_launchpad.yaml"
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+    path.write_text(launchpad_text(uri, mongodb_database.name))
+    operations.prepare_launchpad(load_launchpad(path))
+    return path
+
+
+def test_a_slot_that_dies_is_noted_and_started_again(
+    server: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    launchpad = load_launchpad(server)
+    killer = Firework([task("signal.raise_signal", 9)], spec={"_priority": 2})
+    launchpad.bulk_add_wfs(
+        [Workflow([killer]), *(Workflow([Firework([task()])]) for _ in range(4))]
+    )
+    lines: list[str] = []
+
+    summary = work(
+        WorkPlan(launchpad=server, idle_s=0.5, folder=tmp_path / "work"), lines.append
+    )
+
+    assert summary.states == {"COMPLETED": 4}
+    (lost,) = summary.lost
+    assert summary.slots[0].died == 1
+    assert any(f"was killed by SIGKILL in firework {lost}" in line for line in lines)
+    assert mongodb_database["fireworks"].find_one({"fw_id": lost})["state"] == "RUNNING"
+    place = mongodb_database["launch_places"].find_one({"fw_id": lost})
+    assert place["death"] == "its slot was killed by SIGKILL"
+    # Its job would go on for long: nothing but the worker's word tells that it is gone.
+    mongodb_database["launch_places"].update_one(
+        {"fw_id": lost}, {"$set": {"slurm.job_id": "77"}}
+    )
+    report = reconcile(launchpad, slurm=False)
+    assert [verdict.launch.fw_id for verdict in report.lost] == [lost]
+    assert mongodb_database["fireworks"].find_one({"fw_id": lost})["state"] == "FIZZLED"
+
+
+def test_a_signal_to_the_worker_ends_its_slots(
+    server: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """A task that knows nothing of signals finishes; nothing further is taken."""
+    launchpad = load_launchpad(server)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    waits = task("subprocess.run", ["sh", "-c", f"read line < {gate}"])
+    launchpad.add_wf(Firework([waits], spec={"_priority": 2}))
+    launchpad.add_wf(Firework([task()], name="next"))
+
+    def stop_it() -> None:
+        while mongodb_database["fireworks"].count_documents({"state": "RUNNING"}) < 1:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not any("SIGUSR1" in line for line in lines):
+            time.sleep(0.05)
+        time.sleep(0.2)  # the slot has it too
+        gate.write_text("go\n")
+
+    lines: list[str] = []
+    thread = threading.Thread(target=stop_it)
+    thread.start()
+    summary = work(WorkPlan(launchpad=server, folder=tmp_path / "work"), lines.append)
+    thread.join()
+    assert summary.slots[0].left == "signal SIGUSR1"
+    assert summary.states == {"COMPLETED": 1}
+    assert mongodb_database["fireworks"].find_one({"name": "next"})["state"] == "READY"
