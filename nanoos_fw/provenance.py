@@ -67,8 +67,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file by write, fsync, rename: a reader sees all of it or none."""
+def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Write a file by write, fsync, rename: a reader sees all of it or none.
+
+    Parameters
+    ----------
+    path
+        File to write or replace.
+    data
+        All of its content.
+    durable
+        Whether it must be there after a power failure; False for messages between
+        processes, which end with the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
     # Not by tempfile, whose files only the owner may read: groups share results.
@@ -76,18 +87,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_directory(path.parent)
+    if durable:
+        _fsync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, atomically. NaN is refused: it is not JSON."""
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write a value as JSON, as `write_atomic` does. NaN is refused: it is not JSON."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_atomic(path, text, durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -8,6 +8,8 @@ wrong as soon as the lattice is not already restricted.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import InputError
 
 Array = NDArray[np.float64]
+Rows = list[list[float]]
 _MIN_VOLUME_PER_LENGTH3 = 1e-6
 _VOIGT = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # xx yy zz xy xz yz
 
@@ -55,27 +58,34 @@ class LammpsBox:
         InputError
             If the lattice is not finite or has no volume.
         """
-        lattice = np.asarray(lattice, dtype=np.float64)
-        lengths = np.linalg.norm(lattice, axis=1) if np.isfinite(lattice).all() else 0
-        volume = abs(np.linalg.det(lattice)) if np.all(lengths) else 0.0
-        if volume <= _MIN_VOLUME_PER_LENGTH3 * np.prod(lengths):
+        rows = np.asarray(lattice, dtype=np.float64).tolist()
+        volume, lengths = _volume(rows), [math.hypot(*row) for row in rows]
+        smallest = _MIN_VOLUME_PER_LENGTH3 * math.prod(lengths)
+        if not (math.isfinite(smallest) and abs(volume) > smallest):
+            volume = abs(volume) if math.isfinite(volume) else 0.0
             raise InputError(
                 f"the lattice has no volume ({volume:.3g} Å³)",
-                evidence={"lattice": np.nan_to_num(lattice).tolist()},
+                evidence={"lattice": np.nan_to_num(rows).tolist()},
                 advice="check the lattice vectors of the structure",
             )
-        matrix = _lower_triangular(lattice)
-        basis = np.eye(3, dtype=np.int64)
+        box, _ = _restricted(rows)
+        basis: Rows = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
         # Each tilt is brought to at most half the edge it is measured along. The
         # last one first: c - k b changes xz too.
         for row, column in ((1, 0), (2, 1), (2, 0)):
-            k = int(np.rint(matrix[row, column] / matrix[column, column]))
-            matrix[row] -= k * matrix[column]
-            basis[row] -= k * basis[column]
-        rotation = np.asarray(
-            np.linalg.solve(basis @ lattice, matrix), dtype=np.float64
-        )
-        return cls(matrix, basis, rotation)
+            if k := round(box[row][column] / box[column][column]):
+                for target in (box, basis):
+                    target[row] = [
+                        x - k * y
+                        for x, y in zip(target[row], target[column], strict=True)
+                    ]
+        reduced = [
+            [sum(k * row[i] for k, row in zip(ks, rows, strict=True)) for i in range(3)]
+            for ks in basis
+        ]
+        # Of the reduced cell, whose angles are wide, so that nothing cancels.
+        box, frame = _restricted(reduced)
+        return cls(np.array(box), np.array(basis, dtype=np.int64), np.array(frame).T)
 
     @property
     def lengths(self) -> tuple[float, float, float]:
@@ -102,7 +112,8 @@ class LammpsBox:
         frac_coords
             ``(n_atoms, 3) float64``: fractional coordinates in the lattice.
         """
-        reduced = frac_coords @ np.linalg.inv(self.basis)
+        inverse = _adjugate(self.basis.tolist())  # its inverse: determinant 1
+        reduced = frac_coords @ np.array(inverse, dtype=np.float64)
         wrapped = reduced - np.floor(reduced)
         wrapped[wrapped >= 1.0] = 0.0  # -1e-17 - floor(-1e-17) is 1
         return np.asarray(wrapped @ self.matrix)
@@ -163,8 +174,49 @@ def perpendicular_widths(lattice: Array) -> Array:
     return np.asarray(1.0 / np.linalg.norm(np.linalg.inv(lattice), axis=0))
 
 
-def _lower_triangular(lattice: Array) -> Array:
-    # lattice.T = Q R, so lattice @ Q = R.T, lower triangular; signs make it positive.
-    _, r = np.linalg.qr(lattice.T)
-    lower = (r * np.sign(np.diag(r))[:, None]).T
-    return np.ascontiguousarray(np.tril(lower))
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _cross(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [
+        a[1] * b[2] - a[2] * b[1],
+        a[2] * b[0] - a[0] * b[2],
+        a[0] * b[1] - a[1] * b[0],
+    ]
+
+
+def _adjugate(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    (a, b, c), (d, e, f), (g, h, i) = rows
+    return [
+        [e * i - f * h, c * h - b * i, b * f - c * e],
+        [f * g - d * i, a * i - c * g, c * d - a * f],
+        [d * h - e * g, b * g - a * h, a * e - b * d],
+    ]
+
+
+def _volume(rows: Rows) -> float:
+    return _dot(_cross(rows[0], rows[1]), rows[2])
+
+
+def _restricted(rows: Rows) -> tuple[Rows, Rows]:
+    """Return the lower triangular box of a lattice, and the axes it is written in.
+
+    In plain numbers: calls into numpy for nine of them cost more than a small
+    structure's energy.
+    """
+    a, b, c = rows
+    axes = []
+    normal = _cross(a, b)
+    for vector in (a, _cross(normal, a), normal):
+        length = math.hypot(*vector)
+        axes.append([x / length for x in vector])
+    x, y, z = axes
+    if _dot(c, z) < 0.0:  # left-handed: z is mirrored
+        axes[2] = z = [-value for value in z]
+    box = [
+        [_dot(a, x), 0.0, 0.0],
+        [_dot(b, x), _dot(b, y), 0.0],
+        [_dot(c, x), _dot(c, y), _dot(c, z)],
+    ]
+    return box, axes

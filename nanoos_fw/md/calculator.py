@@ -161,6 +161,10 @@ class LammpsCalculator:
         self.potential = potential
         self._scratch = scratch
         self._elements: tuple[str, ...] = ()
+        self._species: list[str] = []
+        self._box: LammpsBox | None = None
+        self._asked: tuple[Array, LammpsBox] | None = None
+        self._units = unit_system(potential.units)
         self._lmp = open_lammps()
         check_pair_style(self._lmp, potential)
 
@@ -210,28 +214,32 @@ class LammpsCalculator:
         SimulationError
             If LAMMPS did not take all atoms.
         """
-        elements = tuple(sorted(set(species)))
-        box = LammpsBox.from_lattice(np.asarray(lattice, dtype=np.float64))
-        n = len(species)
+        species = list(species)
         if self.potential.charges == "given" and charges is None:
             raise InputError(
                 f"potential {self.potential.name!r} needs charges",
                 advice="give the site property 'charge' or oxidation states",
             )
+        box = self._box_of(lattice)
+        if species == self._species and self._is_as_new():
+            return
+        elements, n = tuple(sorted(set(species))), len(species)
         if elements == self._elements:
             for number in range(len(self.potential.fixes)):
                 self._command(f"unfix potential{number + 1}")
             self._command("delete_atoms group all compress yes")
         else:
             self._set_up(elements)
+        self._species = []
         self._set_box(box)
+        types = {symbol: i for i, symbol in enumerate(elements, start=1)}
         # All in the middle of the box: LAMMPS drops atoms which rounding puts outside
         # of it. Their places come with evaluate(), where LAMMPS wraps them itself.
         middle = np.tile(0.5 * box.matrix.sum(axis=0), n)
         created = self._lmp.create_atoms(
             n,
             list(range(1, n + 1)),
-            [elements.index(symbol) + 1 for symbol in species],
+            [types[symbol] for symbol in species],
             middle.tolist(),
         )
         if created != n or self._lmp.get_natoms() != n:
@@ -245,6 +253,7 @@ class LammpsCalculator:
         # Anew for these atoms: what a fix remembers is of the last ones.
         for command in self.potential.fix_commands():
             self._command(command)
+        self._species = species
 
     def evaluate(self, lattice: Array, frac_coords: Array) -> Evaluation:
         """Return energy, forces and stress of the loaded atoms.
@@ -261,16 +270,18 @@ class LammpsCalculator:
         SimulationError
             If LAMMPS fails, or an answer is not a number.
         """
-        box = LammpsBox.from_lattice(lattice)
-        self._set_box(box)
+        box = self._box_of(lattice)
+        if box is not self._box:
+            self._set_box(box)
         positions = np.ascontiguousarray(box.positions(frac_coords))
-        self._lmp.scatter_atoms("x", 1, 3, _pointer(positions))
+        lmp, units = self._lmp, self._units
+        species, self._species = self._species, []  # if it fails: not to be relied on
+        lmp.scatter_atoms("x", 1, 3, _pointer(positions))
         self._command("run 0 post no")
-        units = unit_system(self.potential.units)
-        energy = float(self._lmp.get_thermo("pe")) * units.energy_ev
-        forces = np.array(self._lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
+        energy = float(lmp.get_thermo("pe")) * units.energy_ev
+        forces = np.array(lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
         forces = forces * units.force_ev_a
-        pressure = np.array([self._lmp.get_thermo(name) for name in _STRESS])
+        pressure = np.array([lmp.get_thermo(name) for name in _STRESS])
         pressure = pressure * units.pressure_bar
         if not (
             np.isfinite(energy)
@@ -281,19 +292,40 @@ class LammpsCalculator:
                 "energy, forces or stress are not finite",
                 evidence={"class": "not_a_number"},
             )
+        self._species = species
         stress = -voigt_to_tensor(pressure) / EV_PER_A3_IN_BAR
         return Evaluation(energy, box.from_box(forces), box.tensor_from_box(stress))
 
     def reset(self) -> None:
         """Forget everything after an error; the next `load` sets up anew."""
-        self._elements = ()
+        self._elements, self._species = (), []
+        self._box = None
+
+    def _box_of(self, lattice: Array) -> LammpsBox:
+        """Return the box of a lattice: the last one again, if it is the same."""
+        lattice = np.array(lattice, dtype=np.float64)
+        if self._asked is None or not np.array_equal(lattice, self._asked[0]):
+            self._asked = lattice, LammpsBox.from_lattice(lattice)
+        return self._asked[1]
+
+    def _is_as_new(self) -> bool:
+        """Whether the atoms here are what a `load` of the same species would make.
+
+        Only their places are written anew then. Charges are not kept in mind, and
+        atoms that LAMMPS has put into another order would be summed in it.
+        """
+        n = len(self._species)
+        if self.potential.charges != "none" or self._lmp.get_natoms() != n:
+            return False
+        return list(self._lmp.extract_atom("id")[:n]) == list(range(1, n + 1))
 
     def _set_up(self, elements: tuple[str, ...]) -> None:
-        self._elements = ()
+        self.reset()
         self.potential.check_elements(elements)
         for command in (
             "clear",
             *self.potential.system_commands(),
+            "suffix opt",  # as the scripts of simulations do
             "atom_modify map array sort 0 0.0",
             "boundary p p p",
             "box tilt large",
@@ -318,12 +350,14 @@ class LammpsCalculator:
         self._elements = elements
 
     def _set_box(self, box: LammpsBox) -> None:
+        self._box = None
         lx, ly, lz = box.lengths
         xy, xz, yz = box.tilts
         self._command(
             f"change_box all x final 0 {lx!r} y final 0 {ly!r} z final 0 {lz!r} "
             f"xy final {xy!r} xz final {xz!r} yz final {yz!r} units box"
         )
+        self._box = box
 
     def _command(self, text: str) -> None:
         run_commands(self._lmp, text)

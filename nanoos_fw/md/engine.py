@@ -286,8 +286,8 @@ class LAMMPSEngine:
             tolerances; for minimizations, ``converged`` and what is left, see
             `output.convergence`; ``steps``, ``n_atoms``, ``segments``, ``wall_s``,
             ``output_dir``, ``lammps_version``; ``exact`` tells whether every segment
-            began at a restart step on as many ranks as the first, so that the
-            result is that of an uninterrupted run to the last bit.
+            began at a restart step, on as many ranks and threads as the first, so
+            that the result is that of an uninterrupted run to the last bit.
 
         Raises
         ------
@@ -345,7 +345,8 @@ class LAMMPSEngine:
         deadline: float | None,
         stall_s: float | None,
     ) -> dict[str, Any]:
-        module, ranks = "nanoos_fw.md.simulation", resources.ranks
+        module = "nanoos_fw.md.simulation"
+        ranks, threads = resources.ranks, resources.threads
         extra: dict[str, Any] = {}
         if simulation["config"]["workflow_type"] in PROPERTIES:
             module = "nanoos_fw.md.properties"
@@ -365,14 +366,15 @@ class LAMMPSEngine:
         for _ in range(_MAX_UNREADABLE):
             origin = newest_origin(output_dir)
             drop_segments_after(output_dir, origin.step)
-            _record_segment(output_dir, origin, ranks)
+            _record_segment(output_dir, origin, ranks, threads)
             config = {
                 "simulation": simulation,
                 "deadline": deadline,
                 "origin": asdict(origin),
+                "threads": threads,
                 **extra,
             }
-            write_json(output_dir / CONFIG, config)
+            write_json(output_dir / CONFIG, config, durable=False)
             try:
                 if self.server is not None and resources.ranks == 1:
                     return self.server.run(
@@ -547,18 +549,18 @@ def _put_away(output_dir: Path, name: str, error: NanoOSError) -> None:
     (output_dir / name).replace(output_dir / f"{name}{UNREADABLE}")
 
 
-def _record_segment(output_dir: Path, origin: Origin, ranks: int) -> None:
-    """Write down where a launch begins, and with how many ranks."""
+def _record_segment(output_dir: Path, origin: Origin, ranks: int, threads: int) -> None:
+    """Write down where a launch begins, and with how many ranks and threads."""
     path = output_dir / SEGMENT_RECORD
     segments = read_json(path) if path.exists() else []
     segments = [s for s in segments if s["step"] < origin.step]
-    write_json(path, [*segments, {**asdict(origin), "ranks": ranks}])
+    this = {**asdict(origin), "ranks": ranks, "threads": threads}
+    write_json(path, [*segments, this])
 
 
 def _is_exact(output_dir: Path) -> bool:
     """Whether the run is to the last bit what it would be without interruption."""
     segments = read_json(output_dir / SEGMENT_RECORD)
-    return all(
-        s["ranks"] == segments[0]["ranks"] and s["file"] not in (STOP_RESTART, PORTABLE)
-        for s in segments
-    )
+    kinds = {(s["ranks"], s.get("threads", 1)) for s in segments}
+    files = {s["file"] for s in segments}
+    return len(kinds) == 1 and files.isdisjoint((STOP_RESTART, PORTABLE))

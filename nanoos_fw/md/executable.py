@@ -71,7 +71,8 @@ def main(
     potential = Potential.model_validate(simulation["potential"])
     origin = Origin(**config["origin"])
     ranks = int(config["ranks"])
-    script = segment_script(simulation, md, potential, origin, stop.deadline)
+    threads = int(config["threads"])
+    script = segment_script(simulation, md, potential, origin, stop.deadline, threads)
     (work_dir / _SCRIPT).write_text(script, encoding="utf-8")
     log = work_dir / f"log.{origin.step:012d}.lammps"
     command = [
@@ -108,6 +109,7 @@ def main(
         "segments": len(segment_files(work_dir, "log.*.lammps")),
         "lammps_version": version.group(1) if version else "unknown",
         "ranks": ranks,
+        "threads": threads,
         "command": config["command"],
     }
 
@@ -118,13 +120,20 @@ def segment_script(
     potential: Potential,
     origin: Origin,
     deadline: float | None,
+    threads: int = 1,
 ) -> str:
     """Return the script of one segment: what is left to run, and the final state."""
     box = LammpsBox.from_lattice(np.array(simulation["lattice"]))
     # Commands of LAMMPS in quotes, for when its clock has ended a run too early.
     leave = f'"write_restart {STOP_RESTART}" "quit {RESUMABLE_EXIT}"'
     parts = render_parts(
-        config, potential, simulation["elements"], box, origin=origin, on_stop=leave
+        config,
+        potential,
+        simulation["elements"],
+        box,
+        origin=origin,
+        on_stop=leave,
+        threads=threads,
     )
     timer = ""
     if deadline is not None:

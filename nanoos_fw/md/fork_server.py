@@ -2,7 +2,7 @@
 
 Importing Python's packages and loading LAMMPS is most of a short run. A server process
 does it once and forks: it maps the library but never initializes MPI, which does not
-survive a fork. One child at a time stands by, with MPI and LAMMPS ready; it serves one
+survive a fork. One child always stands by, with MPI and LAMMPS ready; it serves one
 simulation and ends, so runs are as isolated as programs of their own. A crash ends a
 child, never the server.
 """
@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
 
 from nanoos_fw.errors import InputError, LaunchError
 from nanoos_fw.parallel import (
@@ -262,11 +264,13 @@ def serve(connection: socket.socket) -> None:
             line, _, buffer = buffer.partition(b"\n")
             if not standby.lives():
                 standby = _Standby(connection)
-            standby.begin(line)
-            _reply(connection, {"pid": standby.pid})
-            _, status = os.waitpid(standby.pid, 0)
-            _reply(connection, {"exit": os.waitstatus_to_exitcode(status)})
+            child = standby
+            child.begin(line)
+            _reply(connection, {"pid": child.pid})
+            # The next one makes itself ready while this one works.
             standby = _Standby(connection)
+            _, status = os.waitpid(child.pid, 0)
+            _reply(connection, {"exit": os.waitstatus_to_exitcode(status)})
 
 
 def _load() -> None:
@@ -280,6 +284,25 @@ def _load() -> None:
     from nanoos_fw.md.calculator import map_lammps
 
     map_lammps()
+    _rehearse()
+
+
+def _rehearse() -> None:
+    """Write the scripts of a small simulation, as every child will.
+
+    What that imports, reads and compiles at its first use, above all the periodic
+    table of pymatgen, is then there in all children.
+    """
+    from nanoos_fw.md.box import LammpsBox
+    from nanoos_fw.md.inputs import MDConfig, data_file_text, render_parts
+    from nanoos_fw.md.potentials import lennard_jones_potential
+
+    potential = lennard_jones_potential({"Ar": (0.0104, 3.4)}, cutoff_a=8.5)
+    box = LammpsBox.from_lattice(5.0 * np.eye(3))
+    for kind in ("MD_NVE_LAMMPS", "MD_NVT_LAMMPS", "MD_NPT_LAMMPS", "STATIC_LAMMPS"):
+        config = MDConfig(workflow_type=kind)
+        render_parts(config, potential, ["Ar"], box)
+    data_file_text(box, ["Ar"], ["Ar"], np.zeros((1, 3)))
 
 
 def _reply(connection: socket.socket, value: dict[str, Any]) -> None:

@@ -156,6 +156,7 @@ def render_parts(
     *,
     origin: Origin | None = None,
     on_stop: str = "",
+    threads: int = 1,
 ) -> ScriptParts:
     """Return the LAMMPS commands of a simulation.
 
@@ -173,6 +174,9 @@ def render_parts(
         What this segment begins from; None begins with the structure.
     on_stop
         Commands, each in quotes, for when LAMMPS' clock ends a run too early.
+    threads
+        OpenMP threads of each rank; more than one takes the ``omp`` variants of
+        styles, whose sums have another order.
 
     Raises
     ------
@@ -186,6 +190,7 @@ def render_parts(
     common = {
         "title": "".join(c for c in title if c.isalnum() or c in " ._-"),
         "system_commands": "\n".join(potential.system_commands()),
+        "suffix": _suffix(threads),
         "pair_commands": "\n".join(potential.pair_commands(elements)),
     }
     if origin.file is None or origin.is_portable:
@@ -249,6 +254,13 @@ def render_parts(
             for number, stage in enumerate(stages, start=1)
         ),
     )
+
+
+def _suffix(threads: int) -> str:
+    """Return the commands that choose among the variants of styles."""
+    if threads == 1:
+        return "suffix opt"
+    return f"package omp {threads}\nsuffix hybrid omp opt"
 
 
 def fix_of(number: int) -> str:

@@ -282,7 +282,14 @@ def main(
     potential = Potential.model_validate(simulation["potential"])
     box = LammpsBox.from_lattice(np.array(simulation["lattice"]))
     origin = Origin(**config["origin"])
-    parts = render_parts(md, potential, simulation["elements"], box, origin=origin)
+    parts = render_parts(
+        md,
+        potential,
+        simulation["elements"],
+        box,
+        origin=origin,
+        threads=int(config["threads"]),
+    )
     log = work_dir / f"log.{origin.step:012d}.lammps"
     # The ranks work in work_dir, so files are named without folders.
     lmp = open_lammps(comm.mpi, log=Path(log.name))
@@ -313,6 +320,7 @@ def main(
         "segments": len(segment_files(work_dir, "log.*.lammps")),
         "lammps_version": int(lmp.version()),
         "ranks": comm.size,
+        "threads": int(config["threads"]),
     }
     lmp.close()
     return result

@@ -193,7 +193,7 @@ def _run(program: RankProgram, path: Path) -> None:
         result = program(config, work_dir, comm, stop)
     except OutOfTimeError as error:
         if comm.rank == 0:
-            write_json(work_dir / STOPPED, error.to_dict())
+            write_json(work_dir / STOPPED, error.to_dict(), durable=False)
         comm.barrier()
         sys.exit(RESUMABLE_EXIT)
     except BaseException as error:
@@ -203,7 +203,7 @@ def _run(program: RankProgram, path: Path) -> None:
         comm.abort(1)
         return
     if comm.rank == 0:
-        write_json(work_dir / RESULT, result)
+        write_json(work_dir / RESULT, result, durable=False)
     comm.barrier()
 
 
@@ -255,4 +255,4 @@ def _report(work_dir: Path, error: BaseException) -> None:
             evidence={"traceback": traceback.format_exc()[-LOG_TAIL_CHARS:]},
         ).to_dict()
     if not (work_dir / ERROR).exists():  # the first failure is the cause
-        write_json(work_dir / ERROR, body)
+        write_json(work_dir / ERROR, body, durable=False)

@@ -15,6 +15,7 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import OutOfTimeError, SimulationError
 from nanoos_fw.md import zhou2004
+from nanoos_fw.md.calculator import LammpsCalculator
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.inputs import MDConfig, supercell, write_input
 from nanoos_fw.md.potentials import (
@@ -264,6 +265,44 @@ def test_batch_equals_fresh_runs_of_lammps(tmp_path):
     # One crystal in four descriptions.
     energies = [results[n].energy_ev for n in ("skewed", "left", "unwrapped", "long")]
     assert np.ptp(energies) < 1e-8
+
+
+def test_kept_instance_gives_what_a_fresh_one_gives(tmp_path):
+    potential = zhou2004_potential(ZHOU2004_ELEMENTS, tmp_path)
+    random = np.random.default_rng(11)
+    species, lattice, frac = ALLOY
+    cells = []
+    # The same atoms again and again, in other places and other boxes; then others.
+    for names in (species, species[::-1], ["Cu", "Cu", "W", "W"], species):
+        for _ in range(4):
+            strained = lattice @ (np.eye(3) + random.normal(scale=0.03, size=(3, 3)))
+            places = frac + random.normal(scale=0.02, size=(4, 3))
+            cells.append((names, strained, places + random.integers(-2, 3, (4, 3))))
+    cells.append((species * 8, lattice * 2, supercell_frac(frac)))
+    cells.append(cells[0])
+
+    def evaluate(calculator, names, box, places):
+        calculator.load(names, box)
+        return calculator.evaluate(box, places)
+
+    with LammpsCalculator(potential, tmp_path) as kept:
+        for number, cell in enumerate(cells):
+            if number == 6:
+                with pytest.raises(SimulationError):
+                    evaluate(kept, cell[0], cell[1], np.full((4, 3), np.nan))
+            ours = evaluate(kept, *cell)
+            with LammpsCalculator(potential, tmp_path) as new:
+                fresh = evaluate(new, *cell)
+            n = len(cell[0])
+            assert abs(ours.energy_ev - fresh.energy_ev) < 1e-10 * n, number
+            np.testing.assert_allclose(ours.forces_ev_a, fresh.forces_ev_a, atol=1e-9)
+            np.testing.assert_allclose(ours.stress_ev_a3, fresh.stress_ev_a3, atol=1e-9)
+
+
+def supercell_frac(frac):
+    """Return the coordinates of 2x2x2 copies, copy by copy."""
+    corners = np.array(list(itertools.product((0, 1), repeat=3)))
+    return (frac[None] + corners[:, None]).reshape(-1, 3) / 2
 
 
 def test_minimum_is_that_of_box_relax(tmp_path):

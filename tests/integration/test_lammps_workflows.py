@@ -397,6 +397,38 @@ def test_server_executable_and_module_give_the_same_numbers(tmp_path, quick):
     assert two[0]["thermo"] == two[1]["thermo"]
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "command", "ranks"),
+    [("module", None, 1), ("module", None, 2), ("executable", LMP, 1)],
+)
+def test_threads_give_the_numbers_of_one_thread(tmp_path, name, command, ranks):
+    engine = LAMMPSEngine(command=command)
+    parameters = {
+        **RUN,
+        "workflow_type": "MD_NPT_LAMMPS",
+        "potential": file_potential("sw", "Si.sw"),
+        "equilibration_steps": 0,
+        "num_steps": 60,
+        "restart_every": 30,
+    }
+    inputs = engine.prepare_input(silicon(), parameters, tmp_path)
+    tables = []
+    for threads in (1, 2):
+        output = tmp_path / str(threads)
+        outcome = engine.execute(inputs, output, resources=Resources(ranks, threads))
+        assert outcome["threads"] == threads
+        tables.append(simulation_thermo(output))
+        (log,) = output.glob("log.*.lammps")
+        text = log.read_text()
+        assert ("pair sw/omp" in text) == (threads == 2)
+        assert ("2 OpenMP thread(s) per MPI task" in text) == (threads == 2)
+    # The same sums in another order.
+    for column in ("potential_energy_ev", "temperature_k", "pressure_bar", "volume_a3"):
+        one, two = (table[column] for table in tables)
+        np.testing.assert_allclose(one, two, rtol=1e-7, atol=1e-4)
+
+
 def test_executable_stops_by_its_clock_and_goes_on(tmp_path):
     engine = LAMMPSEngine(command=LMP)
     parameters = {

@@ -1,23 +1,29 @@
 """What the engine adds to LAMMPS: loop times, tiny runs, many single energies.
 
-Three parts, each chosen by name and short; what is compared takes turns, medians count:
+Four parts, each chosen by name and short; what is compared takes turns. Medians count,
+and for loops also the shortest, which other programs on the machine disturb least:
 
 ``md``
-    Time in the time-stepping loops of LAMMPS, and of the whole run, by the engine and
-    by plain ``lmp`` on the same script, ranks and ``opt`` styles.
+    Time in the time-stepping loops of LAMMPS, and of the whole run, by the engine, by
+    plain ``lmp`` on the same script and ranks, and by ``lmp`` without the script's
+    ``suffix``, which chooses the ``opt`` variants of styles.
 ``tiny``
     A run of few steps, in a process of its own and in a child of the warm server.
 ``static``
-    Energies of displaced copies of silicon: the calculator with its kept pair style,
-    ASE's LAMMPSlib with its kept instance, and a process per structure. The energies
-    must equal those of a fresh instance.
+    Energies, forces and stresses of displaced copies of silicon: the calculator with
+    its kept pair style, ASE's LAMMPSlib with its kept instance, and a process per
+    structure. The energies must equal those of a fresh instance.
+``relax``
+    Relaxations of such copies, cell included, to the same forces and stresses, by the
+    relaxation of this package and by ASE's BFGS over LAMMPSlib.
 
-    python scripts/benchmarks/lammps_engine.py md --ranks 2 --steps 1000 -o md.json
+    python scripts/benchmarks/lammps.py md --ranks 2 --steps 1000 -o md.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -28,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +44,17 @@ from pymatgen.core import Lattice, Structure
 from nanoos_fw.md.calculator import LammpsCalculator
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.fork_server import ForkServer
+from nanoos_fw.md.optimizer import RelaxationSettings, relax_one
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.parallel import Resources, launch_command
 from nanoos_fw.provenance import package_versions, utc_now
+from nanoos_fw.units import EV_PER_A3_IN_BAR
 
 _LOOP = re.compile(r"^Loop time of ([0-9.e+-]+)", re.MULTILINE)
 # Energies of a kept and a fresh instance may differ by the order of their sums.
-_SAME_EV_PER_ATOM = 1e-9
+_SAME_EV_PER_ATOM = 1e-10
+_SAME_MINIMUM_EV_PER_ATOM = 1e-5
 Row = dict[str, Any]
 
 
@@ -93,11 +102,17 @@ def by_engine(engine: LAMMPSEngine, inputs: Path, ranks: int) -> tuple[float, fl
         return loop_s(Path(folder), "log.*.lammps"), time.perf_counter() - began
 
 
-def by_lmp(inputs: Path, ranks: int) -> tuple[float, float]:
+def by_lmp(inputs: Path, ranks: int, suffix: bool = True) -> tuple[float, float]:
     """Return loop time and wall time of plain ``lmp``, in a fresh folder."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
         shutil.copytree(inputs, folder)
+        if not suffix:
+            script = folder / "in.lammps"
+            text = script.read_text()
+            if "suffix opt\n" not in text:
+                raise SystemExit("the script chooses no variants of styles")
+            script.write_text(text.replace("suffix opt\n", ""))
         launcher = launch_command(Resources(ranks)) if ranks > 1 else []
         began = time.perf_counter()
         subprocess.run(
@@ -161,13 +176,20 @@ def measure_md(arguments: argparse.Namespace) -> list[Row]:
             def plain(inputs: Path = inputs) -> tuple[float, float]:
                 return by_lmp(inputs, arguments.ranks)
 
-            found = interleaved({"engine": ours, "lmp": plain}, arguments.repeats)
+            def slow(inputs: Path = inputs) -> tuple[float, float]:
+                return by_lmp(inputs, arguments.ranks, suffix=False)
+
+            found = interleaved(
+                {"engine": ours, "lmp": plain, "lmp, no suffix": slow},
+                arguments.repeats,
+            )
         for way, times in found.items():
             rows.append(
                 {
                     "case": name,
                     "way": way,
                     "loop_s": statistics.median(t[0] for t in times),
+                    "shortest_loop_s": min(t[0] for t in times),
                     "wall_s": statistics.median(t[1] for t in times),
                 }
             )
@@ -195,17 +217,18 @@ def measure_tiny(arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
-def copies(n_atoms: int, count: int) -> list[Structure]:
-    """Return displaced copies of a cell of 8, 16, 32 or 64 atoms."""
+def copies(n_atoms: int, count: int, strain: float = 0.0) -> list[Structure]:
+    """Return displaced copies of a cell of 8, 16, 32 or 64 atoms, also strained."""
     repeats = {8: (1, 1, 1), 16: (2, 1, 1), 32: (2, 2, 1), 64: (2, 2, 2)}[n_atoms]
     random = np.random.default_rng(5)
     found = []
     for _ in range(count):
         cell = silicon() * list(repeats)
         moved = cell.cart_coords + random.normal(scale=0.05, size=(n_atoms, 3))
-        found.append(
-            Structure(cell.lattice, cell.species, moved, coords_are_cartesian=True)
-        )
+        copy = Structure(cell.lattice, cell.species, moved, coords_are_cartesian=True)
+        if strain:
+            copy.apply_strain(random.uniform(-strain, strain, size=3))
+        found.append(copy)
     return found
 
 
@@ -223,29 +246,89 @@ def energies_kept(potential: Any, structures: list[Structure]) -> list[float]:
     return found
 
 
-def energies_ase(potential: Any, structures: list[Structure]) -> list[float]:
-    """Return energies by ASE's LAMMPSlib, which keeps its instance; forces as well."""
-    from ase import Atoms
+@contextlib.contextmanager
+def ase_calculator(potential: Any) -> Iterator[Any]:
+    """Give ASE's LAMMPSlib, which keeps its instance."""
     from ase.calculators.lammpslib import LAMMPSlib
 
     with tempfile.TemporaryDirectory() as folder:
         potential.install(Path(folder))
-        style = potential.pair_style
         file = next(Path(folder).glob("*.*"))
         calculator = LAMMPSlib(
-            lmpcmds=[f"pair_style {style}", f"pair_coeff * * {file} Si"],
+            lmpcmds=[f"pair_style {potential.pair_style}", f"pair_coeff * * {file} Si"],
             atom_types={"Si": 1},
             keep_alive=True,
             log_file=None,
         )
-        found = []
+        yield calculator
+        calculator.clean()
+
+
+def ase_atoms(structure: Structure, calculator: Any) -> Any:
+    """Return a structure of silicon as ASE's."""
+    from ase import Atoms
+
+    return Atoms(
+        "Si" * len(structure),
+        structure.cart_coords,
+        cell=structure.lattice.matrix,
+        pbc=True,
+        calculator=calculator,
+    )
+
+
+def energies_ase(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return energies by ASE; forces and stresses as well."""
+    found = []
+    with ase_calculator(potential) as calculator:
         for s in structures:
-            atoms = Atoms("Si" * len(s), s.cart_coords, cell=s.lattice.matrix, pbc=True)
-            atoms.calc = calculator
+            atoms = ase_atoms(s, calculator)
             found.append(float(atoms.get_potential_energy()))
             atoms.get_forces()
             atoms.get_stress()
-        calculator.clean()
+    return found
+
+
+def minima_kept(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return energies of relaxed structures by one calculator."""
+    found, settings = [], RelaxationSettings()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LammpsCalculator(potential, Path(folder)) as calculator,
+    ):
+        for s in structures:
+            task = {
+                "species": [x.species_string for x in s],
+                "lattice": s.lattice.matrix,
+                "frac_coords": s.frac_coords,
+            }
+            result = relax_one(calculator, task, settings)
+            if result is None or not result.converged:
+                raise SystemExit("a structure was not relaxed")
+            found.append(float(result.energy_ev))
+    return found
+
+
+def minima_ase(potential: Any, structures: list[Structure]) -> list[float]:
+    """Return the same by ASE: BFGS in the cell filter its manual advises."""
+    from ase.filters import FrechetCellFilter
+    from ase.optimize import BFGS
+
+    found, settings = [], RelaxationSettings()
+    with ase_calculator(potential) as calculator:
+        for s in structures:
+            atoms = ase_atoms(s, calculator)
+            search = BFGS(FrechetCellFilter(atoms), logfile=None)
+            for _ in search.irun(fmax=0.0, steps=settings.max_steps):
+                forces = np.linalg.norm(atoms.get_forces(), axis=1).max()
+                stress = np.abs(atoms.get_stress()).max() * EV_PER_A3_IN_BAR
+                if forces <= settings.max_force_ev_a and (
+                    stress <= settings.max_stress_bar
+                ):
+                    break
+            else:
+                raise SystemExit("ASE did not relax a structure")
+            found.append(float(atoms.get_potential_energy()))
     return found
 
 
@@ -307,7 +390,46 @@ def measure_static(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-_PARTS = {"md": measure_md, "tiny": measure_tiny, "static": measure_static}
+def measure_relax(arguments: argparse.Namespace) -> list[Row]:
+    """Return relaxations per second; both ways must find the same minima."""
+    potential, rows = file_potential("sw", "Si.sw"), []
+    ways = {"kept pair style": minima_kept, "ASE BFGS": minima_ase}
+    for n_atoms in arguments.sizes:
+        structures = copies(n_atoms, arguments.structures, strain=0.02)
+
+        def timed(
+            way: str, structures: list[Structure] = structures
+        ) -> tuple[float, list[float]]:
+            began = time.perf_counter()
+            energies = ways[way](potential, structures)
+            return len(structures) / (time.perf_counter() - began), energies
+
+        found = interleaved(
+            {way: lambda way=way, timed=timed: timed(way) for way in ways},
+            arguments.repeats,
+        )
+        first, second = (np.array(results[0][1]) for results in found.values())
+        worst = float(np.abs(first - second).max()) / n_atoms
+        if worst > _SAME_MINIMUM_EV_PER_ATOM:
+            raise SystemExit(f"the minima differ by {worst:.2e} eV/atom")
+        rows += [
+            {
+                "case": f"{n_atoms} atoms",
+                "way": way,
+                "structures_per_s": statistics.median(r for r, _ in results),
+                "apart_ev_per_atom": worst,
+            }
+            for way, results in found.items()
+        ]
+    return rows
+
+
+_PARTS = {
+    "md": measure_md,
+    "tiny": measure_tiny,
+    "static": measure_static,
+    "relax": measure_relax,
+}
 
 
 def main() -> None:
@@ -323,10 +445,15 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", type=int, choices=(8, 16, 32, 64), default=[8, 64]
     )
-    parser.add_argument("--structures", type=int, default=50, help="of static")
+    parser.add_argument(
+        "--structures", type=int, default=50, help="of static and relax"
+    )
     parser.add_argument("--processes", type=int, default=2, help="structures of them")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    # This file's folder is where Python looks first, also for LAMMPS' module.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
 
     rows = _PARTS[arguments.part](arguments)
     for row in rows:
