@@ -101,6 +101,12 @@ def _import(arguments: argparse.Namespace) -> int:
             f"its authors recorded a validation {words} of "
             f"{checkpoint.best_metric:.4g}; nothing was measured here"
         )
+    if not card.classes:
+        print(
+            "its predictions have no uncertainty and no intervals: the checkpoint says "
+            "nothing of them; 'nanoos models calibrate' takes them from labelled "
+            "structures"
+        )
     print(
         f"graphs: cutoff_radius {card.cutoff_radius:g} Å, max_neighbors "
         f"{card.max_neighbors}"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli import import_cgcnn
+from nanoos_fw.cli import calibrate, import_cgcnn
 from nanoos_fw.cli.common import (
     add_json,
     add_launchpad,
@@ -67,6 +67,7 @@ def add_commands(commands: Any) -> None:
     )
 
     import_cgcnn.add_command(actions)
+    calibrate.add_command(actions)
 
     garbage = _action(
         actions, "gc", "remove weights that nothing needs; only says so without --yes",

@@ -332,22 +332,10 @@ class CGCNNModel:
         card = self._loaded()
         unseen = _unseen_by_graph(table, card.elements)
         outside = np.array([bool(names) for names in unseen], dtype=bool)
-        members = self.predict_rows(table, batch_size)
-        mean, std = ensemble(members, card.uncertainty_scale)
+        mean, raw = self.mean_and_spread(table, batch_size)
+        std = None if raw is None else card.uncertainty_scale * raw
         calibration, half_width, distance = self._uncertainty, None, None
         if calibration is not None:
-            raw = None if std is None else std / card.uncertainty_scale
-            if calibration.card.dropout_passes:
-                raw = dropout_spread(
-                    self.networks(),
-                    card,
-                    self._arrays[REFERENCE],
-                    table,
-                    passes=calibration.card.dropout_passes,
-                    seed=calibration.card.seed,
-                    batch_size=batch_size,
-                )
-                std = card.uncertainty_scale * raw
             spread = np.zeros(len(table)) if raw is None else raw
             half_width = calibration.half_width(spread, coverage)
             distance = calibration.distance(table)
@@ -412,6 +400,57 @@ class CGCNNModel:
         numbers = np.asarray(table.numbers)
         sums = np.add.reduceat(self._arrays[REFERENCE][numbers], table.atom_start[:-1])
         return _predictions(card, outputs, sums / table.graph_sizes)
+
+    def mean_and_spread(
+        self, table: GraphTable, batch_size: int = 256
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return the prediction for a table, and the spread before it is scaled.
+
+        ``(n,)`` each, in the unit of the target. The spread is that of the members,
+        or of passes with dropout where the model was calibrated with them; None with
+        neither.
+        """
+        mean, spread = ensemble(self.predict_rows(table, batch_size))
+        known = self._uncertainty
+        if known is not None and known.card.dropout_passes:
+            spread = dropout_spread(
+                self.networks(),
+                self._loaded(),
+                self._arrays[REFERENCE],
+                table,
+                passes=known.card.dropout_passes,
+                seed=known.card.seed,
+                batch_size=batch_size,
+            )
+        return mean, spread
+
+    @property
+    def uncertainty(self) -> Uncertainty | None:
+        """What intervals and domain go by; None for a model that states neither."""
+        return self._uncertainty
+
+    def save(
+        self, path: Path, uncertainty: Uncertainty, uncertainty_scale: float
+    ) -> str:
+        """Write the weights with another calibration; return the SHA-256 of the file.
+
+        Parameters
+        ----------
+        path
+            File to write.
+        uncertainty, uncertainty_scale
+            Intervals and domain; factor from spread to uncertainty.
+        """
+        card = self._loaded().model_copy(
+            update={"uncertainty_scale": uncertainty_scale}
+        )
+        members = [_state_of(self._arrays, n) for n in range(card.n_members)]
+        table, reference = self._arrays[ATOM_TABLE], self._arrays[REFERENCE]
+        return save_checkpoint(path, card, members, table, reference, uncertainty)
+
+    def prepare(self, table: GraphTable) -> GraphTable:
+        """Return a table of a dataset as this kind of model predicts from it."""
+        return table
 
     def _take(
         self, card: ModelCard, arrays: dict[str, NDArray[Any]], name: str

@@ -1,7 +1,8 @@
 """Random forests on scalar features: the baseline beside every network.
 
 A forest is fitted by scikit-learn and kept as arrays: predictions need numpy alone,
-and a file of it holds no code.
+and a file of it holds no code. Its intervals go by the errors of each training row in
+the trees that did not see it (out of bag), so no rows are set aside for them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,12 @@ from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
 from nanoos_fw.ml.graphs import element_symbol
-from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE, Predictions
+from nanoos_fw.ml.metrics import calibrate
+from nanoos_fw.ml.uncertainty import (
+    DEFAULT_COVERAGE,
+    Predictions,
+    conformal_quantile,
+)
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 MODEL_TYPE = "RandomForest"
@@ -31,7 +37,11 @@ GRAPH_SCALARS = "graph"
 
 _ATOM_QUANTITIES = ("nearest_distance", "mean_distance", "farthest_distance")
 _ARRAYS = ("tree_start", "feature", "threshold", "left", "right", "value", "fill")
+_SCORES = "scores"
 _ROWS_AT_ONCE = 4096
+_FLOOR = 0.1  # of the median spread
+_MAX_SCORES = 8192
+_MIN_CALIBRATION = 10
 _FETCH = "fetch or fit the forest again"
 
 
@@ -56,7 +66,11 @@ class ForestCard(BaseModel):
     dataset_hash
         Dataset behind the forest; empty if there is none.
     uncertainty_scale
-        Factor from the spread of the trees to the uncertainty.
+        Factor from the spread of the trees to the uncertainty: 68.3 % of the errors out
+        of bag are smaller than it; 1 without such rows.
+    interval_floor
+        Added to the spread before errors are divided by it, in the unit of the
+        target; None for a forest without intervals.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +88,7 @@ class ForestCard(BaseModel):
     seed: int
     dataset_hash: str = ""
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
+    interval_floor: float | None = Field(default=None, gt=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +186,9 @@ class ForestModel:
         ``(n_nodes,) float64``: go left if not larger; mean of the training targets.
     fill
         ``(p,) float64``, taken for a missing value: median of the training rows.
+    scores
+        ``(m,) float64``, sorted: errors over (spread + floor), out of bag or of rows
+        of a calibration. Empty without intervals.
     model_name
         Name under which predictions are recorded.
     checkpoint_sha256
@@ -187,6 +205,7 @@ class ForestModel:
     right: NDArray[np.int32]
     value: NDArray[np.float64]
     fill: NDArray[np.float64]
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     model_name: str = MODEL_TYPE
     checkpoint_sha256: str | None = None
     version: str | None = None
@@ -308,22 +327,56 @@ class ForestModel:
     def predict_full(
         self, graphs: Sequence[AnyGraph], *, coverage: float = DEFAULT_COVERAGE
     ) -> Predictions:
-        """Predict many structures; a forest states no intervals and no distance."""
+        """Predict many structures, with intervals; a forest states no distance."""
         mean, std = self.predict_many(graphs)
+        half_width = self.half_width(std, coverage)
         unseen = [self.unseen_elements(graph) for graph in graphs]
         outside = np.array([bool(names) for names in unseen], dtype=bool)
-        return Predictions(mean, std, None, coverage, None, unseen, outside)
+        return Predictions(mean, std, half_width, coverage, None, unseen, outside)
 
-    def predict(self, graph_repr: AnyGraph) -> dict[str, Any]:
+    def half_width(
+        self, std: NDArray[np.float64] | None, coverage: float = DEFAULT_COVERAGE
+    ) -> NDArray[np.float64] | None:
+        """Return half the width of the intervals, ``(n,)``, in the unit of the target.
+
+        Parameters
+        ----------
+        std
+            Uncertainty as :meth:`predict_many` returns it.
+        coverage
+            Probability with which ``mean ± half_width`` holds the truth, for rows
+            drawn like those of the training. Errors out of bag are of fewer trees
+            than the forest has: the true coverage is rather higher.
+
+        Returns
+        -------
+        ``(n,) float64`` or None
+            None without scores, or with too few for the coverage.
+
+        References
+        ----------
+        U. Johansson et al., Mach. Learn. 97, 155 (2014).
+        """
+        factor = conformal_quantile(self.scores, coverage)
+        floor = self.card.interval_floor
+        if factor is None or floor is None or std is None:
+            return None
+        return factor * (std / self.card.uncertainty_scale + floor)
+
+    def predict(
+        self, graph_repr: AnyGraph, *, coverage: float = DEFAULT_COVERAGE
+    ) -> dict[str, Any]:
         """Predict one structure; keys as in :meth:`.cgcnn.CGCNNModel.predict`."""
         graph = as_graph(graph_repr)
-        mean, std = self.predict_many([graph])
-        unseen = self.unseen_elements(graph)
+        found = self.predict_full([graph], coverage=coverage)
+        mean = float(found.mean[0])
+        half = None if found.half_width is None else float(found.half_width[0])
+        unseen = found.unseen_elements[0]
         return {
-            "prediction": float(mean[0]),
-            "uncertainty": None if std is None else float(std[0]),
-            "interval": None,
-            "coverage": DEFAULT_COVERAGE,
+            "prediction": mean,
+            "uncertainty": None if found.std is None else float(found.std[0]),
+            "interval": None if half is None else [mean - half, mean + half],
+            "coverage": coverage,
             "unit": self.unit,
             "target_property": self.target_property,
             "model_name": self.model_name,
@@ -350,11 +403,36 @@ class ForestModel:
         """Return the forest with another card, such as a calibrated one."""
         return replace(self, card=self.card.model_copy(update=changes))
 
+    def calibrated(
+        self, errors: NDArray[np.float64], spread: NDArray[np.float64]
+    ) -> ForestModel:
+        """Return the forest with uncertainty and intervals from errors it did not see.
+
+        Parameters
+        ----------
+        errors
+            ``(m,)``, prediction minus truth of rows that no tree in question learned.
+        spread
+            ``(m,)``, standard deviation over those trees, not scaled.
+        """
+        floor = _FLOOR * float(np.median(spread))
+        floor = max(floor, 1e-9 * max(1.0, float(np.abs(errors).max())))
+        scores = np.sort(np.abs(errors) / (spread + floor))
+        if len(scores) > _MAX_SCORES:
+            rng = np.random.default_rng([self.card.seed, 0x0B])
+            scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+        scale = calibrate(np.zeros(len(errors)), errors, spread)
+        return replace(
+            self.with_card(interval_floor=floor, uncertainty_scale=scale),
+            scores=scores,
+        )
+
     def save(self, path: Path) -> str:
         """Write the forest as one safetensors file, atomically; return its SHA-256."""
         from safetensors.numpy import save
 
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        names = (*_ARRAYS, *((_SCORES,) if len(self.scores) else ()))
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
         text = canonical_json(self.card.model_dump(mode="json"))
         header = {"card": text, "card_sha256": _digest(text, arrays)}
         data = save(arrays, metadata={FOREST_FORMAT: canonical_json(header)})
@@ -502,7 +580,12 @@ def fit_forest(
         **fields,
     )
     trees: dict[str, Any] = _tree_arrays(forest.estimators_)
-    return ForestModel(card=card, fill=fill, **trees)
+    model = ForestModel(card=card, fill=fill, **trees)
+    said, spread = _out_of_bag(model.predict_trees(values), forest.estimators_samples_)
+    judged = np.isfinite(spread)
+    if judged.sum() < _MIN_CALIBRATION:
+        return model
+    return model.calibrated((said - truth)[judged], spread[judged])
 
 
 def load_forest(
@@ -538,6 +621,8 @@ def load_forest(
         card = ForestCard.model_validate_json(header["card"])
         intact = header["card_sha256"] == _digest(header["card"], arrays)
         chosen = {key: arrays[key] for key in _ARRAYS}
+        if _SCORES in arrays:
+            chosen[_SCORES] = arrays[_SCORES]
     except (SafetensorError, ValidationError, KeyError, ValueError) as error:
         raise CorruptArtifactError(
             f"{name} is not a forest: {error}", advice=_FETCH
@@ -557,6 +642,23 @@ def load_forest(
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _out_of_bag(
+    trees: NDArray[np.float64], seen: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and spread over the trees that did not see a row, ``(n,)`` each.
+
+    NaN where fewer than two did not.
+    """
+    unseen = np.ones(trees.shape, dtype=bool)
+    for tree, rows in enumerate(seen):
+        unseen[tree, rows] = False
+    count = unseen.sum(axis=0).astype(np.float64)
+    count[count < 2] = np.nan
+    mean = np.where(unseen, trees, 0.0).sum(axis=0) / count
+    squares = np.where(unseen, (trees - mean) ** 2, 0.0).sum(axis=0)
+    return mean, np.sqrt(squares / (count - 1))
 
 
 def _tree_arrays(estimators: Sequence[Any]) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from nanoos_fw.ml.line_graph import (
     LineGraphTable,
     line_graphs_of,
     line_graphs_of_crystals,
+    with_angles,
 )
 from nanoos_fw.ml.model_files import REFERENCE, LineGraphArchitecture, ModelCard
 from nanoos_fw.ml.training_config import MODEL_TYPES
@@ -58,6 +59,11 @@ class LineGraphModel(CGCNNModel):
         """Return graphs that hold the vectors of edges as a table with angles."""
         sizes = _sizes(self._loaded(), self.model_name)
         return line_graphs_of(graphs, angle_cutoff=sizes.angle_cutoff)
+
+    def prepare(self, table: GraphTable) -> LineGraphTable:
+        """Return a table with vectors as one with angles."""
+        sizes = _sizes(self._loaded(), self.model_name)
+        return with_angles(table, sizes.angle_cutoff)
 
     def predict_rows(
         self, table: GraphTable, batch_size: int = 256

@@ -656,8 +656,9 @@ def _baselines(
             unit=dataset.unit,
             dataset_hash=dataset.dataset_hash,
         )
-        said, _ = forest.predict_features(graph_scalars(table))
-        found["forest"] = _by_part(dataset, said, None)
+        said, std = forest.predict_features(graph_scalars(table))
+        half_width = forest.half_width(std)
+        found["forest"] = _by_part(dataset, said, std, half_width)
     return found
 
 

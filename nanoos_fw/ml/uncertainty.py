@@ -230,30 +230,69 @@ def fit_uncertainty(
         if there are more than a checkpoint should hold.
     """
     rng = np.random.default_rng([seed, 0x0D])
-    if spread is None:
-        spread, floor = np.zeros(len(errors)), 1.0
-    else:
-        # Of training rows, so that it knows nothing of the rows it is judged by.
-        floor = _FLOOR * float(np.median(spread[train]))
-        floor = max(floor, 1e-9 * max(1.0, float(np.abs(errors[train]).max())))
-    scores = np.sort(np.abs(errors[val]) / (spread[val] + floor))
-    if len(scores) > _MAX_SCORES:
-        scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+    # Of training rows, so that it knows nothing of the rows it is judged by.
+    floor = _floor_of(errors[train], None if spread is None else spread[train])
+    scores = _scores_of(
+        errors[val], None if spread is None else spread[val], floor, rng
+    )
     vectors = describe_graphs(table.select(np.concatenate([train, val])))
     known, held = vectors[: len(train)], vectors[len(train) :]
-    centre, scale = known.mean(axis=0), known.std(axis=0)
-    # A descriptor that hardly varies in training still tells when it does elsewhere.
-    scale = np.maximum(scale, 0.01 * np.maximum(np.abs(centre), 1.0))
-    references = ((known - centre) / scale).astype(np.float32)
-    if len(references) > _MAX_REFERENCES:
-        chosen = rng.choice(len(references), _MAX_REFERENCES, replace=False)
-        references = references[np.sort(chosen)]
+    centre, scale = _standard(known)
+    references = _some(((known - centre) / scale).astype(np.float32), rng)
     k = max(1, min(_NEIGHBORS, len(references) - 1))
     if len(val) >= 1.0 / (1.0 - _IN_DOMAIN):
         judged = ((held - centre) / scale).astype(np.float32)
         distances = nearest_distance(judged, references, k)
     else:
         distances = nearest_distance(references, references, k, skip_self=True)
+    return Uncertainty(
+        card=UncertaintyCard(
+            spread=source,
+            dropout_passes=dropout_passes,
+            seed=seed,
+            floor=floor,
+            domain_neighbors=k,
+            domain_threshold=float(np.quantile(distances, _IN_DOMAIN)),
+            n_calibration=len(scores),
+        ),
+        scores=scores,
+        references=references,
+        centre=centre,
+        scale=scale,
+    )
+
+
+def calibrate_uncertainty(
+    table: GraphTable,
+    errors: NDArray[np.float64],
+    spread: NDArray[np.float64] | None,
+    *,
+    source: Spread,
+    dropout_passes: int = 0,
+    seed: int = 0,
+) -> Uncertainty:
+    """Calibrate a model, whose training is not known, on labelled structures.
+
+    The intervals then hold for structures like these, and the domain is theirs: the
+    distance is to them.
+
+    Parameters
+    ----------
+    table
+        Structures that the model was not trained on.
+    errors, spread
+        ``(n,)`` as in :func:`fit_uncertainty`, of every row.
+    source, dropout_passes, seed
+        See :func:`fit_uncertainty`.
+    """
+    rng = np.random.default_rng([seed, 0x0D])
+    floor = _floor_of(errors, spread)
+    scores = _scores_of(errors, spread, floor, rng)
+    vectors = describe_graphs(table)
+    centre, scale = _standard(vectors)
+    references = _some(((vectors - centre) / scale).astype(np.float32), rng)
+    k = max(1, min(_NEIGHBORS, len(references) - 1))
+    distances = nearest_distance(references, references, k, skip_self=True)
     return Uncertainty(
         card=UncertaintyCard(
             spread=source,
@@ -421,6 +460,42 @@ def _dropouts(member: nn.Module) -> list[Any]:
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _floor_of(errors: NDArray[np.float64], spread: NDArray[np.float64] | None) -> float:
+    if spread is None:
+        return 1.0
+    floor = _FLOOR * float(np.median(spread))
+    return max(floor, 1e-9 * max(1.0, float(np.abs(errors).max())))
+
+
+def _scores_of(
+    errors: NDArray[np.float64],
+    spread: NDArray[np.float64] | None,
+    floor: float,
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    scores = np.sort(np.abs(errors) / ((0.0 if spread is None else spread) + floor))
+    if len(scores) > _MAX_SCORES:
+        scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+    return scores
+
+
+def _standard(
+    vectors: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    centre, scale = vectors.mean(axis=0), vectors.std(axis=0)
+    # A descriptor that hardly varies in training still tells when it does elsewhere.
+    return centre, np.maximum(scale, 0.01 * np.maximum(np.abs(centre), 1.0))
+
+
+def _some(
+    references: NDArray[np.float32], rng: np.random.Generator
+) -> NDArray[np.float32]:
+    if len(references) <= _MAX_REFERENCES:
+        return references
+    chosen = rng.choice(len(references), _MAX_REFERENCES, replace=False)
+    return references[np.sort(chosen)]
 
 
 def _mean(

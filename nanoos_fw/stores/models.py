@@ -539,7 +539,7 @@ def register_model(
         name=model.model_name,
         target=card.target_property,
         unit=card.unit,
-        model_type="CGCNN",
+        model_type=model.model_type,
         weights=weights,
         training_key=content_key("weights", [model.model_name, digest]),
         training_config=card.architecture.model_dump(mode="json"),

@@ -11,6 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pymatgen.core import Lattice, Structure
+
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    write_dataset,
+)
+from nanoos_fw.ml.graphs import build_graph
 
 VECTORS = {str(z): np.random.default_rng(z).uniform(size=92).tolist() for z in (8, 29)}
 PREDICT = """
@@ -107,6 +115,32 @@ def test_a_system_model_predicts_once_its_weights_are_imported(folder):
     assert answer["unit"] == "eV"
     assert answer["out_of_domain"] is False
     assert np.isfinite(answer["prediction"])
+    assert answer["uncertainty"] is answer["interval"] is None
+    assert "no uncertainty and no intervals" in done.stdout
+    graphs = {
+        f"s{n:02d}": build_graph(
+            Structure(Lattice.cubic(4 + n / 100), ["Cu", "O"], [[0] * 3, [0.5] * 3])
+        )
+        for n in range(40)
+    }
+    targets = {name: np.sin(7.0 * n) for n, name in enumerate(graphs)}
+    config = DatasetConfig(target_property="bandgap", unit="eV")
+    write_dataset(build_regression_dataset(graphs, targets, config), folder / "dataset")
+    words = ("models", "calibrate", "cgcnn_bandgap_v1", "--dataset", "dataset")
+    calibrated = nanoos(*words, "--json", cwd=folder)
+    assert calibrated.returncode == 0, calibrated.stderr
+    told = json.loads(calibrated.stdout)
+    assert (told["model"], told["parent"]) == (
+        "cgcnn_bandgap_v1@2", "cgcnn_bandgap_v1@1",
+    )  # fmt: skip
+    later = json.loads(run("-c", PREDICT, cwd=folder).stdout)
+    assert later["prediction"] == answer["prediction"]
+    assert later["model_version"] == "cgcnn_bandgap_v1@2"
+    low, high = later["interval"]
+    assert high - low == pytest.approx(2 * told["mean_half_width"])
+    # The same again is the same version.
+    again = nanoos(*words[:2], "cgcnn_bandgap_v1@1", *words[3:], "--json", cwd=folder)
+    assert json.loads(again.stdout)["model"] == "cgcnn_bandgap_v1@2"
 
 
 def test_a_file_that_is_none_registers_nothing(folder):

@@ -64,9 +64,53 @@ def test_predictions_equal_those_of_scikit_learn_bit_for_bit():
     assert np.array_equal(mean, theirs.predict(x_new))
     trees = np.stack([tree.predict(x_new) for tree in theirs.estimators_])
     assert np.array_equal(mine.predict_trees(x_new), trees)
-    assert np.allclose(std, trees.std(axis=0, ddof=1))
+    scale = mine.card.uncertainty_scale
+    assert np.allclose(std, scale * trees.std(axis=0, ddof=1))
     assert std.min() >= 0
     assert std.max() > 0.1
+
+
+def test_intervals_go_by_the_trees_that_did_not_see_a_row(tmp_path):
+    rng = np.random.default_rng(2)
+
+    def draw(n):
+        x = rng.normal(size=(n, 5))
+        noise = (0.1 + 0.3 * (x[:, 2] > 0)) * rng.normal(size=n)
+        return x, 2 * x[:, 0] + np.sin(3 * x[:, 1]) + noise
+
+    (x, y), (x_new, y_new) = draw(400), draw(4000)
+    mine = fit_forest(x, y, seed=1, n_trees=60)
+    theirs = RandomForestRegressor(
+        60, max_features=1 / 3, random_state=1, oob_score=True
+    ).fit(x, y)
+    seen = theirs.estimators_samples_
+    spread = np.empty(400)
+    trees = np.stack([tree.predict(x) for tree in theirs.estimators_])
+    known = [set(rows.tolist()) for rows in seen]
+    for row in range(400):
+        said = [trees[t, row] for t in range(60) if row not in known[t]]
+        spread[row] = np.std(said, ddof=1)
+        assert np.mean(said) == pytest.approx(theirs.oob_prediction_[row])
+    floor = 0.1 * np.median(spread)
+    errors = np.abs(theirs.oob_prediction_ - y)
+    np.testing.assert_allclose(mine.scores, np.sort(errors / (spread + floor)))
+    assert mine.card.interval_floor == pytest.approx(floor)
+    mean, std = mine.predict_features(x_new)
+    for coverage in (0.5, 0.8, 0.9):
+        held = np.abs(mean - y_new) <= mine.half_width(std, coverage)
+        # 400 rows choose the width: three standard deviations of a binomial share.
+        assert abs(held.mean() - coverage) < 3 * np.sqrt(
+            coverage * (1 - coverage) / 400
+        )
+    held = np.abs(mean - y_new) <= std
+    assert abs(held.mean() - 0.683) < 0.07
+    mine.save(tmp_path / "f")
+    again = load_forest(tmp_path / "f")
+    np.testing.assert_array_equal(again.half_width(std), mine.half_width(std))
+    # Too few rows promise nothing.
+    few = fit_forest(x[:9], y[:9], n_trees=60)
+    assert few.half_width(std) is None
+    assert mine.half_width(std, 0.999) is None
 
 
 def test_files_bring_back_the_same_forest(forest, data, tmp_path):
@@ -80,6 +124,9 @@ def test_files_bring_back_the_same_forest(forest, data, tmp_path):
     assert answer["unit"] == "eV/atom"
     assert (answer["model_name"], answer["model_type"]) == ("base", "RandomForest")
     assert answer["checkpoint_sha256"] == digest
+    low, high = answer["interval"]
+    assert low < answer["prediction"] < high
+    assert answer["distance"] is None
     assert forest.save(tmp_path / "again") == digest
 
 
