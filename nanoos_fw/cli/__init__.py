@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
 from nanoos_fw.cli import (
+    campaigns,
     cluster,
     databases,
     datasets,
@@ -171,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     operations.add_commands(commands)
     web.add_commands(commands)
     work.add_commands(commands)
+    campaigns.add_commands(commands)
     return parser
 
 

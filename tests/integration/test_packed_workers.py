@@ -13,6 +13,7 @@ import pytest
 from fireworks import Firework, PyTask, Workflow
 
 from nanoos_fw import operations
+from nanoos_fw.operations.campaigns import campaign_status
 from nanoos_fw.operations.reconcile import reconcile
 from nanoos_fw.operations.workers import WorkPlan, work
 from nanoos_fw.stores.database import load_launchpad
@@ -93,3 +94,43 @@ def test_a_signal_to_the_worker_ends_its_slots(
     assert summary.slots[0].left == "signal SIGUSR1"
     assert summary.states == {"COMPLETED": 1}
     assert mongodb_database["fireworks"].find_one({"name": "next"})["state"] == "READY"
+
+
+def test_the_status_of_a_campaign_is_one_question(
+    server: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """The server that fails is not asked twice: counts, causes and pace at once."""
+    import pymongo
+
+    launchpad = load_launchpad(server)
+    for name, function in (("a", "os.getcwd"), ("b", "os.no_such_thing"), ("c", "")):
+        spec = {"nanoos": {"campaign": "c", "stage": "one", "order": 0}}
+        if not function:
+            spec["_category"] = "nobody"  # type: ignore[assignment]
+        first = Firework([task(function or "os.getcwd")], spec=spec, name=name)
+        launchpad.add_wf(Workflow([first], metadata={"key": name}))
+    launchpad.fireworks.update_one({"name": "c"}, {"$set": {"state": "PAUSED"}})
+    work(WorkPlan(launchpad=server, idle_s=0.5, folder=tmp_path / "work"), lambda _: 0)
+    asked: list[str] = []
+
+    class Listener(pymongo.monitoring.CommandListener):
+        def started(self, event: Any) -> None:
+            asked.append(event.command_name)
+
+        def succeeded(self, event: Any) -> None:
+            pass
+
+        def failed(self, event: Any) -> None:
+            pass
+
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+    client: Any = pymongo.MongoClient(uri, event_listeners=[Listener()])
+    try:
+        status = campaign_status(client[mongodb_database.name], "c")
+    finally:
+        client.close()
+    questions = [name for name in asked if name not in {"endSessions", "ping"}]
+    assert questions == ["aggregate"]
+    assert status.stages == {"one": {"COMPLETED": 1, "FIZZLED": 1, "PAUSED": 1}}
+    assert status.causes == {"one": {"code": 1}}
+    assert status.per_hour > 0

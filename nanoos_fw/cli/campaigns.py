@@ -1,0 +1,295 @@
+"""``nanoos campaign``: campaigns from a plan to an archive."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoos_fw.cli.common import (
+    add_json,
+    add_launchpad,
+    launchpad_of,
+    print_json,
+    save_if_embedded,
+)
+
+if TYPE_CHECKING:
+    from nanoos_fw.operations.campaigns import Changed
+    from nanoos_fw.workflows import CampaignPlan
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``campaign`` and its commands."""
+    campaign = commands.add_parser(
+        "campaign", help="create, submit, watch, pause, cancel and archive campaigns"
+    )
+    actions = campaign.add_subparsers(required=True, metavar="ACTION")
+
+    create = actions.add_parser(
+        "create",
+        help="store a plan; structures come from named sets",
+        description=(
+            "Store the plan of a campaign (YAML or JSON, fields of CampaignPlan). "
+            "Its structures are those of the sets that 'nanoos import --set' filled. "
+            "The same plan again is accepted, another one under its name is not."
+        ),
+    )
+    create.add_argument("plan", type=Path)
+    create.add_argument("--candidates", metavar="SET", required=True)
+    create.add_argument("--references", metavar="SET", required=True)
+    _finish(create, _create)
+
+    submit = actions.add_parser(
+        "submit", help="submit what is not submitted yet; again is harmless"
+    )
+    submit.add_argument("campaign")
+    submit.add_argument(
+        "--verify", action="store_true", help="also relax all candidates"
+    )
+    _finish(submit, _submit)
+
+    status = actions.add_parser(
+        "status", help="counts by stage, state and cause, throughput, time to go"
+    )
+    status.add_argument("campaign")
+    _finish(status, _status)
+
+    for name, command, text in (
+        ("pause", _pause, "let nothing further begin; what runs goes on to its end"),
+        ("cancel", _cancel, "end its jobs in the queue and its open fireworks"),
+    ):
+        parser = actions.add_parser(name, help=text)
+        parser.add_argument("campaign")
+        _finish(parser, command)
+
+    resume = actions.add_parser("resume", help="let a paused campaign go on")
+    resume.add_argument("campaign")
+    resume.add_argument(
+        "--parked",
+        action="store_true",
+        help="also fireworks that were parked because SLURM refused their jobs",
+    )
+    _finish(resume, _resume)
+
+    archive = actions.add_parser(
+        "archive",
+        help="move its workflows out of the launchpad into a file; results stay",
+    )
+    archive.add_argument("campaign")
+    archive.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="file to write (default: CAMPAIGN.jsonl.gz)",
+    )
+    _finish(archive, _archive)
+
+
+def _finish(parser: argparse.ArgumentParser, command: Any) -> None:
+    add_json(parser)
+    add_launchpad(parser)
+    parser.set_defaults(command=command)
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.errors import InputError
+    from nanoos_fw.operations import prepare_launchpad
+    from nanoos_fw.stores.campaigns import CampaignStore
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.structures import StructureStore
+    from nanoos_fw.workflows import choose_labelled
+
+    plan = _read_plan(arguments.plan)
+    prepare_launchpad(launchpad)
+    database = open_database(launchpad)
+    store = StructureStore(database)
+    sets = {
+        plan.candidates: arguments.candidates,
+        plan.references: arguments.references,
+    }
+    found = {name: store.keys(given) for name, given in sets.items()}
+    for name, given in sets.items():
+        if not found[name]:
+            raise InputError(
+                f"set {given!r} has no structures",
+                advice=f"nanoos import FILES --set {given}",
+            )
+    CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
+    for name, keys in found.items():
+        store.add_to_set(keys, name)
+    candidates = found[plan.candidates]
+    labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
+    store.add_to_set(labelled, plan.labelled)
+    save_if_embedded(launchpad)
+    if arguments.json:
+        print_json({"campaign": plan.name, "candidates": len(candidates)})
+    else:
+        print(
+            f"campaign {plan.name!r}: {len(candidates)} candidates\n"
+            f"next: nanoos campaign submit {plan.name}"
+        )
+    return 0
+
+
+def _read_plan(path: Path) -> CampaignPlan:
+    from pydantic import ValidationError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from nanoos_fw.errors import InputError
+    from nanoos_fw.workflows import CampaignPlan
+
+    try:
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, YAMLError) as error:
+        raise InputError(f"cannot read the plan {path}: {error}") from error
+    try:
+        return CampaignPlan.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+        )
+        raise InputError(f"{path} is no plan of a campaign: {problems}") from error
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.operations.campaigns import submit_many
+    from nanoos_fw.stores.campaigns import CampaignStore
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.structures import StructureStore
+    from nanoos_fw.workflows import (
+        CampaignPlan,
+        screening_workflow,
+        verification_workflow,
+    )
+
+    database = open_database(launchpad)
+    document = CampaignStore(database).get(arguments.campaign)
+    plan = CampaignPlan.model_validate(document["plan"])
+    store = StructureStore(database)
+    candidates = store.keys(plan.candidates)
+    workflows = [screening_workflow(plan, candidates, store.keys(plan.references))]
+    if arguments.verify:
+        workflows.append(verification_workflow(plan, candidates))
+    added, mended = submit_many(launchpad, workflows)
+    save_if_embedded(launchpad)
+    there = len(workflows) - added - mended
+    if arguments.json:
+        print_json({"added": added, "completed": mended, "there": there})
+    else:
+        print(f"workflows: {added} added, {mended} completed, {there} were there")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.operations.campaigns import campaign_status
+    from nanoos_fw.stores.campaigns import CampaignStore
+
+    document = CampaignStore(launchpad.db).get(arguments.campaign)
+    archived = document.get("archive")
+    status = campaign_status(launchpad.db, arguments.campaign)
+    if archived and not status.stages:
+        if arguments.json:
+            print_json({**archived["status"], "archive": archived["file"]})
+        else:
+            states = _counts(archived["status"]["states"])
+            print(f"archived {archived['time']} in {archived['file']}: {states}")
+        return 0
+    if arguments.json:
+        print_json(status.to_dict())
+        return 0
+    if not status.stages:
+        print(f"nothing is submitted; nanoos campaign submit {arguments.campaign}")
+    for stage, counts in status.stages.items():
+        causes = status.causes.get(stage)
+        why = f"  [{_counts(causes)}]" if causes else ""
+        print(f"{stage:12} {_counts(counts)}{why}")
+    if status.parked:
+        print(f"{status.parked} parked: SLURM refused their jobs; see their spec")
+    if status.eta_s:
+        print(
+            f"{status.per_hour:.1f} fireworks an hour; at that rate "
+            f"{status.eta_s / 3600:.1f} h to go"
+        )
+    return 0
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {state.lower()}" for state, number in counts.items())
+
+
+def _pause(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.operations.campaigns import pause
+
+    launchpad = launchpad_of(arguments)
+    return _changed(
+        arguments,
+        launchpad,
+        pause(launchpad, arguments.campaign, slurm=_slurm()),
+        "paused",
+    )
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.operations.campaigns import resume
+
+    launchpad = launchpad_of(arguments)
+    report = resume(launchpad, arguments.campaign, parked=arguments.parked)
+    return _changed(arguments, launchpad, report, "resumed")
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.operations.campaigns import cancel
+
+    launchpad = launchpad_of(arguments)
+    report = cancel(launchpad, arguments.campaign, slurm=_slurm())
+    return _changed(arguments, launchpad, report, "defused")
+
+
+def _slurm() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def _changed(
+    arguments: argparse.Namespace, launchpad: Any, report: Changed, done: str
+) -> int:
+    save_if_embedded(launchpad)
+    if arguments.json:
+        print_json(
+            {
+                done: report.changed,
+                "cancelled_jobs": report.cancelled_jobs,
+                "left_running": report.left_running,
+            }
+        )
+        return 0
+    print(f"{report.changed} fireworks {done}")
+    if report.cancelled_jobs:
+        print(f"{len(report.cancelled_jobs)} jobs cancelled")
+    if report.left_running:
+        ids = ", ".join(map(str, report.left_running[:20]))
+        print(f"{len(report.left_running)} still run or are being submitted: {ids}")
+    return 0
+
+
+def _archive(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.operations.campaigns import archive
+
+    launchpad = launchpad_of(arguments)
+    name = arguments.campaign
+    file = arguments.output or Path(f"{name}.jsonl.gz")
+    record = archive(launchpad, name, file)
+    save_if_embedded(launchpad)
+    if arguments.json:
+        print_json(record)
+    else:
+        print(
+            f"{record['fireworks']} fireworks and {record['launches']} launches are in "
+            f"{record['file']}"
+        )
+    return 0

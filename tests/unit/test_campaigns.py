@@ -1,0 +1,290 @@
+"""Campaigns as a whole, on a LaunchPad over an in-memory database."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import mongomock
+import pytest
+from fireworks import Firework, FWorker, PyTask, Workflow
+from fireworks.core.launchpad import LaunchPad
+from fireworks.core.rocket_launcher import launch_rocket
+
+from nanoos_fw import operations
+from nanoos_fw.errors import InputError, LostRunError, OutOfMemoryError
+from nanoos_fw.operations import campaigns
+from nanoos_fw.operations.campaigns import (
+    archive,
+    campaign_status,
+    cancel,
+    pause,
+    resume,
+    submit_many,
+)
+from nanoos_fw.provenance import sha256_file
+from nanoos_fw.slurm import QueuedJob
+from nanoos_fw.stores.campaigns import CampaignStore
+
+
+@pytest.fixture
+def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from mongomock.gridfs import enable_gridfs_integration
+
+    enable_gridfs_integration()
+    client: Any = mongomock.MongoClient()
+    monkeypatch.setattr(
+        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
+    )
+    found = LaunchPad(strm_lvl="CRITICAL")
+    operations.prepare_launchpad(found)
+    CampaignStore(found.db).create("c", {})
+    return found
+
+
+def firework(stage: str, function: str = "os.getcwd", **options: Any) -> Firework:
+    order = ("first", "second").index(stage)
+    spec = {"nanoos": {"campaign": "c", "stage": stage, "order": order}}
+    return Firework([PyTask(func=function)], spec=spec, name=stage, **options)
+
+
+def pair(key: str, function: str = "os.getcwd") -> Workflow:
+    first = firework("first", function)
+    second = firework("second", parents=[first])
+    return Workflow([first, second], metadata={"key": key, "campaign": "c"})
+
+
+def states(launchpad: Any) -> Counter[tuple[str, str]]:
+    return Counter((d["name"], d["state"]) for d in launchpad.fireworks.find())
+
+
+def run_all(launchpad: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    while launchpad.run_exists(FWorker()):
+        launch_rocket(launchpad, FWorker(), strm_lvl="CRITICAL")
+
+
+# ----------------------------------------------------------------------------- submit
+
+
+def test_workflows_are_submitted_once_and_numbered_without_gaps(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaigns, "_BATCH", 50)
+    seen: list[tuple[int, int]] = []
+    keys = [f"k{n}" for n in range(120)]
+    report = submit_many(
+        launchpad, (pair(k) for k in keys), on_batch=lambda *n: seen.append(n)
+    )
+    assert report == (120, 0)
+    assert seen == [(50, 50), (100, 100), (120, 120)]
+    assert submit_many(launchpad, map(pair, [*keys, "new"])) == (1, 0)
+    ids = sorted(d["fw_id"] for d in launchpad.fireworks.find({}, {"fw_id": 1}))
+    assert ids == list(range(1, 243))
+    assert states(launchpad) == {("first", "READY"): 121, ("second", "WAITING"): 121}
+    assert launchpad.get_new_fw_id() == 243
+
+
+class Killed(BaseException):
+    """As by SIGKILL: no handler of the program sees it."""
+
+
+@pytest.mark.parametrize("inserted", [0, 1, 2, 3])
+def test_a_killed_submission_goes_on(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inserted: int
+) -> None:
+    """Killed after the workflows and some of the fireworks of a batch."""
+    insert_many = type(launchpad.fireworks).insert_many
+
+    def killed(self: Any, documents: Any, **options: Any) -> Any:
+        rows = list(documents)
+        if self.name == "fireworks":
+            if inserted:
+                insert_many(self, rows[:inserted], **options)
+            raise Killed
+        return insert_many(self, rows, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(launchpad.fireworks), "insert_many", killed)
+        with pytest.raises(Killed):
+            submit_many(launchpad, map(pair, "ab"))
+    # What is complete may run before the submission is taken up again.
+    run_all(launchpad, tmp_path, monkeypatch)
+
+    mended = 2 if inserted < 3 else 1
+    assert submit_many(launchpad, map(pair, "abc")) == (1, mended)
+
+    run_all(launchpad, tmp_path, monkeypatch)
+    assert states(launchpad) == {("first", "COMPLETED"): 3, ("second", "COMPLETED"): 3}
+    assert launchpad.workflows.count_documents({"state": "COMPLETED"}) == 3
+    assert launchpad.launches.count_documents({}) == 6
+
+
+# ----------------------------------------------------------------------------- status
+
+
+def test_status_counts_by_stage_state_and_cause_in_one_query(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "abcd"))
+    submit_many(launchpad, [pair("x", "os.no_such_thing"), pair("y", "os.no_such")])
+    run_all(launchpad, tmp_path, monkeypatch)
+    submit_many(launchpad, map(pair, "ef"))
+    errors = [
+        LostRunError("gone", evidence={"cause": "node"}),
+        OutOfMemoryError("no memory"),
+    ]
+    failed = launchpad.launches.find({"state": "FIZZLED"})
+    for launch, error in zip(list(failed), errors, strict=True):
+        details = "action.stored_data._exception._details"
+        launchpad.launches.update_one(
+            {"launch_id": launch["launch_id"]}, {"$set": {details: error.to_dict()}}
+        )
+    questions: list[str] = []
+    for name in ("aggregate", "find", "find_one", "count_documents"):
+        function = getattr(type(launchpad.fireworks), name)
+        monkeypatch.setattr(
+            type(launchpad.fireworks), name, counted(function, name, questions)
+        )
+
+    status = campaign_status(launchpad.db, "c")
+
+    # mongomock looks launches up by itself; a server answers one aggregation.
+    assert questions.count("aggregate") == 1
+    assert list(status.stages) == ["first", "second"]
+    assert status.stages["first"] == {"COMPLETED": 4, "FIZZLED": 2, "READY": 2}
+    assert status.stages["second"] == {"COMPLETED": 4, "WAITING": 4}
+    assert status.causes == {"first": {"node": 1, "oom": 1}}
+    # Eight within the last minute, which counts as a whole one; six remain.
+    assert status.per_hour == pytest.approx(480.0)
+    assert status.eta_s == pytest.approx(6 / 480 * 3600)
+
+
+def counted(
+    function: Callable[..., Any], name: str, questions: list[str]
+) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        questions.append(name)
+        return function(*args, **options)
+
+    return call
+
+
+def test_an_old_completion_is_no_pace(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, [pair("a")])
+    run_all(launchpad, tmp_path, monkeypatch)
+    submit_many(launchpad, [pair("b")])
+    later = campaign_status(launchpad.db, "c", datetime.now(UTC) + timedelta(hours=3))
+    assert (later.per_hour, later.eta_s) == (0.0, None)
+
+
+# ------------------------------------------------------------- pause, resume, cancel
+
+
+def test_a_paused_campaign_rests_and_goes_on(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "abc"))
+    other = Firework([PyTask(func="os.getcwd")], name="other")
+    launchpad.add_wf(other)
+    monkeypatch.chdir(tmp_path)
+    launch_rocket(launchpad, FWorker(), fw_id=1, strm_lvl="CRITICAL")
+
+    assert pause(launchpad, "c", slurm=False).changed == 5
+    run_all(launchpad, tmp_path, monkeypatch)
+    assert states(launchpad) == {
+        ("first", "COMPLETED"): 1,
+        ("first", "PAUSED"): 2,
+        ("second", "PAUSED"): 3,
+        ("other", "COMPLETED"): 1,
+    }
+    parked = launchpad.fireworks.find_one({"state": "PAUSED", "name": "first"})["fw_id"]
+    launchpad.fireworks.update_one(
+        {"fw_id": parked}, {"$set": {"spec.nanoos.parked": {"reason": "no account"}}}
+    )
+    assert campaign_status(launchpad.db, "c").parked == 1
+
+    assert resume(launchpad, "c").changed == 4
+    run_all(launchpad, tmp_path, monkeypatch)
+    assert launchpad.get_fw_by_id(parked).state == "PAUSED"
+    assert resume(launchpad, "c", parked=True).changed == 1
+    run_all(launchpad, tmp_path, monkeypatch)
+    assert {state for _, state in states(launchpad)} == {"COMPLETED"}
+    history = CampaignStore(launchpad.db).get("c")["history"]
+    assert [entry["what"] for entry in history] == ["paused", "resumed", "resumed"]
+
+
+def test_cancel_ends_jobs_and_fireworks_but_no_shared_job(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "abcd"))
+    folder = str(tmp_path)
+    reserved, reserved_launch = launchpad.reserve_fw(FWorker(), folder)
+    launchpad.set_reservation_id(reserved_launch, 11)
+    own, own_launch = launchpad.reserve_fw(FWorker(), folder)
+    launchpad.set_reservation_id(own_launch, 12)
+    launchpad.checkout_fw(FWorker(), folder, fw_id=own.fw_id)
+    packed, _ = launchpad.checkout_fw(FWorker(), folder)  # in a job of many
+    jobs = {"11": "PENDING", "12": "RUNNING", "13": "RUNNING"}
+    said: list[str] = []
+
+    def run_slurm(command: list[str], **_options: Any) -> str:
+        said.append(" ".join(command))
+        for job in command[1:]:
+            jobs.pop(job)
+        return ""
+
+    def queued_jobs() -> dict[str, QueuedJob]:
+        return {j: QueuedJob(j, j, s, "main", "", "") for j, s in jobs.items()}
+
+    monkeypatch.setattr(campaigns, "run_slurm", run_slurm)
+    monkeypatch.setattr(campaigns, "queued_jobs", queued_jobs)
+
+    report = cancel(launchpad, "c", slurm=True)
+
+    assert said == ["scancel 11", "scancel 12"]
+    assert report.left_running == [packed.fw_id]
+    found = {d["fw_id"]: d["state"] for d in launchpad.fireworks.find()}
+    assert found.pop(packed.fw_id) == "RUNNING"
+    assert set(found.values()) == {"DEFUSED"}
+    assert not launchpad.run_exists(FWorker())
+    launch = launchpad.launches.find_one({"launch_id": own_launch})
+    cause = launch["action"]["stored_data"]["_exception"]["_details"]["evidence"]
+    assert (launch["state"], cause["cause"]) == ("FIZZLED", "cancelled")
+    assert found[reserved.fw_id] == "DEFUSED"
+
+
+# ---------------------------------------------------------------------------- archive
+
+
+def test_an_archived_campaign_leaves_the_launchpad_for_a_file(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "ab"))
+    launchpad.add_wf(Firework([PyTask(func="os.getcwd")], name="other"))
+    file = tmp_path / "c.jsonl.gz"
+    with pytest.raises(InputError, match="4 fireworks"):
+        archive(launchpad, "c", file)
+    assert not file.exists()
+    run_all(launchpad, tmp_path, monkeypatch)
+
+    record = archive(launchpad, "c", file)
+
+    assert record["sha256"] == sha256_file(file)
+    text = gzip.decompress(file.read_bytes()).decode()
+    lines = [json.loads(line) for line in text.splitlines()]
+    kinds = Counter(line["collection"] for line in lines)
+    assert kinds == {"workflows": 2, "fireworks": 4, "launches": 4}
+    assert states(launchpad) == {("other", "COMPLETED"): 1}
+    assert launchpad.launches.count_documents({}) == 1
+    kept = CampaignStore(launchpad.db).get("c")["archive"]
+    assert kept["status"]["states"] == {"COMPLETED": 4}
+    with pytest.raises(InputError, match="exists"):
+        archive(launchpad, "c", file)
