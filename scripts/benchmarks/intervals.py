@@ -1,9 +1,8 @@
-"""Coverage of prediction intervals, and the domain flag, on real structures.
+"""Coverage of prediction intervals on real structures.
 
 Trains an ensemble on the energy per atom for each seed (a random split of 80/10/10),
-and counts how many test structures the stated intervals hold. For the domain flag, all
-structures with an element or of an anion family are left out of the training, and their
-distances are compared with those of the test part.
+and counts how many test structures the stated intervals hold. For the domain flag see
+``domain.py``.
 
     python scripts/benchmarks/intervals.py data.extxyz.xz --seeds 3 -o out.json
 """
@@ -34,13 +33,11 @@ from nanoos_fw.ml.datasets import (
 )
 from nanoos_fw.ml.graphs import CrystalGraph, build_graphs
 from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
-from nanoos_fw.ml.uncertainty import fit_uncertainty
 from nanoos_fw.provenance import package_versions
 from nanoos_fw.structure_files import EntryFailure, read_structures
 
 TARGET = "energy_per_atom"
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95)
-ANIONS = {"oxides": 8, "fluorides": 9, "sulfides": 16}
 
 
 Builder = Callable[[Iterable[Structure]], tuple[Sequence[CrystalGraph | None], Any]]
@@ -122,32 +119,6 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def left_out(dataset: Dataset) -> dict[str, Any]:
-    """Share of structures flagged by distance alone, without the rule on elements."""
-    rows = np.arange(dataset.num_samples)
-    of = [set(dataset.graphs.batch([row]).numbers.tolist()) for row in rows]
-    answer = {}
-    for name, z in ANIONS.items():
-        out = np.array([z in numbers for numbers in of])
-        rng = np.random.default_rng(0)
-        known = rng.permutation(rows[~out])
-        parts = np.split(known, [int(0.8 * len(known)), int(0.9 * len(known))])
-        domain = fit_uncertainty(
-            dataset.graphs,
-            np.zeros(len(rows)),
-            None,
-            parts[0],
-            parts[1],
-            source="none",
-        )
-        limit = domain.card.domain_threshold
-        answer[name] = {
-            part: float(np.mean(domain.distance(dataset.graphs.select(chosen)) > limit))
-            for part, chosen in (("left_out", rows[out]), ("test", parts[2]))
-        }
-    return answer
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -184,8 +155,6 @@ def main(arguments: list[str] | None = None) -> int:
                 dataset_dir=place / "dataset",
                 work_dir=place / "work",
             )
-            if seed == 0:
-                answer["left_out"] = left_out(dataset)
             answer["runs"].append(
                 {"seed": seed, **coverage(dataset, result.checkpoint)}
             )
