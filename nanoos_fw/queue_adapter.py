@@ -2,26 +2,40 @@
 
 FireWorks' own adapter drops fields that it does not know with a warning nobody sees,
 gives ``squeue`` five seconds, and hides what ``sbatch`` said.
+
+``qlaunch rapidfire`` ends with the first job that is refused, and its firework would be
+the first again. So a firework whose own ``_queueadapter`` is refused is parked: paused,
+with the reason in ``spec.nanoos.parked``, and the loop goes on. What is wrong with
+``my_qadapter.yaml`` itself still ends it, before it parks everything.
 """
 
 from __future__ import annotations
 
 import getpass
 import logging
+import re
+import shlex
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fireworks.queue.queue_adapter import QueueAdapterBase
 from fireworks.utilities.fw_serializers import serialize_fw
 
-from nanoos_fw.errors import LaunchError
+from nanoos_fw.errors import InputError, LaunchError, NanoOSError
 from nanoos_fw.slurm import SlurmRequest, batch_script, run_slurm, slurm_request
+from nanoos_fw.stores.launches import SPEC_KEY
 
 logger = logging.getLogger(__name__)
 
 _SUBMIT_TIMEOUT_S = 120.0
-_SUBMIT_WAITS_S = (2.0, 10.0, 30.0)
+_SUBMIT_WAITS_S = (2.0, 10.0, 30.0, 60.0, 120.0)
+# Longer than this no firework stays reserved without a job: reconcile would release it.
+_LONGEST_SUBMISSION_S = 600.0
+# What qlaunch gets in place of a job's number, so that its loop goes on.
+PARKED, GIVEN_BACK = "parked", "given back"
 # Refusals that pass: the controller is busy, or one of the user's limits is reached.
 _PASSING = (
     "socket timed out",
@@ -78,32 +92,100 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         )
 
     def get_script_str(self, launch_dir: str) -> str:
-        """Return the batch script."""
-        return batch_script(self.request, launch_dir)
+        """Return the batch script; of a refused firework a comment that says why."""
+        try:
+            return batch_script(self.request, launch_dir)
+        except InputError as error:
+            if self._reserved() is None:
+                raise
+            self._refused = error
+            lines = str(error).replace("\n", " ")
+            return f"#!/bin/bash\n# not submitted: {lines}\nexit 1\n"
 
-    def submit_to_queue(self, script_file: str) -> int:
+    def submit_to_queue(self, script_file: str) -> int | str:
         """Submit the script and return the job's number.
 
-        Refusals that pass are waited for, up to a minute.
+        Refusals that pass are waited for, some minutes; then a reserved firework is
+        given back, for the loop to try again. A reserved firework that SLURM will
+        never take is parked.
 
         Raises
         ------
         LaunchError
-            With the words of ``sbatch``.
+            With the words of ``sbatch``; if the fault is not the firework's own.
         """
+        refused: NanoOSError | None = getattr(self, "_refused", None)
+        if refused is not None:
+            return self._park(refused)
+        began = time.monotonic()
         for wait_s in (*_SUBMIT_WAITS_S, None):
             try:
                 answer = run_slurm(
                     ["sbatch", "--parsable", script_file], timeout_s=_SUBMIT_TIMEOUT_S
                 )
             except LaunchError as error:
-                if wait_s is None or not any(p in str(error).lower() for p in _PASSING):
-                    raise
+                if not any(p in str(error).lower() for p in _PASSING):
+                    return self._park(error)
+                late = time.monotonic() - began > _LONGEST_SUBMISSION_S
+                if wait_s is None or late:
+                    return self._give_back(error)
                 logger.warning("%s; again in %g s", error, wait_s)
                 time.sleep(wait_s)
             else:
                 return int(answer.strip().partition(";")[0])
         raise AssertionError("unreachable")
+
+    def _reserved(self) -> int | None:
+        """Return the firework of a reservation, which qlaunch adds to the command."""
+        found = re.search(r" --fw_id (\d+)\s*$", str(self.get("rocket_launch") or ""))
+        return int(found[1]) if found else None
+
+    def _launchpad(self) -> Any:
+        """Return the launchpad that the jobs use: the one qlaunch has reserved in."""
+        from nanoos_fw.stores.database import load_launchpad
+
+        words = shlex.split(str(self.get("rocket_launch") or ""))
+        named = "-l" in words[:-1]
+        return load_launchpad(Path(words[words.index("-l") + 1]) if named else None)
+
+    def _park(self, error: NanoOSError) -> str:
+        """Pause the firework with the reason, unless the fault is the file's."""
+        fw_id = self._reserved()
+        if fw_id is None:
+            raise error
+        launchpad = self._launchpad()
+        firework = launchpad.fireworks.find_one({"fw_id": fw_id})
+        asked = ((firework or {}).get("spec") or {}).get("_queueadapter")
+        if not asked or _file_is_refused():
+            raise error
+        parked = {
+            "reason": str(error)[:2000],
+            "request": asked,
+            "time": datetime.now(UTC).isoformat(),
+        }
+        launchpad.fireworks.update_one(
+            {"fw_id": fw_id}, {"$set": {f"spec.{SPEC_KEY}.parked": parked}}
+        )
+        launchpad.cancel_reservation(firework["launches"][-1])
+        launchpad.pause_fw(fw_id)
+        logger.error(
+            "firework %d is parked, SLURM will not take it: %s; correct its "
+            "_queueadapter, then 'nanoos campaign resume --parked'",
+            fw_id,
+            error,
+        )
+        return PARKED
+
+    def _give_back(self, error: NanoOSError) -> str:
+        """Let others have a reserved firework that cannot be submitted now."""
+        fw_id = self._reserved()
+        if fw_id is None:
+            raise error
+        launchpad = self._launchpad()
+        firework = launchpad.fireworks.find_one({"fw_id": fw_id}, {"launches": 1})
+        launchpad.cancel_reservation(firework["launches"][-1])
+        logger.error("firework %d is tried again later: %s", fw_id, error)
+        return GIVEN_BACK
 
     def get_njobs_in_queue(self, username: str | None = None) -> int:
         """Return the number of the user's jobs in the partition; tasks count."""
@@ -117,6 +199,24 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         if self.request.queue:
             command.append(f"--partition={self.request.queue}")
         return len(run_slurm(command).split())
+
+
+def _file_is_refused() -> bool:
+    """Tell whether SLURM refuses what the file in use asks for, without a firework."""
+    from fireworks import fw_config
+    from fireworks.utilities.fw_serializers import load_object_from_file
+
+    if fw_config.QUEUEADAPTER_LOC is None:
+        return False
+    adapter = load_object_from_file(str(fw_config.QUEUEADAPTER_LOC))
+    try:
+        script = adapter.get_script_str("/")
+        run_slurm(["sbatch", "--test-only"], text=script, timeout_s=_SUBMIT_TIMEOUT_S)
+    except InputError:
+        return True
+    except LaunchError as error:
+        return not any(p in str(error).lower() for p in _PASSING)
+    return False
 
 
 def _fields(m_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -220,6 +220,74 @@ def test_the_same_campaign_runs_through_packed_workers(
     assert logs().count("leaves: drained") == 3
 
 
+def qlaunch_once(folder: Path) -> str:
+    done = subprocess.run(
+        [str(BIN / "qlaunch"), "-r", "rapidfire"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_a_job_that_slurm_refuses_is_parked_and_the_others_go_on(
+    cluster: Path, mongodb_database: Any, tmp_path: Path
+) -> None:
+    """The refused ones come first, and would end the loop of qlaunch each time."""
+    from fireworks import Firework, PyTask
+
+    launchpad = load_launchpad(cluster / "my_launchpad.yaml")
+    for name, request, priority in (
+        ("partition", {"queue": "nowhere"}, 3),
+        ("misspelt", {"memory": "4G"}, 2),
+        ("good", {"ntasks": 1}, 1),
+        ("plain", None, 0),
+    ):
+        spec = {"_category": "prep", "_priority": priority, SPEC_KEY: {"campaign": "c"}}
+        if request is not None:
+            spec["_queueadapter"] = request
+        launchpad.add_wf(Firework([PyTask(func="os.getcwd")], spec=spec, name=name))
+
+    said = qlaunch_once(cluster / "prep")
+    ended = {"COMPLETED", "FIZZLED", "PAUSED"}
+    wait_for(lambda: not set(states(mongodb_database)) - ended, lambda: said)
+
+    found = {d["name"]: d for d in mongodb_database["fireworks"].find()}
+    assert {n: d["state"] for n, d in found.items()} == {
+        "partition": "PAUSED",
+        "misspelt": "PAUSED",
+        "good": "COMPLETED",
+        "plain": "COMPLETED",
+    }, said
+    reasons = {
+        n: found[n]["spec"][SPEC_KEY]["parked"]["reason"]
+        for n in found
+        if found[n]["state"] == "PAUSED"
+    }
+    assert "invalid partition" in reasons["partition"]
+    assert "memory" in reasons["misspelt"]
+
+    # Corrected, it runs.
+    mongodb_database["fireworks"].update_one(
+        {"name": "partition"}, {"$set": {"spec._queueadapter": {"nodes": 1}}}
+    )
+    launchpad.resume_fw(found["partition"]["fw_id"])
+    # What is wrong with the file parks nobody.
+    path = cluster / "prep" / "my_qadapter.yaml"
+    text = path.read_text()
+    path.write_text(text.replace('queue: "main"', 'queue: "nowhere"'))
+    said = qlaunch_once(cluster / "prep")
+    assert "invalid partition" in said
+    assert states(mongodb_database) == {"PAUSED": 1, "COMPLETED": 2, "READY": 1}
+    path.write_text(text)
+    said = qlaunch_once(cluster / "prep")
+    wait_for(
+        lambda: states(mongodb_database) == {"PAUSED": 1, "COMPLETED": 3}, lambda: said
+    )
+
+
 # ------------------------------------------------------------------- walltime and kills
 
 

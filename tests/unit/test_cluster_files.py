@@ -210,3 +210,34 @@ def test_what_passes_is_waited_for_and_what_does_not_is_told(
     assert len(waits) == 1
     with pytest.raises(LaunchError, match="gpuu"):
         adapter.submit_to_queue("FW_submit.script")
+
+
+def test_a_reserved_firework_is_given_back_while_slurm_takes_no_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit of the user's jobs may last for hours; the loop of qlaunch goes on."""
+    cancelled: list[int] = []
+
+    class Fireworks:
+        def find_one(self, query: Any, _fields: Any) -> Any:
+            return {"launches": [3, 9]} if query == {"fw_id": 7} else None
+
+    class Launchpad:
+        fireworks = Fireworks()
+        cancel_reservation = staticmethod(cancelled.append)
+
+    def run_slurm(_command: list[str], **_options: Any) -> str:
+        raise LaunchError("sbatch failed: QOSMaxSubmitJobPerUserLimit")
+
+    waits: list[float] = []
+    monkeypatch.setattr(queue_adapter, "run_slurm", run_slurm)
+    monkeypatch.setattr(queue_adapter.time, "sleep", waits.append)
+    monkeypatch.setattr(SlurmAdapter, "_launchpad", lambda _self: Launchpad())
+    adapter = SlurmAdapter({"rocket_launch": "rlaunch singleshot --fw_id 7"})
+    assert adapter.submit_to_queue("FW_submit.script") == "given back"
+    assert cancelled == [9]
+    assert waits == sorted(waits)
+    assert 60 < sum(waits) < 600  # less than reconcile waits for a job's number
+    # Nothing is reserved: nothing to give back.
+    with pytest.raises(LaunchError, match="MaxSubmitJob"):
+        SlurmAdapter({}).submit_to_queue("FW_submit.script")
