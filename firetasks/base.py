@@ -23,7 +23,7 @@ from nanoos_fw.firetasks.handover import (
 )
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
-from nanoos_fw.slurm import allocation_times
+from nanoos_fw.slurm import allocation_deadline
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import embedded_file, load_launchpad, open_database
 from nanoos_fw.stores.features import FeatureStore
@@ -36,11 +36,8 @@ from nanoos_fw.stores.structures import StructureStore
 # FireWorks keeps stored_data several times over in a launch document (state history,
 # checkpoint, action), so it is for ids, counts and metrics only.
 _MAX_STORED_BYTES = 64 * 1024
-# Time for the checkpoint, the result and the database after the ranks have stopped;
-# less in an allocation so short that it would spend its time on stopping.
 # A task is not begun with less.
 _MIN_USEFUL_S = 3.0
-_STOP_MARGIN_S, _MIN_STOP_MARGIN_S, _STOP_MARGIN_PART = 120.0, 15.0, 0.15
 
 
 class Parameters(BaseModel):
@@ -193,13 +190,3 @@ class NanoTask(FiretaskBase):
             work_root=Path(root).resolve(),
             deadline=allocation_deadline(),
         )
-
-
-def allocation_deadline() -> float | None:
-    """Return the Unix time at which children must stop, from SLURM, or None."""
-    start, end = allocation_times()
-    if end is None:
-        return None
-    length = end - start if start is not None else float("inf")
-    margin = min(_STOP_MARGIN_S, max(_MIN_STOP_MARGIN_S, length * _STOP_MARGIN_PART))
-    return max(end - margin, time.time())

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
@@ -23,11 +23,16 @@ from nanoos_fw.ml.datasets import (
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.predictors import PropertyModel
 from nanoos_fw.ml.screening import predict_in_chunks, rank_candidates
-from nanoos_fw.ml.training import TrainingConfig, train_cgcnn_model
+from nanoos_fw.ml.training import (
+    TrainingConfig,
+    TrainingResult,
+    train_cgcnn_model,
+    with_parent,
+)
 from nanoos_fw.ml.training_config import MODEL_TYPES
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 from nanoos_fw.parallel import locked
-from nanoos_fw.provenance import content_key
+from nanoos_fw.provenance import content_key, sha256_file
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.datasets import build_from_targets, collect_targets
 from nanoos_fw.stores.models import ModelRecord, Prediction
@@ -126,11 +131,34 @@ class BuildDatasetTask(NanoTask):
 
 
 class TrainModelParameters(Parameters):
-    """Parameters of TrainModelTask."""
+    """Parameters of TrainModelTask.
 
-    campaign: str
+    Parameters
+    ----------
+    campaign
+        Whose dataset is trained on, and whose model this becomes.
+    dataset_dir, dataset_hash
+        Without a campaign: folder of the dataset, and what must be in it.
+    parent
+        Version in the registry (``name@version``) whose weights are trained further.
+    activate
+        Make the version the active one; those of campaigns always are.
+    """
+
+    campaign: str | None = None
+    dataset_dir: str | None = None
+    dataset_hash: str | None = None
     model_name: str
     training: TrainingConfig
+    parent: str | None = None
+    activate: bool = False
+
+    @model_validator(mode="after")
+    def _one_dataset(self) -> TrainModelParameters:
+        given = self.dataset_dir is not None, self.dataset_hash is not None
+        if given != ((self.campaign is None,) * 2):
+            raise ValueError("give either campaign, or dataset_dir and dataset_hash")
+        return self
 
 
 class TrainModelTask(NanoTask):
@@ -143,51 +171,103 @@ class TrainModelTask(NanoTask):
     def run(self, place: TaskContext) -> dict[str, Any]:
         """Train, unless the registry has the result, and register."""
         parameters = self.parameters
-        dataset_hash = place.campaigns.output(parameters.campaign, "dataset")
-        dataset_dir = place.work_dir("datasets", dataset_hash)
-        config = parameters.training.model_dump(mode="json")
-        training_key = content_key(
-            "training", {"dataset": dataset_hash, "config": config}
-        )
-        record = place.models.find(training_key)
+        dataset_dir, dataset_hash = self._dataset(place)
+        training, parent = parameters.training, None
+        if parameters.parent is not None:
+            parent = place.models.get(parameters.parent)
+            weights = self._parent_file(place, parent)
+            training = with_parent(training, weights)
+        asked: dict[str, Any] = {
+            "dataset": dataset_hash,
+            "config": training.model_dump(mode="json"),
+        }
+        training_key = content_key("training", asked)
+        # Under another name it is another entry, of the same finished training.
+        key = training_key
+        if parameters.campaign is None:
+            key = content_key("training", {**asked, "name": parameters.model_name})
+        record = place.models.find(key)
         if record is None:
-            record = self._train(place, dataset_dir, dataset_hash, training_key)
-        place.models.activate(
-            record.reference, reason=f"trained by campaign {parameters.campaign}"
-        )
-        place.campaigns.record(parameters.campaign, model=record.reference)
+            result = self._train(place, training, dataset_dir, training_key, parent)
+            record = self._register(place, result, dataset_dir, key, parent)
+        if parameters.campaign is not None:
+            place.models.activate(
+                record.reference, reason=f"trained by campaign {parameters.campaign}"
+            )
+            place.campaigns.record(parameters.campaign, model=record.reference)
+        elif parameters.activate:
+            place.models.activate(record.reference, reason="trained to be active")
         return {"model": record.reference, "sha256": record.sha256}
+
+    def _dataset(self, place: TaskContext) -> tuple[Path, str]:
+        """Return folder and hash of what is trained on."""
+        parameters = self.parameters
+        if parameters.campaign is not None:
+            key: str = place.campaigns.output(parameters.campaign, "dataset")
+            return place.work_dir("datasets", key), key
+        directory = Path(str(parameters.dataset_dir))
+        found = open_dataset(directory, verify=False).dataset_hash
+        if found != parameters.dataset_hash:
+            raise InputError(
+                f"{directory} holds another dataset than when the training was "
+                "submitted",
+                evidence={
+                    "dataset_hash": found,
+                    "dataset_hash_expected": parameters.dataset_hash,
+                },
+                advice="bring it back, or submit the training again",
+            )
+        return directory, found
+
+    def _parent_file(self, place: TaskContext, parent: ModelRecord) -> Path:
+        """Write the weights to train further to a file, unless it is there."""
+        path = place.work_root / "parents" / f"{parent.sha256}.safetensors"
+        if not path.is_file() or sha256_file(path) != parent.sha256:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place.models.write_weights(parent, path)
+        return path
 
     def _train(
         self,
         place: TaskContext,
+        training: TrainingConfig,
         dataset_dir: Path,
-        dataset_hash: str,
         training_key: str,
-    ) -> ModelRecord:
-        parameters = self.parameters
-        dataset = open_dataset(dataset_dir)
+        parent: ModelRecord | None,
+    ) -> TrainingResult:
         work_dir = place.work_dir("training", training_key)
         with locked(work_dir):
-            result = train_cgcnn_model(
-                parameters.training.target,
-                parameters.training,
+            return train_cgcnn_model(
+                training.target,
+                training,
                 dataset_dir=dataset_dir,
                 work_dir=work_dir,
                 resources=place.resources,
                 deadline=place.deadline,
+                parent=None if parent is None else self._parent_file(place, parent),
             )
+
+    def _register(
+        self,
+        place: TaskContext,
+        result: TrainingResult,
+        dataset_dir: Path,
+        key: str,
+        parent: ModelRecord | None,
+    ) -> ModelRecord:
+        parameters, training = self.parameters, result.config
+        dataset = open_dataset(dataset_dir)
         return place.models.register(
             name=parameters.model_name,
             target=result.target,
             unit=result.unit,
-            model_type=MODEL_TYPES[parameters.training.model_type],
+            model_type=MODEL_TYPES[training.model_type],
             weights=Path(result.checkpoint),
-            training_key=training_key,
-            training_config=parameters.training.model_dump(mode="json"),
+            training_key=key,
+            training_config=training.model_dump(mode="json"),
             metrics={**result.metrics, "baselines": result.baselines},
             dataset_info={
-                "dataset_hash": dataset_hash,
+                "dataset_hash": result.dataset_hash,
                 "counts": {
                     part: dataset.parts.count(part)
                     for part in sorted(set(dataset.parts))
@@ -197,11 +277,12 @@ class TrainModelTask(NanoTask):
             },
             environment={
                 **result.environment,
-                "seed": parameters.training.seed,
+                "seed": training.seed,
                 "ranks": result.ranks,
                 "threads": place.resources.threads,
                 "wall_s": round(result.wall_s, 3),
             },
+            parent=None if parent is None else parent.reference,
             details=put_artifact(place.database, result.model_dump_json().encode()),
         )
 

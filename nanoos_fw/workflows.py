@@ -344,6 +344,61 @@ def featurization_workflow(
     )
 
 
+def training_workflow(
+    dataset_dir: str,
+    dataset_hash: str,
+    training: TrainingConfig,
+    model_name: str,
+    work_root: str,
+    *,
+    parent: str | None = None,
+    activate: bool = False,
+) -> Workflow:
+    """Return one training on the folder of a dataset, without a campaign.
+
+    Parameters
+    ----------
+    dataset_dir, dataset_hash
+        Folder, which all workers see, and what must be in it then.
+    training
+        Hyper-parameters; with a parent those of
+        :func:`nanoos_fw.ml.training.with_parent`.
+    model_name
+        In the registry.
+    work_root
+        Folder of the work directories, which all workers share.
+    parent
+        ``name@version`` of the registry, to train further.
+    activate
+        Make the new version the active one.
+    """
+    asked: dict[str, Any] = {
+        "dataset_dir": str(Path(dataset_dir)),
+        "dataset_hash": dataset_hash,
+        "training": training.model_dump(mode="json"),
+        "model_name": model_name,
+    }
+    if parent is not None:
+        asked["parent"] = parent
+    if activate:
+        asked["activate"] = True
+    key = content_key("training workflow", asked)
+    firework = Firework(
+        [TrainModelTask(**asked)],
+        spec={
+            "_category": "train",
+            "_add_launchpad_and_fw_id": True,
+            SPEC_KEY: {"stage": "train", "key": key, "work_root": str(Path(work_root))},
+        },
+        name=f"{model_name} train",
+    )
+    return Workflow(
+        [firework],
+        name=f"{model_name} training",
+        metadata={"kind": "training", "key": key},
+    )
+
+
 def search_workflow(search: str, work_root: str, workers: int, turn: int) -> Workflow:
     """Return fireworks that work on a hyper-parameter search, all alike.
 

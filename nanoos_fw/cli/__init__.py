@@ -37,6 +37,7 @@ from nanoos_fw.cli.common import (
     save_if_embedded,
 )
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.parallel.files import RESUMABLE_EXIT
 
 if TYPE_CHECKING:
     from nanoos_fw.operations import ImportReport
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from nanoos_fw.console import error_lines
 
         print("\n".join(error_lines(error)), file=sys.stderr)
-        return 1
+        return RESUMABLE_EXIT if error.resumable else 1
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to continue", file=sys.stderr)
         return 130

@@ -86,6 +86,7 @@ __all__ = [
     "LearningCurve",
     "TrainingConfig",
     "TrainingResult",
+    "check_without_parent",
     "main",
     "read_training_config",
     "train_cgcnn_model",
@@ -168,16 +169,8 @@ def train_cgcnn_model(
         raise InputError(f"the config is for {checked.target!r}, not {target!r}")
     if parent is not None:
         checked = with_parent(checked, Path(parent))
-    elif checked.parent_sha256 is not None:
-        raise InputError(
-            "the config names a parent by its checksum, but no file was given",
-            advice="give the file as parent",
-        )
-    elif checked.freeze or checked.normalizer == "keep":
-        raise InputError(
-            "freeze and normalizer = keep need a parent to take them from",
-            advice="give a checkpoint as parent",
-        )
+    else:
+        check_without_parent(checked)
     directory = Path(work_dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / RANK_CONFIG
@@ -202,6 +195,26 @@ def train_cgcnn_model(
             advice=f"delete {directory} and train again",
         )
     return trained
+
+
+def check_without_parent(config: TrainingConfig) -> None:
+    """Refuse a config that needs a parent.
+
+    Raises
+    ------
+    InputError
+        If it does.
+    """
+    if config.parent_sha256 is not None:
+        raise InputError(
+            "the config names a parent by its checksum, but no file was given",
+            advice="give the file as parent",
+        )
+    if config.freeze or config.normalizer == "keep":
+        raise InputError(
+            "freeze and normalizer = keep need a parent to take them from",
+            advice="give a checkpoint as parent",
+        )
 
 
 def with_parent(config: TrainingConfig, parent: Path) -> TrainingConfig:

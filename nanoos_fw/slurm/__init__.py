@@ -11,7 +11,12 @@ from nanoos_fw.slurm.cluster import (
     read_cluster,
     request_problems,
 )
-from nanoos_fw.slurm.commands import allocation_times, run_slurm, slurm_time
+from nanoos_fw.slurm.commands import (
+    allocation_deadline,
+    allocation_times,
+    run_slurm,
+    slurm_time,
+)
 from nanoos_fw.slurm.jobs import (
     EndedJob,
     QueuedJob,
@@ -36,6 +41,7 @@ __all__ = [
     "Partition",
     "QueuedJob",
     "SlurmRequest",
+    "allocation_deadline",
     "allocation_times",
     "batch_script",
     "check_request",

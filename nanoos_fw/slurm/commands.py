@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # FireWorks gives squeue five seconds, which a busy controller does not keep.
 COMMAND_TIMEOUT_S = 60.0
+# Time for the checkpoint, the result and the database after the ranks have stopped;
+# less in an allocation so short that it would spend its time on stopping.
+_STOP_MARGIN_S, _MIN_STOP_MARGIN_S, _STOP_MARGIN_PART = 120.0, 15.0, 0.15
 _known_times: dict[str, tuple[float | None, float | None]] = {}
 
 
@@ -86,6 +89,16 @@ def allocation_times(
         return float(start), float(end)
     job = env.get("SLURM_JOB_ID", "")
     return _ask_allocation_times(job) if job.isdigit() else (None, None)
+
+
+def allocation_deadline() -> float | None:
+    """Return the Unix time at which children must stop, from SLURM, or None."""
+    start, end = allocation_times()
+    if end is None:
+        return None
+    length = end - start if start is not None else float("inf")
+    margin = min(_STOP_MARGIN_S, max(_MIN_STOP_MARGIN_S, length * _STOP_MARGIN_PART))
+    return max(end - margin, time.time())
 
 
 def _ask_allocation_times(job: str) -> tuple[float | None, float | None]:

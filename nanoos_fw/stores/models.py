@@ -113,7 +113,7 @@ class ModelRegistry:
         parent
             Version that the training began with.
         """
-        _check_name(name, target)
+        check_name(name, target)
         if parent is not None:
             parent = self.get(parent).reference
         digest = sha256_file(weights)
@@ -586,7 +586,14 @@ def _registry(database: Any) -> ModelRegistry:
     return ModelRegistry(database)
 
 
-def _check_name(name: str, target: str) -> None:
+def check_name(name: str, target: str) -> None:
+    """Refuse names that cannot be used for models of a target.
+
+    Raises
+    ------
+    InputError
+        If the name is empty, cannot be told from a reference, or is taken.
+    """
     if not name or "@" in name or ":" in name:
         raise InputError(f"model name {name!r} must not be empty or hold '@', ':'")
     system = SYSTEM_MODELS.get(name)

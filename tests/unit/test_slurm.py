@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from nanoos_fw.errors import LaunchError, MissingDependencyError
-from nanoos_fw.firetasks.base import allocation_deadline
-from nanoos_fw.slurm import allocation_times, commands, run_slurm
+from nanoos_fw.slurm import (
+    allocation_deadline,
+    allocation_times,
+    commands,
+    run_slurm,
+)
 
 FakeCommand = Callable[[str, str], Path]
 
