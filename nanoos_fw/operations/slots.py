@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nanoos_fw.errors import StoreError
 from nanoos_fw.provenance import read_json
-from nanoos_fw.slurm import walltime_seconds
+from nanoos_fw.slurm import allocation_deadline, walltime_seconds
 from nanoos_fw.stores.launches import SPEC_KEY
 
 logger = logging.getLogger(__name__)
@@ -328,7 +328,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    from nanoos_fw.firetasks.base import allocation_deadline
     from nanoos_fw.operations.campaign import quiet_fireworks
     from nanoos_fw.stores.database import load_launchpad
 

@@ -95,7 +95,13 @@ def structures(
             continue
         strain = np.eye(3) + rng.normal(size=(3, 3)) * 0.03
         crystal = Structure(Lattice(np.eye(3) * a @ strain), species, coords) * repeat
-        crystal.perturb(0.08)
+        # Not Structure.perturb, whose random numbers have no seed.
+        shifts = rng.normal(size=(len(crystal), 3))
+        shifts *= 0.08 / np.linalg.norm(shifts, axis=1, keepdims=True)
+        places = crystal.cart_coords + shifts
+        crystal = Structure(
+            crystal.lattice, crystal.species, places, coords_are_cartesian=True
+        )
         made.append(crystal)
     return made
 
