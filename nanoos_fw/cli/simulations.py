@@ -65,6 +65,36 @@ def add_commands(commands: Any) -> None:
     )
     plot.set_defaults(command=_plot)
 
+    export = actions.add_parser(
+        "export",
+        help="frames, last structure or thermo table for other programs",
+        description=(
+            "extxyz: frames in the crystal's own orientation and order of sites; "
+            "lammps: a text dump; poscar: the last structure; csv: the thermo table. "
+            "FILE.json tells units, digest and simulation."
+        ),
+    )
+    _add_run(export)
+    export.add_argument(
+        "--format",
+        choices=("extxyz", "lammps", "poscar", "csv"),
+        default="extxyz",
+        help="default: %(default)s",
+    )
+    export.add_argument(
+        "--first-step",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="leave out what is before",
+    )
+    export.add_argument(
+        "--every", type=int, default=1, metavar="N", help="every N-th frame or row"
+    )
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    add_json(export)
+    export.set_defaults(command=_export)
+
 
 def _add_simulate(actions: Any) -> None:
     run = actions.add_parser(
@@ -418,6 +448,24 @@ def _plot(arguments: argparse.Namespace) -> int:
     )
     for path in paths:
         print(path)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.md.exports import description_of, export_simulation
+
+    found = export_simulation(
+        _output_dir(arguments.run),
+        arguments.output,
+        arguments.format,
+        first_step=arguments.first_step,
+        every=arguments.every,
+    )
+    if arguments.json:
+        print_json(found)
+    else:
+        print(arguments.output)
+        print(description_of(arguments.output))
     return 0
 
 

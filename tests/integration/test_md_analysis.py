@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -11,8 +12,14 @@ from pymatgen.core import Lattice, Structure
 from nanoos_fw.cli import main
 from nanoos_fw.md.analysis import AnalysisRequest, analyze_simulation
 from nanoos_fw.md.engine import LAMMPSEngine
-from nanoos_fw.md.output import averages, simulation_thermo, simulation_trajectory
+from nanoos_fw.md.output import (
+    averages,
+    final_structure,
+    simulation_thermo,
+    simulation_trajectory,
+)
 from nanoos_fw.md.potentials import lennard_jones_potential
+from nanoos_fw.md.trajectory import Trajectory
 
 pytestmark = pytest.mark.lammps
 
@@ -119,3 +126,90 @@ def test_frames_are_in_our_units_whatever_the_potential_uses(liquid):
     frame = next(iter(simulation_trajectory(liquid / "output")))
     # 3 k T / m of argon at 130 K: (2.85 Å/ps)².
     assert (frame.velocities**2).sum(axis=1).mean() == pytest.approx(8.1, rel=0.35)
+
+
+def test_exports_have_the_orientation_order_and_numbers_of_the_simulation(
+    tmp_path, capsys
+):
+    """A tilted and turned cell whose elements alternate: nothing is as in LAMMPS."""
+    turn = np.linalg.qr(np.array([[1.0, 0.3, -0.2], [0.1, 0.9, 0.4], [0.5, -0.3, 1.2]]))
+    matrix = np.array([[11.4, 0, 0], [5.7, 9.9, 0], [-1.3, 0.8, 11.0]]) @ turn[0]
+    if np.linalg.det(matrix) < 0:
+        matrix = -matrix
+    grid = np.array(list(np.ndindex(2, 2, 2))) / 2.0 + 0.1
+    crystal = Structure(matrix, ["Kr", "Ar"] * 4, grid)
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(
+        crystal,
+        {
+            "workflow_type": "MD_NVT_LAMMPS",
+            "potential": lennard_jones_potential(
+                {"Ar": (0.01032, 3.405), "Kr": (0.014, 3.65)}, cutoff_a=8.5
+            ),
+            "temperature_k": 40.0,
+            "num_steps": 60,
+            "equilibration_steps": 0,
+            "dump_every": 20,
+            "thermo_every": 10,
+        },
+        tmp_path,
+    )
+    output = tmp_path / "output"
+    engine.execute(inputs, output)
+
+    def export(form, *words):
+        path = tmp_path / f"out.{form}"
+        code = main(
+            ["md", "export", str(tmp_path), "--format", form, "-o", str(path), *words]
+        )
+        assert code == 0, capsys.readouterr()
+        about = json.loads(path.with_name(path.name + ".json").read_text())
+        assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert about["simulation"]["config"]["num_steps"] == 60
+        return path, about
+
+    path, about = export("extxyz")
+    assert (about["n_frames"], about["last_step"]) == (4, 60)
+    ase_io = pytest.importorskip("ase.io")
+    images = ase_io.read(path, ":", format="extxyz")
+    assert [image.info["step"] for image in images] == [0, 20, 40, 60]
+    assert images[0].get_chemical_symbols() == ["Kr", "Ar"] * 4
+    np.testing.assert_allclose(images[0].cell, matrix, atol=1e-12)
+    shift = images[0].get_scaled_positions(wrap=False) - grid
+    np.testing.assert_allclose(shift - np.round(shift), 0.0, atol=1e-10)
+    # The last frame is the last structure; and velocities are turned as positions:
+    # over 20 steps of a few fs atoms hardly turn, so they tell where atoms go.
+    last = final_structure(output)
+    shift = images[-1].get_scaled_positions(wrap=False) - last.frac_coords
+    np.testing.assert_allclose(shift - np.round(shift), 0.0, atol=1e-9)
+    dt = about["simulation"]["timestep_fs"] / 1000.0 * 20
+    moved = images[1].positions - images[0].positions
+    between = 0.5 * sum(i.arrays["velocity_a_ps"] for i in images[:2]) * dt
+    assert np.abs(moved - between).max() < 0.1 * np.abs(moved).max()
+
+    path, _ = export("lammps", "--first-step", "20", "--every", "2")
+    back, frames = Trajectory(path), simulation_trajectory(output)
+    assert back.step.tolist() == [20, 60]
+    for step in (20, 60):
+        a, b = back.at(step), frames.at(step)
+        np.testing.assert_allclose(a.positions, b.positions, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(a.velocities, b.velocities)
+        np.testing.assert_allclose(a.matrix, b.matrix, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(a.types, b.types)
+
+    path, _ = export("poscar")
+    poscar = Structure.from_str(path.read_text(), fmt="poscar")
+    assert [site.species_string for site in poscar] == ["Kr", "Ar"] * 4
+    np.testing.assert_allclose(poscar.lattice.matrix, matrix, atol=1e-12)
+    np.testing.assert_allclose(poscar.frac_coords, last.frac_coords, atol=1e-12)
+
+    path, about = export("csv")
+    table, thermo = (
+        np.genfromtxt(path, delimiter=",", names=True),
+        simulation_thermo(output),
+    )
+    for name in ("step", "temperature_k", "pressure_bar", "total_energy_ev"):
+        np.testing.assert_array_equal(table[name], thermo[name])
+    assert about["units"]["pressure_bar"] == "bar"
+    assert about["n_rows"] == 7
+    assert main(["md", "export", str(tmp_path), "--first-step", "61", "-o", "x"]) != 0
