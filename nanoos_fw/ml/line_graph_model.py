@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.cgcnn import AnyGraph, CGCNNModel, build_networks, predict_table
+from nanoos_fw.ml.cgcnn import AnyGraph, CGCNNModel
+from nanoos_fw.ml.ensembles import build_networks, predict_table
 from nanoos_fw.ml.line_graph import (
     LineGraphTable,
     line_graphs_of,

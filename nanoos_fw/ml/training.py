@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.cgcnn import dropout_spread, ensemble, predict_table
 from nanoos_fw.ml.cgcnn_format import published_element_vectors
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
+from nanoos_fw.ml.ensembles import dropout_spread, ensemble, predict_table
 from nanoos_fw.ml.forest import fit_forest, graph_scalars
 from nanoos_fw.ml.line_graph import with_angles
 from nanoos_fw.ml.metrics import (

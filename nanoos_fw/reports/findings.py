@@ -49,7 +49,7 @@ _BEST_SHOWN = 3
 
 def model_scores(part: Evaluation) -> Scores:
     """Return the scores of the model on the test part, eV/atom."""
-    return regression_scores("CGCNN ensemble", part.targets, part.predictions)
+    return regression_scores("network ensemble", part.targets, part.predictions)
 
 
 def abstract(data: ReportData) -> Markup:
