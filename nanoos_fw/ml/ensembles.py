@@ -64,7 +64,8 @@ def predict_table(
     """Return the prediction of each network for rows of a table, ``(members, n)``.
 
     By torch, as networks in training have it;
-    :meth:`nanoos_fw.ml.cgcnn.CGCNNModel.predict_rows` is faster. ``batch_size`` is at most the network's ``evaluation_batch``.
+    :meth:`nanoos_fw.ml.cgcnn.CGCNNModel.predict_rows` is faster. ``batch_size`` is at
+    most the network's ``evaluation_batch``.
     """
     import torch
 
