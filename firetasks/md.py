@@ -15,7 +15,9 @@ from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.md.analysis import AnalysisName, AnalysisRequest, analyze_simulation
 from nanoos_fw.md.catalogue import Catalogue
+from nanoos_fw.md.cells import supercell
 from nanoos_fw.md.engine import LAMMPSEngine
+from nanoos_fw.md.fork_server import shared_server
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.output import not_converged, read_simulation
 from nanoos_fw.md.potential_checks import check_files, check_styles
@@ -203,7 +205,11 @@ def _simulation(
 
 
 class MDMethod(Parameters):
-    """A molecular dynamics run and what is computed of its trajectory."""
+    """A molecular dynamics run and what is computed of its trajectory.
+
+    A failure of LAMMPS that has a correction is tried again ``max_corrections`` times;
+    what was changed is part of the result.
+    """
 
     config: MDConfig
     rdf_max_a: float = Field(default=8.0, gt=0)
@@ -211,6 +217,7 @@ class MDMethod(Parameters):
     analyses: tuple[AnalysisName, ...] = Field(default=("rdf", "msd"), min_length=1)
     vdos_longest_ps: float | None = Field(default=None, gt=0)
     adf_cutoff_a: float | None = Field(default=None, gt=0)
+    max_corrections: int = Field(default=2, ge=0, le=10)
 
     @property
     def request(self) -> AnalysisRequest:
@@ -306,22 +313,23 @@ class RunMDTask(NanoTask):
     def _simulate(self, place: TaskContext, run: _Run) -> Simulation:
         config = self.parameters.md.config
         work_dir = place.work_dir("md", simulation_key(run.structure, run.method))
-        engine = LAMMPSEngine()
+        structure = RelaxationResult.from_dict(run.relaxation.result).structure()
+        n_atoms = len(supercell(structure, config.supercell_min_atoms))
+        resources = place.resources_for(n_atoms // _ATOMS_PER_RANK)
+        engine = LAMMPSEngine(server=shared_server())
         with locked(work_dir):
-            input_dir = engine.prepare_input(
-                RelaxationResult.from_dict(run.relaxation.result).structure(),
+            outcome = engine.run(
+                structure,
                 {**config.model_dump(), "potential": run.potential},
                 work_dir,
-            )
-            output_dir = work_dir / "output"
-            n_atoms = len(read_simulation(input_dir)["species"])
-            outcome = engine.execute(
-                input_dir,
-                output_dir,
+                max_corrections=self.parameters.md.max_corrections,
                 timeout=None,
-                resources=place.resources_for(n_atoms // _ATOMS_PER_RANK),
+                resources=resources,
                 deadline=place.deadline,
             )
+            output_dir = Path(outcome["output_dir"])
+            # What ran: a correction may have changed the timestep.
+            config = MDConfig.model_validate(read_simulation(output_dir)["config"])
             parsed = engine.parse_output(output_dir)
             error = not_converged(output_dir)
         every = math.ceil(len(parsed["thermo"]["step"]) / _MAX_THERMO_ROWS)
@@ -341,13 +349,14 @@ class RunMDTask(NanoTask):
                 "temperature_k": config.temperature_k,
                 "pressure_bar": config.pressure_bar,
                 "seed": config.seed,
+                "corrections": outcome["corrections"],
                 "averages": parsed["averages"],
                 "units": parsed["units"],
                 **{name: parsed[name] for name in _CONVERGENCE if name in parsed},
                 "thermo": {n: v[::every] for n, v in parsed["thermo"].items()},
                 "final_structure": parsed["final_structure"],
             },
-            files={"input_dir": str(input_dir), "output_dir": str(output_dir)},
+            files={"input_dir": outcome["input_dir"], "output_dir": str(output_dir)},
             environment={
                 **run_environment(),
                 "ranks": outcome["ranks"],

@@ -122,6 +122,14 @@ def _add_simulate(actions: Any) -> None:
         help="parameters, such as temperature=300 num_steps=20000 timestep=2",
     )
     run.add_argument("--ranks", type=int, default=1, help="default: %(default)s")
+    run.add_argument("--threads", type=int, default=1, help="of each rank")
+    run.add_argument(
+        "--corrections",
+        type=int,
+        default=2,
+        metavar="N",
+        help="tries with other parameters after a failure (default: %(default)s)",
+    )
     run.add_argument(
         "--timeout", type=float, metavar="S", help="stop after so long, to go on later"
     )
@@ -158,10 +166,10 @@ def _add_request(parser: Any) -> None:
 
 
 def _output_dir(run: Path) -> Path:
-    from nanoos_fw.md.output import SIMULATION
+    from nanoos_fw.md.output import OUTPUT, SIMULATION, newest_try
 
     # prepare_input leaves its own copy beside the output.
-    for folder in (run / "output", run):
+    for folder in (newest_try(run) / OUTPUT, run):
         if (folder / SIMULATION).exists():
             return folder
     raise InputError(
@@ -222,17 +230,25 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"warning: {warning}", file=sys.stderr)
         bar = CountProgress(Console(stderr=True), "timesteps", config.total_steps)
         with bar.shown(), _shown_by(bar):
-            outcome = engine.execute(
-                inputs,
-                folder / "output",
+            outcome = engine.run(
+                structure,
+                parameters,
+                folder,
+                max_corrections=arguments.corrections,
                 timeout=arguments.timeout,
-                resources=Resources(ranks=arguments.ranks),
+                resources=Resources(arguments.ranks, arguments.threads),
             )
+    for number, entry in enumerate(outcome["corrections"], start=1):
+        print(
+            f"correction {number}: {entry['message']}; {entry['reason']}",
+            file=sys.stderr,
+        )
     if arguments.json:
         print_json(outcome)
     else:
-        print("\n".join(_status_lines(_status_of(folder / "output"))))
-        print(folder / "output")
+        output = Path(outcome["output_dir"])
+        print("\n".join(_status_lines(_status_of(output))))
+        print(output)
     return 0 if outcome["success"] else 1
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from nanoos_fw.errors import InputError, LaunchError, NanoOSError, SimulationError
-from nanoos_fw.md.box import LammpsBox
+from nanoos_fw.errors import InputError, LaunchError, SimulationError
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.cells import site_charges, site_elements, supercell
 from nanoos_fw.md.failures import changes, correction
@@ -28,33 +26,35 @@ from nanoos_fw.md.inputs import (
     DATA_FILE,
     SCRIPT,
     MDConfig,
-    Origin,
     timestep_warnings,
     write_input,
 )
 from nanoos_fw.md.output import (
-    FINAL,
+    CORRECTIONS,
+    OUTPUT,
     SIMULATION,
-    averages,
     convergence,
+    corrections_of,
     final_structure,
+    newest_try,
     not_converged,
+    parse_output,
     read_simulation,
     simulation_box,
     simulation_thermo,
 )
 from nanoos_fw.md.potentials import Potential
-from nanoos_fw.md.properties import RESULT_FILE
 from nanoos_fw.md.protocols import PROPERTIES
 from nanoos_fw.md.restarts import (
-    PORTABLE,
-    STOP_RESTART,
     UNREADABLE,
     drop_segments_after,
+    is_exact,
     newest_origin,
+    put_away,
+    record_segment,
 )
 from nanoos_fw.md.simulation import CONFIG
-from nanoos_fw.md.trajectory import ThermoTable, read_thermo, segment_files
+from nanoos_fw.md.trajectory import read_thermo
 from nanoos_fw.parallel import Resources, clear_messages, launch_ranks
 from nanoos_fw.provenance import content_key, read_json, write_json
 from nanoos_fw.settings import load_settings
@@ -75,12 +75,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FINISHED, CORRECTIONS, SEGMENT_RECORD = (
-    "finished.json",
-    "corrections.json",
-    "segments.json",
-)
-_INPUT, _OUTPUT = "input", "output"
+FINISHED = "finished.json"
+_INPUT = "input"
+EXECUTABLE = "nanoos_fw.md.executable"
 # Without a new timestep or row for so long, a rank is taken to hang.
 STALL_S = 1800.0
 _MAX_UNREADABLE = 4
@@ -151,16 +148,17 @@ class LAMMPSEngine:
             See `execute`. A `SimulationError` carries the corrections tried as
             evidence.
         """
-        record = work_dir / CORRECTIONS
-        done: list[dict[str, Any]] = read_json(record) if record.exists() else []
-        values = dict(parameters)
+        done = corrections_of(work_dir)
+        values = _named(parameters)
+        # What was corrected is not asked for anew by other parameters.
+        self._refuse_another(structure, values, work_dir)
         for entry in done:
             values |= {name: new for name, (_, new) in entry["changes"].items()}
         while True:
-            place = work_dir / f"try-{len(done)}" if done else work_dir
-            input_dir = self.prepare_input(structure, _named(values), place)
+            place = newest_try(work_dir)
+            input_dir = self.prepare_input(structure, values, place)
             try:
-                outcome = self.execute(input_dir, place / _OUTPUT, **options)
+                outcome = self.execute(input_dir, place / OUTPUT, **options)
             except SimulationError as error:
                 error.evidence["corrections"] = done
                 if len(done) >= max_corrections:
@@ -182,10 +180,10 @@ class LAMMPSEngine:
                         "last_step": error.evidence.get("last_step"),
                         "reason": next_try.reason,
                         "changes": changed,
-                        "failed_output": str(place / _OUTPUT),
+                        "failed_output": str(place / OUTPUT),
                     }
                 )
-                write_json(record, done)
+                write_json(work_dir / CORRECTIONS, done)
                 values |= {name: new for name, (_, new) in changed.items()}
             else:
                 return {**outcome, "corrections": done, "input_dir": str(input_dir)}
@@ -217,36 +215,29 @@ class LAMMPSEngine:
         InputError
             If structure, potential and parameters do not go together.
         """
-        values = dict(parameters)
-        chosen = values.pop("potential", None)
-        config = MDConfig.from_parameters(values)
+        self._refuse_another(structure, parameters, work_dir)
         directory = work_dir / _INPUT
-        potential = Catalogue().resolve(chosen, site_elements(structure), directory)
-        cell = supercell(structure, config.supercell_min_atoms)
-        box, elements = write_input(cell, config, potential, directory)
-        simulation = {
-            "config": config.model_dump(mode="json"),
-            "potential": potential.model_dump(mode="json"),
-            "elements": list(elements),
-            "species": site_elements(cell),
-            "lattice": cell.lattice.matrix.tolist(),
-            "frac_coords": cell.frac_coords.tolist(),
-        }
-        charges = site_charges(cell) if potential.charges != "none" else None
-        if charges is not None:
-            simulation["charges"] = charges.tolist()
-        identity = {**simulation, "potential": potential.identity}
-        write_json(
-            directory / SIMULATION,
-            {
-                "key": content_key("simulation", identity),
-                **simulation,
-                "warnings": timestep_warnings(config, potential, elements),
-            },
-        )
+        plan = _Plan.of(structure, parameters, directory)
+        box, elements = write_input(plan.cell, plan.config, plan.potential, directory)
+        warnings = timestep_warnings(plan.config, plan.potential, elements)
+        write_json(directory / SIMULATION, {**plan.simulation, "warnings": warnings})
         lengths = " × ".join(f"{length:.2f}" for length in box.lengths)
-        logger.info("%d atoms in a box of %s Å", len(cell), lengths)
+        logger.info("%d atoms in a box of %s Å", len(plan.cell), lengths)
         return directory
+
+    def _refuse_another(
+        self, structure: Structure, parameters: Mapping[str, Any], work_dir: Path
+    ) -> None:
+        """Refuse another simulation than the one whose output is there already.
+
+        Before anything is written: the input of that one stays what it was.
+        """
+        output_dir = work_dir / OUTPUT
+        if not (output_dir / SIMULATION).exists():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            plan = _Plan.of(structure, parameters, Path(folder))
+        _check_key(output_dir, plan.simulation["key"])
 
     def execute(
         self,
@@ -300,13 +291,7 @@ class LAMMPSEngine:
         """
         simulation = read_simulation(input_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        mine = output_dir / SIMULATION
-        if mine.exists() and read_json(mine).get("key") != simulation["key"]:
-            raise InputError(
-                f"{output_dir} holds the output of another simulation",
-                evidence={"key": read_json(mine).get("key"), "new": simulation["key"]},
-                advice="choose an empty folder",
-            )
+        _check_key(output_dir, simulation["key"])
         if (output_dir / FINISHED).exists():
             finished: dict[str, Any] = read_json(output_dir / FINISHED)
             return finished
@@ -315,7 +300,7 @@ class LAMMPSEngine:
         potential = Potential.model_validate(simulation["potential"])
         # The copy beside the script, so that a moved work directory still runs.
         potential.relocated(input_dir).install(output_dir)
-        write_json(mine, simulation)
+        write_json(output_dir / SIMULATION, simulation)
         limits = [deadline] if deadline is not None else []
         if timeout is not None:
             limits.append(time.time() + timeout)
@@ -332,7 +317,7 @@ class LAMMPSEngine:
             **(found or {}),
             "wall_s": time.time() - began,
             "output_dir": str(output_dir),
-            "exact": _is_exact(output_dir),
+            "exact": is_exact(output_dir),
         }
         write_json(output_dir / FINISHED, outcome)
         return outcome
@@ -354,7 +339,7 @@ class LAMMPSEngine:
             command = self.command or load_settings().lammps_command
             if command:
                 # A rank program too, of one rank: it starts and stops the executable.
-                module = "nanoos_fw.md.executable"
+                module = EXECUTABLE
                 extra = {
                     "command": command,
                     "ranks": resources.ranks,
@@ -366,7 +351,7 @@ class LAMMPSEngine:
         for _ in range(_MAX_UNREADABLE):
             origin = newest_origin(output_dir)
             drop_segments_after(output_dir, origin.step)
-            _record_segment(output_dir, origin, ranks, threads)
+            record_segment(output_dir, origin, ranks, threads)
             config = {
                 "simulation": simulation,
                 "deadline": deadline,
@@ -376,8 +361,9 @@ class LAMMPSEngine:
             }
             write_json(output_dir / CONFIG, config, durable=False)
             try:
-                if self.server is not None and resources.ranks == 1:
-                    return self.server.run(
+                server = self._server_for(module, resources)
+                if server is not None:
+                    return server.run(
                         module, output_dir / CONFIG, resources, deadline, stall_s
                     )
                 return launch_ranks(
@@ -393,7 +379,7 @@ class LAMMPSEngine:
                     raise
                 if origin.file is None:
                     raise
-                _put_away(output_dir, origin.file, error)
+                put_away(output_dir, origin.file, error)
             except LaunchError as error:
                 # Damage that LAMMPS does not survive: it died before its first row.
                 if error.evidence.get("exit_code") not in _CRASHES:
@@ -401,89 +387,27 @@ class LAMMPSEngine:
                 log = output_dir / f"log.{origin.step:012d}.lammps"
                 if origin.file is None or (log.exists() and len(read_thermo(log))):
                     raise
-                _put_away(output_dir, origin.file, error)
+                put_away(output_dir, origin.file, error)
         raise SimulationError(
             f"no restart file in {output_dir} can be read",
             evidence={"class": "restart_unreadable"},
             advice=f"look at the files that end in {UNREADABLE}",
         )
 
+    def _server_for(self, module: str, resources: Resources) -> ForkServer | None:
+        """Return the server, if it has what is asked for: program, rank, threads."""
+        server = self.server
+        if server is None or module == EXECUTABLE or resources.launcher is not None:
+            return None
+        fits = resources.ranks == 1 and resources.threads == server.threads
+        return server if fits else None
+
     def parse_output(self, output_dir: Path) -> dict[str, Any]:
         """Read what a simulation left, finished or not.
 
-        Returns
-        -------
-        dict
-            ``complete``; ``workflow_type``; ``n_atoms``; ``steps``; ``thermo``
-            (columns as lists) with ``units``; ``averages`` of the production part,
-            each with ``mean``, ``standard_error``, ``n_samples`` and ``equilibrated``
-            (how many samples from the start of production still drift);
-            ``avg_temperature`` (K), ``avg_pressure`` (bar), ``avg_volume`` (Å³),
-            ``final_energy`` (eV, potential and kinetic energy of the whole cell),
-            ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
-            dictionary, orientation and sites as given) if complete;
-            ``trajectory_files``; ``final_velocities_a_fs`` (Å/fs), and for static
-            evaluations and minimizations ``final_forces_ev_a`` and
-            ``final_stress_bar`` (positive under tension), in the orientation and
-            order of the structure; for minimizations ``converged``,
-            ``max_force_ev_a`` and ``max_stress_bar`` (see `output.convergence`), with a
-            warning if it is not; ``elastic`` or ``eos`` of those workflows;
-            ``segments``: where each launch began; ``warnings``.
-
-        Raises
-        ------
-        InputError
-            If the folder holds no simulation.
+        Returns and errors are those of `output.parse_output`.
         """
-        simulation = read_simulation(output_dir)
-        config = MDConfig.model_validate(simulation["config"])
-        table = simulation_thermo(output_dir)
-        production = table
-        if config.is_dynamics and config.production_start:
-            production = table.after(config.production_start)
-        means = averages(production) if config.is_dynamics else {}
-        final = output_dir / FINAL
-        complete = final.exists()
-        result: dict[str, Any] = {
-            "complete": complete,
-            "workflow_type": config.workflow_type,
-            "n_atoms": len(simulation["species"]),
-            "steps": int(table.step[-1]) if len(table) else 0,
-            "total_steps": config.total_steps,
-            "thermo": table.to_dict(),
-            "units": table.units,
-            "averages": means,
-            "trajectory_files": [
-                str(path) for path in segment_files(output_dir, "trajectory.*.bin")
-            ],
-        }
-        for name, column in (
-            ("avg_temperature", "temperature_k"),
-            ("avg_pressure", "pressure_bar"),
-            ("avg_volume", "volume_a3"),
-            ("avg_potential_energy", "potential_energy_ev"),
-        ):
-            average = means.get(column)
-            result[name] = average["mean"] if average else None
-        for name, column in (
-            ("final_energy", "total_energy_ev"),
-            ("final_potential_energy", "potential_energy_ev"),
-        ):
-            result[name] = float(table[column][-1]) if len(table) else None
-        if config.workflow_type in PROPERTIES and complete:
-            result |= read_json(output_dir / RESULT_FILE)
-        if complete:
-            result["final_structure"] = final_structure(output_dir).as_dict()
-            result |= _final_arrays(read_json(final), simulation_box(output_dir))
-            result |= convergence(output_dir) or {}
-        record = output_dir / SEGMENT_RECORD
-        result["segments"] = read_json(record) if record.exists() else []
-        result["warnings"] = [*simulation.get("warnings", [])]
-        if complete and (error := not_converged(output_dir)):
-            result["warnings"].append(error.message)
-        if missing := _missing_rows(table, config, complete):
-            result["warnings"].append(f"{missing} rows of the thermo table are missing")
-        return result
+        return parse_output(output_dir)
 
 
 ENGINES: dict[str, type[LAMMPSEngine]] = {
@@ -511,6 +435,52 @@ def get_engine(name: str) -> type[LAMMPSEngine]:
 # ------------------------------------------------------------------------- private
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A simulation before its files are written; ``simulation`` describes it."""
+
+    cell: Structure
+    config: MDConfig
+    potential: Potential
+    simulation: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, structure: Structure, parameters: Mapping[str, Any], directory: Path
+    ) -> _Plan:
+        """Make sense of parameters; a generated potential is in the directory."""
+        values = dict(parameters)
+        chosen = values.pop("potential", None)
+        config = MDConfig.from_parameters(values)
+        potential = Catalogue().resolve(chosen, site_elements(structure), directory)
+        cell = supercell(structure, config.supercell_min_atoms)
+        species = site_elements(cell)
+        simulation = {
+            "config": config.model_dump(mode="json"),
+            "potential": potential.model_dump(mode="json"),
+            "elements": sorted(set(species)),
+            "species": species,
+            "lattice": cell.lattice.matrix.tolist(),
+            "frac_coords": cell.frac_coords.tolist(),
+        }
+        charges = site_charges(cell) if potential.charges != "none" else None
+        if charges is not None:
+            simulation["charges"] = charges.tolist()
+        key = content_key("simulation", {**simulation, "potential": potential.identity})
+        return cls(cell, config, potential, {"key": key, **simulation})
+
+
+def _check_key(output_dir: Path, key: str) -> None:
+    """Refuse a folder that holds the output of another simulation."""
+    path = output_dir / SIMULATION
+    if path.exists() and (found := read_json(path).get("key")) != key:
+        raise InputError(
+            f"{output_dir} holds the output of another simulation",
+            evidence={"key": found, "new": key},
+            advice="choose an empty folder",
+        )
+
+
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters with one name each: a correction overrides what was given."""
     names = {
@@ -520,47 +490,3 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     chosen = {names[k]: v for k, v in values.items() if k in names}
     return {**chosen, **{k: v for k, v in values.items() if k not in names}}
-
-
-def _final_arrays(final: dict[str, Any], box: LammpsBox) -> dict[str, Any]:
-    """Return the last velocities, forces and stress, in the frame of the lattice."""
-    found: dict[str, Any] = {}
-    for name, field in (("velocities", "a_fs"), ("forces", "ev_a")):
-        if name in final:
-            values = box.from_box(np.array(final[name]))
-            found[f"final_{name}_{field}"] = values.tolist()
-    if "stress_bar" in final:
-        stress = box.tensor_from_box(np.array(final["stress_bar"]))
-        found["final_stress_bar"] = stress.tolist()
-    if "energy_ev" in final:
-        found["final_potential_energy"] = final["energy_ev"]
-    return found
-
-
-def _missing_rows(table: ThermoTable, config: MDConfig, complete: bool) -> int:
-    """Return how many rows of a finished simulation's table are not there."""
-    if not complete or not config.is_dynamics:
-        return 0
-    return config.total_steps // config.thermo_every + 1 - len(table)
-
-
-def _put_away(output_dir: Path, name: str, error: NanoOSError) -> None:
-    logger.warning("%s is put away: %s", name, error.message)
-    (output_dir / name).replace(output_dir / f"{name}{UNREADABLE}")
-
-
-def _record_segment(output_dir: Path, origin: Origin, ranks: int, threads: int) -> None:
-    """Write down where a launch begins, and with how many ranks and threads."""
-    path = output_dir / SEGMENT_RECORD
-    segments = read_json(path) if path.exists() else []
-    segments = [s for s in segments if s["step"] < origin.step]
-    this = {**asdict(origin), "ranks": ranks, "threads": threads}
-    write_json(path, [*segments, this])
-
-
-def _is_exact(output_dir: Path) -> bool:
-    """Whether the run is to the last bit what it would be without interruption."""
-    segments = read_json(output_dir / SEGMENT_RECORD)
-    kinds = {(s["ranks"], s.get("threads", 1)) for s in segments}
-    files = {s["file"] for s in segments}
-    return len(kinds) == 1 and files.isdisjoint((STOP_RESTART, PORTABLE))

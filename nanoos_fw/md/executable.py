@@ -9,6 +9,7 @@ it is ended, and the next launch goes on from the last restart file.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
 from nanoos_fw.md.failures import simulation_error
-from nanoos_fw.md.inputs import MDConfig, Origin, render_parts
+from nanoos_fw.md.inputs import WRITE_FINAL, MDConfig, Origin, render_parts
 from nanoos_fw.md.output import FINAL
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.restarts import STOP_RESTART, newest_origin
@@ -49,16 +50,18 @@ from nanoos_fw.provenance import write_json
 
 Array = NDArray[np.float64]
 
-_SCRIPT, _SCREEN, _FINAL_DATA, _FINAL_DUMP = (
+_SCRIPT, _SCREEN, _FINAL_DATA, _FINAL_DUMP, _FORCES_DUMP = (
     "segment.in",
     "screen.log",
     "final.data",
     "final.dump",
+    "forces.dump",
 )
 _POLL_S = 0.05
 _PROGRESS_S = 1.0
 _END_S = 5.0
 _TAIL = 4000
+_CLOCK = "Stopping criterion = walltime limit reached"
 _STRESS = ("pxx_bar", "pyy_bar", "pzz_bar", "pxy_bar", "pxz_bar", "pyz_bar")
 
 
@@ -83,6 +86,8 @@ def main(
     code = _run(command, work_dir, comm, stop, md, log)
     screen = (work_dir / _SCREEN).read_text(encoding="utf-8", errors="replace")
     step = _last_step(log, origin)
+    if code == 0 and not md.is_dynamics and _ended_by_clock(log):
+        code = RESUMABLE_EXIT  # a minimization ends there as if it were done
     if code is None or code == RESUMABLE_EXIT:
         raise OutOfTimeError(
             f"stopped by {stop.reason} at step {step} of {md.total_steps}",
@@ -137,40 +142,29 @@ def segment_script(
     )
     timer = ""
     if deadline is not None:
-        timer = f"timer timeout {max(1, int(deadline - time.time()))} every 10\n"
-    # The state as rows sorted by atom, with all digits.
-    final = (
-        f"write_dump all custom {_FINAL_DUMP} id x y z vx vy vz fx fy fz "
-        "modify sort id format float %.17g\n"
-    )
-    return parts.script_after(origin.step, config, timer=timer) + final
+        # Not before the deadline: what ended early would count as done.
+        left = max(1, math.ceil(deadline - time.time()))
+        timer = f"timer timeout {left} every 10\n"
+    # The state as rows sorted by atom, with all digits. Forces before the data file:
+    # it sends atoms to the ranks where they are now, without their forces.
+    end = "modify sort id format float %.17g\n"
+    forces = f"write_dump all custom {_FORCES_DUMP} id fx fy fz {end}"
+    final = f"write_dump all custom {_FINAL_DUMP} id x y z vx vy vz {end}"
+    script = parts.script_after(origin.step, config, timer=timer)
+    return script.removesuffix(WRITE_FINAL) + forces + WRITE_FINAL + final
 
 
 def read_final(work_dir: Path, units: UnitSystem, log: Path) -> dict[str, Any]:
     """Return the final state that the executable wrote, in the units used here."""
-    lines = (work_dir / _FINAL_DUMP).read_text(encoding="utf-8").splitlines()
-    at = {
-        line.split(":", 1)[1].strip(): i
-        for i, line in enumerate(lines)
-        if line.startswith("ITEM:")
-    }
-    step = int(lines[at["TIMESTEP"] + 1])
-    count = int(lines[at["NUMBER OF ATOMS"] + 1])
-    head = next(i for name, i in at.items() if name.startswith("BOX BOUNDS"))
-    bounds = np.array(
-        [[float(x) for x in lines[head + 1 + k].split()] for k in range(3)]
-    )
-    body = next(i for name, i in at.items() if name.startswith("ATOMS"))
-    rows = np.array(
-        [line.split() for line in lines[body + 1 : body + 1 + count]], float
-    )
+    step, bounds, rows = _read_dump(work_dir / _FINAL_DUMP)
+    forces = _read_dump(work_dir / _FORCES_DUMP)[2]
     xy, xz, yz = bounds[:, 2] if bounds.shape[1] == 3 else (0.0, 0.0, 0.0)
     # A dump has the bounding box of a triclinic cell.
     low = bounds[:, 0] - (min(0.0, xy, xz, xy + xz), min(0.0, yz), 0.0)
     high = bounds[:, 1] - (max(0.0, xy, xz, xy + xz), max(0.0, yz), 0.0)
     lx, ly, lz = high - low
     matrix = np.array([[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]])
-    if not np.isfinite(rows).all():
+    if not (np.isfinite(rows).all() and np.isfinite(forces).all()):
         raise SimulationError(
             "the final state is not finite", evidence={"class": "not_a_number"}
         )
@@ -181,10 +175,28 @@ def read_final(work_dir: Path, units: UnitSystem, log: Path) -> dict[str, Any]:
         "matrix": (matrix * units.length_a).tolist(),
         "positions": ((rows[:, 1:4] - low) * units.length_a).tolist(),
         "velocities": (rows[:, 4:7] * units.velocity_a_fs).tolist(),
-        "forces": (rows[:, 7:10] * units.force_ev_a).tolist(),
+        "forces": (forces[:, 1:4] * units.force_ev_a).tolist(),
         "stress_bar": (-voigt_to_tensor(pressure) * units.pressure_bar).tolist(),
         "energy_ev": float(table["potential_energy_ev"][-1]) * units.energy_ev,
     }
+
+
+def _read_dump(path: Path) -> tuple[int, Array, Array]:
+    """Return timestep, bounds and rows of the one frame in a dump."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at = {
+        line.split(":", 1)[1].strip(): i
+        for i, line in enumerate(lines)
+        if line.startswith("ITEM:")
+    }
+    count = int(lines[at["NUMBER OF ATOMS"] + 1])
+    head = next(i for name, i in at.items() if name.startswith("BOX BOUNDS"))
+    body = next(i for name, i in at.items() if name.startswith("ATOMS"))
+    bounds, rows = (
+        np.array([line.split() for line in lines[k + 1 : k + 1 + n]], float)
+        for k, n in ((head, 3), (body, count))
+    )
+    return int(lines[at["TIMESTEP"] + 1]), bounds, rows
 
 
 def _words(command: str, ranks: int, launcher: str | None) -> list[str]:
@@ -208,7 +220,7 @@ def _run(
     log: Path,
 ) -> int | None:
     """Return the exit code; None if it had to be ended."""
-    for name in (_FINAL_DUMP, _FINAL_DATA):
+    for name in (_FINAL_DUMP, _FORCES_DUMP, _FINAL_DATA):
         (work_dir / name).unlink(missing_ok=True)
     with (work_dir / _SCREEN).open("wb") as stream:
         try:
@@ -258,6 +270,10 @@ def _end(child: subprocess.Popen[bytes], *, at_once: bool = False) -> None:
 def _last_step(log: Path, origin: Origin) -> int:
     table = read_thermo(log) if log.exists() else None
     return int(table.step[-1]) if table else origin.step
+
+
+def _ended_by_clock(log: Path) -> bool:
+    return _CLOCK in log.read_text(encoding="utf-8", errors="replace")
 
 
 def _raise(screen: str, code: int | None, step: int, command: list[str]) -> None:

@@ -9,6 +9,7 @@ child, never the server.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +36,7 @@ from nanoos_fw.parallel import (
     supervise,
 )
 
-_MODULES = ("nanoos_fw.md.simulation", "nanoos_fw.md.properties")
+SERVED = ("nanoos_fw.md.simulation", "nanoos_fw.md.properties")
 _START_S = 120.0
 _LINE = 1 << 16
 
@@ -148,7 +150,7 @@ class ForkServer:
         NanoOSError
             Whatever error the rank reported.
         """
-        if module not in _MODULES:
+        if module not in SERVED:
             raise InputError(f"the server does not run {module}")
         if resources.ranks != 1 or resources.threads != self.threads:
             raise InputError(
@@ -208,6 +210,22 @@ class ForkServer:
         line, _, self._buffer = self._buffer.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
+
+
+_of_thread = threading.local()
+
+
+def shared_server() -> ForkServer:
+    """Return the warm server of this thread, for as long as this process lives.
+
+    It starts with its first run; simulations one after the other, as the fireworks of
+    a queue job are, then begin at once.
+    """
+    server: ForkServer | None = getattr(_of_thread, "server", None)
+    if server is None:
+        server = _of_thread.server = ForkServer()
+        atexit.register(server.close)
+    return server
 
 
 def _gone() -> LaunchError:
@@ -279,7 +297,7 @@ def _load() -> None:
 
     mpi4py.rc.initialize = False
     mpi4py.rc.finalize = False
-    for module in _MODULES:
+    for module in SERVED:
         importlib.import_module(module)
     from nanoos_fw.md.calculator import map_lammps
 

@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 
 DATA_FILE, SCRIPT = "structure.data", "in.lammps"
+WRITE_FINAL = "write_data final.data nocoeff\n"
 # Nose-Hoover: periods of about 100 and 1000 steps, as the LAMMPS manual advises.
 _THERMOSTAT_STEPS = 100
 _BAROSTAT_STEPS = 1000
@@ -123,7 +124,7 @@ class ScriptParts:
         ):
             if do:
                 body += [stage, f"{run}unfix {fix_of(number)}\n" if run else ""]
-        body.append("write_data final.data nocoeff\n")
+        body.append(WRITE_FINAL)
         return "\n".join(part for part in body if part)
 
 

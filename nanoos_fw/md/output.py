@@ -10,6 +10,8 @@ import numpy as np
 from nanoos_fw.errors import CorruptArtifactError, InputError, SimulationError
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.inputs import MDConfig, barostat_of
+from nanoos_fw.md.protocols import PROPERTIES
+from nanoos_fw.md.restarts import SEGMENT_RECORD
 from nanoos_fw.md.statistics import block_analysis, detect_equilibration, mser
 from nanoos_fw.md.trajectory import (
     ThermoTable,
@@ -23,7 +25,12 @@ from nanoos_fw.provenance import read_json
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-SIMULATION, FINAL = "simulation.json", "final.json"
+SIMULATION, FINAL, PROPERTIES_FILE = (
+    "simulation.json",
+    "final.json",
+    "properties.json",
+)
+OUTPUT, CORRECTIONS = "output", "corrections.json"
 _AVERAGED = (
     "temperature_k",
     "potential_energy_ev",
@@ -36,6 +43,19 @@ _AVERAGED = (
 )
 _STEADY = ("temperature_k", "potential_energy_ev", "pressure_bar", "volume_a3")
 _MIN_ROWS = 4
+
+
+def corrections_of(work_dir: Path) -> list[dict[str, Any]]:
+    """Return what `LAMMPSEngine.run` has corrected in a work folder so far."""
+    record = work_dir / CORRECTIONS
+    done: list[dict[str, Any]] = read_json(record) if record.exists() else []
+    return done
+
+
+def newest_try(work_dir: Path) -> Path:
+    """Return the folder of the last try: each correction has one of its own."""
+    done = corrections_of(work_dir)
+    return work_dir / f"try-{len(done)}" if done else work_dir
 
 
 def read_simulation(directory: Path) -> dict[str, Any]:
@@ -259,3 +279,103 @@ def simulation_trajectory(output_dir: Path) -> Trajectory:
     return Trajectory(
         files, length_a=units.length_a, velocity_a_ps=1000.0 * units.velocity_a_fs
     )
+
+
+def parse_output(output_dir: Path) -> dict[str, Any]:
+    """Read what a simulation left, finished or not.
+
+    Returns
+    -------
+    dict
+        ``complete``; ``workflow_type``; ``n_atoms``; ``steps``; ``thermo``
+        (columns as lists) with ``units``; ``averages`` of the production part,
+        each with ``mean``, ``standard_error``, ``n_samples`` and ``equilibrated``
+        (how many samples from the start of production still drift);
+        ``avg_temperature`` (K), ``avg_pressure`` (bar), ``avg_volume`` (Å³),
+        ``final_energy`` (eV, potential and kinetic energy of the whole cell),
+        ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
+        dictionary, orientation and sites as given) if complete;
+        ``trajectory_files``; ``final_velocities_a_fs`` (Å/fs), and for static
+        evaluations and minimizations ``final_forces_ev_a`` and
+        ``final_stress_bar`` (positive under tension), in the orientation and
+        order of the structure; for minimizations ``converged``,
+        ``max_force_ev_a`` and ``max_stress_bar`` (see `output.convergence`), with a
+        warning if it is not; ``elastic`` or ``eos`` of those workflows;
+        ``segments``: where each launch began; ``warnings``.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no simulation.
+    """
+    simulation = read_simulation(output_dir)
+    config = MDConfig.model_validate(simulation["config"])
+    table = simulation_thermo(output_dir)
+    production = table
+    if config.is_dynamics and config.production_start:
+        production = table.after(config.production_start)
+    means = averages(production) if config.is_dynamics else {}
+    final = output_dir / FINAL
+    complete = final.exists()
+    result: dict[str, Any] = {
+        "complete": complete,
+        "workflow_type": config.workflow_type,
+        "n_atoms": len(simulation["species"]),
+        "steps": int(table.step[-1]) if len(table) else 0,
+        "total_steps": config.total_steps,
+        "thermo": table.to_dict(),
+        "units": table.units,
+        "averages": means,
+        "trajectory_files": [
+            str(path) for path in segment_files(output_dir, "trajectory.*.bin")
+        ],
+    }
+    for name, column in (
+        ("avg_temperature", "temperature_k"),
+        ("avg_pressure", "pressure_bar"),
+        ("avg_volume", "volume_a3"),
+        ("avg_potential_energy", "potential_energy_ev"),
+    ):
+        average = means.get(column)
+        result[name] = average["mean"] if average else None
+    for name, column in (
+        ("final_energy", "total_energy_ev"),
+        ("final_potential_energy", "potential_energy_ev"),
+    ):
+        result[name] = float(table[column][-1]) if len(table) else None
+    if config.workflow_type in PROPERTIES and complete:
+        result |= read_json(output_dir / PROPERTIES_FILE)
+    if complete:
+        result["final_structure"] = final_structure(output_dir).as_dict()
+        result |= _final_arrays(read_json(final), simulation_box(output_dir))
+        result |= convergence(output_dir) or {}
+    record = output_dir / SEGMENT_RECORD
+    result["segments"] = read_json(record) if record.exists() else []
+    result["warnings"] = [*simulation.get("warnings", [])]
+    if complete and (error := not_converged(output_dir)):
+        result["warnings"].append(error.message)
+    if missing := _missing_rows(table, config, complete):
+        result["warnings"].append(f"{missing} rows of the thermo table are missing")
+    return result
+
+
+def _final_arrays(final: dict[str, Any], box: LammpsBox) -> dict[str, Any]:
+    """Return the last velocities, forces and stress, in the frame of the lattice."""
+    found: dict[str, Any] = {}
+    for name, field in (("velocities", "a_fs"), ("forces", "ev_a")):
+        if name in final:
+            values = box.from_box(np.array(final[name]))
+            found[f"final_{name}_{field}"] = values.tolist()
+    if "stress_bar" in final:
+        stress = box.tensor_from_box(np.array(final["stress_bar"]))
+        found["final_stress_bar"] = stress.tolist()
+    if "energy_ev" in final:
+        found["final_potential_energy"] = final["energy_ev"]
+    return found
+
+
+def _missing_rows(table: ThermoTable, config: MDConfig, complete: bool) -> int:
+    """Return how many rows of a finished simulation's table are not there."""
+    if not complete or not config.is_dynamics:
+        return 0
+    return config.total_steps // config.thermo_every + 1 - len(table)

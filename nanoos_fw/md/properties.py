@@ -19,7 +19,7 @@ from nanoos_fw.errors import OutOfTimeError, SimulationError
 from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
 from nanoos_fw.md.calculator import LammpsCalculator
 from nanoos_fw.md.optimizer import RelaxationResult, RelaxationSettings, relax_one
-from nanoos_fw.md.output import FINAL
+from nanoos_fw.md.output import FINAL, PROPERTIES_FILE
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.protocols import MDConfig
 from nanoos_fw.parallel import (
@@ -33,7 +33,6 @@ from nanoos_fw.units import EV_PER_A3_IN_BAR, EV_PER_A3_IN_GPA
 
 Array = NDArray[np.float64]
 
-RESULT_FILE = "properties.json"
 _BAR_IN_GPA = EV_PER_A3_IN_GPA / EV_PER_A3_IN_BAR
 # Derivatives by finite differences ask for more than a structure does.
 _MAX_FORCE_EV_A = 1e-5
@@ -391,9 +390,8 @@ def main(
             found = {"eos": asdict(_equation_of_state(work, relaxed, md))}
         version = int(calculator.version)
     if comm.rank == 0:
-        write_json(
-            work_dir / RESULT_FILE, {**found, "relaxed_energy_ev": relaxed.energy_ev}
-        )
+        properties = {**found, "relaxed_energy_ev": relaxed.energy_ev}
+        write_json(work_dir / PROPERTIES_FILE, properties)
         box = LammpsBox.from_lattice(lattice)
         matrix = box.basis @ np.array(relaxed.lattice_a) @ box.rotation
         reduced = np.array(relaxed.frac_coords) @ np.linalg.inv(box.basis)

@@ -12,11 +12,13 @@ import logging
 import os
 import re
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
-from nanoos_fw.errors import SimulationError
+from nanoos_fw.errors import NanoOSError, SimulationError
 from nanoos_fw.md.inputs import Origin
 from nanoos_fw.md.trajectory import first_step_of, segment_files
+from nanoos_fw.provenance import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ STOP_RESTART, PORTABLE = "restart.stop", "portable.data"
 RESTARTS = ("restart.0", "restart.1", STOP_RESTART)
 SEGMENTS = ("log.*.lammps", "trajectory.*.bin")
 UNREADABLE = ".unreadable"
+SEGMENT_RECORD = "segments.json"
 
 _MAGIC = b"LammpS RestartT\0"
 # LAMMPS' lmprestart.h: version, unit style and timestep; those between are integers.
@@ -130,6 +133,29 @@ def publish(work_dir: Path, name: str, step: int) -> None:
     _sync(new)
     new.replace(work_dir / name)
     _sync(work_dir)
+
+
+def put_away(output_dir: Path, name: str, error: NanoOSError) -> None:
+    """Give a restart file that LAMMPS does not read another name."""
+    logger.warning("%s is put away: %s", name, error.message)
+    (output_dir / name).replace(output_dir / f"{name}{UNREADABLE}")
+
+
+def record_segment(output_dir: Path, origin: Origin, ranks: int, threads: int) -> None:
+    """Write down where a launch begins, and with how many ranks and threads."""
+    path = output_dir / SEGMENT_RECORD
+    segments = read_json(path) if path.exists() else []
+    segments = [s for s in segments if s["step"] < origin.step]
+    this = {**asdict(origin), "ranks": ranks, "threads": threads}
+    write_json(path, [*segments, this])
+
+
+def is_exact(output_dir: Path) -> bool:
+    """Tell whether the run is to the last bit what it would be without interruption."""
+    segments = read_json(output_dir / SEGMENT_RECORD)
+    kinds = {(s["ranks"], s.get("threads", 1)) for s in segments}
+    files = {s["file"] for s in segments}
+    return len(kinds) == 1 and files.isdisjoint((STOP_RESTART, PORTABLE))
 
 
 def _sync(path: Path) -> None:

@@ -59,6 +59,8 @@ _MAX_PACE = 5.0
 _FINISH_S = 20.0
 # Text of all atoms: after so many restart files, and at every stop.
 _PORTABLE_EVERY = 10
+# In steps of a minimization; the fix is to call, and never to add its forces.
+_WATCH, _ASK_EVERY, _NEVER = "watch_stop", 10, 2_000_000_000
 _STRESS = ("pxx", "pyy", "pzz", "pxy", "pxz", "pyz")
 
 
@@ -219,9 +221,20 @@ class _Run:
         """End a long command of LAMMPS when a stop is asked for.
 
         Python handles signals between its own instructions only, and LAMMPS is one
-        of them. Several ranks stop by the clock alone: LAMMPS shares that of rank 0,
-        but not the order to stop at once, which would leave the others waiting.
+        of them. Several ranks have to give LAMMPS the order to stop at once in the same
+        step, or some would wait for the others: a fix, which adds no force, lets all
+        ask each other every few steps.
         """
+        if self.comm.size > 1 and self.lmp.has_style("fix", "external"):
+            self.command(f"fix {_WATCH} all external pf/callback {_ASK_EVERY} {_NEVER}")
+            # Not by LAMMPS' Python wrapper, whose arrays fail on a rank without atoms.
+            ask = self.lmp.FIX_EXTERNAL_CALLBACK_FUNC(lambda *_: self._ask_in_step())
+            self.lmp.lib.lammps_set_fix_external_callback(
+                self.lmp.lmp, _WATCH.encode(), ask, None
+            )
+            yield
+            self.command(f"unfix {_WATCH}")
+            return
         if self.comm.size > 1:
             yield
             return
@@ -241,13 +254,22 @@ class _Run:
             done.set()
             thread.join()
 
+    def _ask_in_step(self) -> None:
+        if self.comm.any(self.stop.requested and not self.stop.by_clock):
+            self.lmp.lib.lammps_force_timeout(self.lmp.lmp)
+
     def final(self, *, forces: bool) -> None:
         """Write the last state, in the units used here, in the frame of the box."""
         units = unit_system(self.potential.units)
-        self.command("write_data final.data nocoeff")
         arrays = {"positions": ("x", "length"), "velocities": ("v", "velocity")}
         if forces:
             arrays["forces"] = ("f", "force")
+            force = np.array(self.lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
+            pressure = [self.lmp.get_thermo(name) for name in _STRESS]
+            energy = units.from_lammps("energy", self.lmp.get_thermo("pe"))
+        # After the forces: it sends atoms to the ranks where they are now, and they
+        # leave their forces behind.
+        self.command("write_data final.data nocoeff")
         low, high, xy, yz, xz, *_ = self.lmp.extract_box()
         lx, ly, lz = np.array(high) - np.array(low)
         matrix = np.array([[lx, 0.0, 0.0], [xy, ly, 0.0], [xz, yz, lz]])
@@ -256,7 +278,10 @@ class _Run:
             "matrix": (matrix * units.length_a).tolist(),
         }
         for name, (letter, quantity) in arrays.items():
-            values = np.array(self.lmp.gather_atoms(letter, 1, 3)).reshape(-1, 3)
+            if name == "forces":
+                values = force
+            else:
+                values = np.array(self.lmp.gather_atoms(letter, 1, 3)).reshape(-1, 3)
             if name == "positions":
                 values -= np.array(low)
             if not np.isfinite(values).all():
@@ -265,10 +290,9 @@ class _Run:
                 )
             found[name] = (values * units.factor(quantity)).tolist()
         if forces:
-            pressure = [self.lmp.get_thermo(name) for name in _STRESS]
             stress = -voigt_to_tensor(np.array(pressure)) * units.pressure_bar
             found["stress_bar"] = stress.tolist()
-            found["energy_ev"] = units.from_lammps("energy", self.lmp.get_thermo("pe"))
+            found["energy_ev"] = energy
         if self.comm.rank == 0:
             write_json(self.work_dir / FINAL, found)
 
