@@ -328,7 +328,8 @@ def _status_of(output: Path) -> dict[str, Any]:
     config = MDConfig.model_validate(read_simulation(output)["config"])
     finished = (output / FINISHED).exists()
     table = simulation_thermo(output)
-    last = {name: float(values[-1]) for name, values in table.columns.items()}
+    # Stopped before its first row, it has none.
+    last = {n: float(values[-1]) for n, values in table.columns.items() if len(values)}
     return {
         "workflow_type": config.workflow_type,
         "finished": finished,
@@ -339,7 +340,7 @@ def _status_of(output: Path) -> dict[str, Any]:
         "last": {
             name: {"value": last[name], "unit": table.units[name]}
             for name in _SHOWN
-            if len(table) and name in last
+            if name in last
         },
     }
 

@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
+from lammps_stops import stop_at
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.errors import OutOfTimeError, SimulationError
+from nanoos_fw.errors import SimulationError
 from nanoos_fw.md import zhou2004
 from nanoos_fw.md.calculator import LammpsCalculator
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
@@ -436,33 +436,6 @@ def test_script_run_by_hand_is_the_simulation_of_the_engine(tmp_path):
     assert [f.step for f in frames] == list(range(0, 401, 20))
 
 
-def execute_until(engine, inputs, output, step, **options):
-    """Execute, ask for a stop once a step is reached, return where it stopped."""
-
-    def ask():
-        while not done.wait(0.02):
-            try:
-                progress = json.loads((output / "progress.json").read_text())
-            except (OSError, ValueError):
-                continue
-            if progress["done"] >= step:
-                (output / "stop").write_text("of the test")
-                return
-
-    done = threading.Event()
-    (output / "progress.json").unlink(missing_ok=True)
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        with pytest.raises(OutOfTimeError) as caught:
-            engine.execute(inputs, output, **options)
-    finally:
-        done.set()
-        thread.join()
-    assert caught.value.resumable
-    return caught.value.evidence["step"]
-
-
 LONG = {**SHORT, "workflow_type": "MD_NPT_LAMMPS", "num_steps": 20_000}
 
 
@@ -472,8 +445,8 @@ def test_stopped_simulation_continues_to_the_same_end_without_duplicates(tmp_pat
     parameters = {**LONG, "thermo_every": 50, "restart_every": 500}
     inputs = engine.prepare_input(brass(), parameters, tmp_path)
     output, two = tmp_path / "output", Resources(ranks=2)
-    first = execute_until(engine, inputs, output, 10, resources=two)
-    second = execute_until(engine, inputs, output, first + 1000)
+    first = stop_at(engine, inputs, output, 10, resources=two)
+    second = stop_at(engine, inputs, output, first + 1000)
     engine.execute(inputs, output, resources=two)
     assert 0 < first < second < 20_100
     result = engine.parse_output(output)
@@ -492,7 +465,7 @@ def test_cut_restart_files_are_passed_over(tmp_path):
     engine = LAMMPSEngine()
     inputs = engine.prepare_input(brass(), LONG, tmp_path)
     output = tmp_path / "output"
-    stop = execute_until(engine, inputs, output, 200)
+    stop = stop_at(engine, inputs, output, 200)
     # As a kill during the write leaves it.
     name = newest_origin(output).file
     whole = (output / name).read_bytes()
@@ -500,7 +473,7 @@ def test_cut_restart_files_are_passed_over(tmp_path):
     # What an older run went on with from there is not of this history.
     for name in ("log.000000019000.lammps", "trajectory.000000019000.bin"):
         (output / name).write_text("Step Temp\n19000 1.0\n")
-    again = execute_until(engine, inputs, output, stop + 500)
+    again = stop_at(engine, inputs, output, stop + 500)
     assert again > stop
     segments = segment_files(output, "log.*.lammps")
     began = [int(path.name.split(".")[1]) for path in segments]

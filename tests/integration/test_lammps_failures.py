@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lammps_stops import asked_to_stop_when
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main
@@ -265,22 +265,16 @@ def test_minimization_on_several_ranks_stops_and_goes_on(tmp_path):
     inputs = engine.prepare_input(rough, parameters, tmp_path)
     output, began = tmp_path / "output", time.monotonic()
 
-    def ask():
-        log = output / "log.000000000000.lammps"
-        while not done.wait(0.01):
-            if log.exists() and "\n        10 " in log.read_text():
-                (output / "stop").write_text("of the test")
-                return
+    log = output / "log.000000000000.lammps"
 
-    done = threading.Event()
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        with pytest.raises(OutOfTimeError) as caught:
-            engine.execute(inputs, output, resources=Resources(2))
-    finally:
-        done.set()
-        thread.join()
+    def has_begun():
+        return log.exists() and "\n        10 " in log.read_text()
+
+    with (
+        asked_to_stop_when(output, has_begun),
+        pytest.raises(OutOfTimeError) as caught,
+    ):
+        engine.execute(inputs, output, resources=Resources(2))
     # By itself: the parent kills only after a minute.
     assert "killed" not in caught.value.message
     assert time.monotonic() - began < 60.0

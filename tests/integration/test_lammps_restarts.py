@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -15,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lammps_stops import stop_at, wait_for_step
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.errors import LaunchError, MissingDependencyError, OutOfTimeError
+from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.restarts import newest_origin, restart_step
 from nanoos_fw.md.trajectory import read_frames, segment_files
@@ -96,32 +96,6 @@ def test_plain_lmp_prints_what_the_engine_prints(tmp_path, workflow, ranks):
 def final_state(output):
     final = read_json(output / "final.json")
     return [np.array(final[k]) for k in ("positions", "velocities", "matrix")]
-
-
-def stop_at(engine, inputs, output, step, **options):
-    """Execute, and ask for a stop when a step is reached."""
-
-    def ask():
-        while not done.wait(0.005):
-            try:
-                progress = json.loads((output / "progress.json").read_text())
-            except (OSError, ValueError):
-                continue
-            if progress["done"] >= step:
-                (output / "stop").write_text("of the test")
-                return
-
-    done = threading.Event()
-    (output / "progress.json").unlink(missing_ok=True)
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        with pytest.raises(OutOfTimeError) as caught:
-            engine.execute(inputs, output, **options)
-    finally:
-        done.set()
-        thread.join()
-    return caught.value.evidence["step"]
 
 
 @pytest.mark.mpi
@@ -211,18 +185,6 @@ def start(inputs, output, ranks=1, timeout=600.0):
     return subprocess.Popen(
         [sys.executable, "-c", PARENT, *words], stdout=subprocess.PIPE, text=True
     )
-
-
-def wait_for_step(output, step, child):
-    end = time.monotonic() + 120.0
-    while time.monotonic() < end and child.poll() is None:
-        try:
-            if json.loads((output / "progress.json").read_text())["done"] >= step:
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.002)
-    raise AssertionError(f"no step {step}, or too late")
 
 
 def rank_pids(output):

@@ -87,6 +87,53 @@ def test_ranks_of_a_firetask_run_on_both_nodes(
     assert result == {"nodes": ["n1", "n2"], "size": 2}, output
 
 
+@pytest.mark.lammps
+@pytest.mark.mpi
+def test_simulation_under_srun_is_that_of_mpiexec(
+    run_job: SubmitAndWait, tmp_path: Path
+) -> None:
+    from pymatgen.core import Lattice, Structure
+
+    from nanoos_fw.md.engine import LAMMPSEngine
+    from nanoos_fw.parallel import Resources
+
+    cell = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0] * 3])
+    parameters = {"num_steps": 100, "equilibration_steps": 20, "thermo_every": 10}
+    engine = LAMMPSEngine()
+    inputs = engine.prepare_input(cell * [3, 3, 3], parameters, tmp_path)
+    here, there = tmp_path / "here", tmp_path / "there"
+    engine.execute(inputs, here, resources=Resources(2, launcher="mpiexec"))
+    (tmp_path / "parent.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from pathlib import Path
+            from nanoos_fw.md.engine import LAMMPSEngine
+            from nanoos_fw.parallel import Resources
+
+            inputs, output = map(Path, sys.argv[1:])
+            done = LAMMPSEngine().execute(inputs, output, resources=Resources(2))
+            print(done["ranks"])
+            """
+        )
+    )
+
+    _, output = run_job(
+        f"{sys.executable} parent.py {inputs} {there}",
+        "--nodes=1",
+        "--ntasks=2",
+    )
+
+    assert output.splitlines()[-1] == "2", output
+    command = (there / "ranks.log").read_text().splitlines()[0]
+    assert "srun --mpi=pmi2" in command
+    ours, theirs = (engine.parse_output(folder) for folder in (there, here))
+    for result in (ours, theirs):
+        del result["thermo"]["wall_time_s"]
+    assert ours["thermo"] == theirs["thermo"]
+    assert ours["final_velocities_a_fs"] == theirs["final_velocities_a_fs"]
+
+
 # ------------------------------------------------------------------ the local cluster
 
 

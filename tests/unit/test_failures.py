@@ -26,11 +26,17 @@ CONFIG = MDConfig(
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
-        ("ERROR: Lost atoms: original 512 current 511 (src/thermo.cpp:490)", "lost_atoms"),
+        ("ERROR: Lost atoms: original 512 current 511 (thermo.cpp:490)", "lost_atoms"),
         ("ERROR on proc 1: Non-numeric pressure - simulation unstable", "not_a_number"),
-        ("ERROR on proc 0: Non-numeric atom coords - simulation unstable", "not_a_number"),
+        (
+            "ERROR on proc 0: Non-numeric atom coords - simulation unstable",
+            "not_a_number",
+        ),
         ("ERROR: Out of range atoms - cannot compute PPPM", "out_of_range"),
-        ("ERROR on proc 3: Neighbor list overflow, boost neigh_modify one", "neighbour_overflow"),
+        (
+            "ERROR on proc 3: Neighbor list overflow, boost neigh_modify one",
+            "neighbour_overflow",
+        ),
         ("ERROR: Bond atoms 1 2 missing on proc 0 at step 5", "missing_bonded"),
         ("ERROR: Cannot open file no.tersoff: No such file or directory", "file"),
         ("ERROR: Unrecognized pair style 'xyz' is part of the Z package", "style"),
@@ -87,8 +93,8 @@ def test_early_losses_minimize_first_then_shorten_the_step_at_the_same_time():
 
 
 def test_schedules_keep_their_times():
-    parts = [{"steps": 100, "start_k": 300.0, "stop_k": 600.0, "ensemble": "nvt"}]
-    config = MDConfig(workflow_type="MD_SCHEDULE_LAMMPS", schedule=parts)
+    parts = [{"action": "heat", "steps": 100, "temperature_k": 600.0}]
+    config = MDConfig(workflow_type="MD_ANNEAL_LAMMPS", schedule=parts)
     shorter = correction(failed("lost_atoms"), config, 1.0).config
     assert [part.steps for part in shorter.schedule] == [200]
 
