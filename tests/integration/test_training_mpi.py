@@ -255,3 +255,49 @@ def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(
     resumed = train(dataset_dir, work_dir, 1, **changes)
     for found, expected in zip(resumed.curves, whole.curves, strict=True):
         np.testing.assert_allclose(found.train_loss, expected.train_loss, rtol=1e-10)
+
+
+GROUPED = """
+from nanoos_fw.ml.process_groups import GroupCommunicator
+from nanoos_fw.ml.training import main
+from nanoos_fw.parallel import run_rank_program
+
+def program(config, work_dir, comm, stop):
+    sums, sum_tensor = [], GroupCommunicator.sum_tensor
+    def counted(self, tensor):
+        sums.append(self.backend)
+        sum_tensor(self, tensor)
+    GroupCommunicator.sum_tensor = counted
+    result = main(config, work_dir, comm, stop)
+    (work_dir / f"sums-{comm.rank}").write_text(" ".join(sums))
+    return result
+
+run_rank_program(program)
+"""
+
+
+def test_tensors_summed_by_torch_give_the_training_of_one_rank(dataset_dir, tmp_path):
+    """As between GPUs, where the backend is nccl: found by way of MPI."""
+    changes = {"precision": "float64", "epochs": 2, "batch_size": 3}
+    one = train(dataset_dir, tmp_path / "1", 1, **changes).curves[0]
+    work_dir = tmp_path / "2"
+    work_dir.mkdir()
+    (work_dir / "grouped.py").write_text(GROUPED)
+    values = {
+        "config": config(**changes).model_dump(mode="json"),
+        "dataset_dir": str(dataset_dir),
+        "threads": 1,
+        "deadline": None,
+        "backend": "gloo",
+    }
+    (work_dir / RANK_CONFIG).write_text(json.dumps(values))
+    two = launch_ranks("grouped", work_dir / RANK_CONFIG, resources=Resources(ranks=2))
+    assert two["ranks"] == 2
+    curve = two["curves"][0]
+    np.testing.assert_allclose(curve["train_loss"], one.train_loss, rtol=1e-10)
+    np.testing.assert_allclose(curve["val_mae"], one.val_mae, rtol=1e-9)
+    # Of each step: gradients, and the moments of each normalization, both ways.
+    for rank in range(2):
+        sums = (work_dir / f"sums-{rank}").read_text().split()
+        assert set(sums) == {"gloo"}
+        assert len(sums) > 2 * 7
