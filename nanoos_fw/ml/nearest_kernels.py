@@ -26,9 +26,12 @@ from nanoos_fw.ml.neighbor_kernels import (
     fill_bins,
     fits_int32,
     gather_bins,
+    gather_images,
+    gather_near,
     gather_pairs,
     jit,
     list_all,
+    new_images,
     new_scratch,
 )
 
@@ -82,7 +85,17 @@ def _sort_by_distance(m, found_d, order, keys):
     # Positive doubles sort like the integers of the same bits: put the index in the
     # lowest bits, sort the integers, then mend what the lost bits decided.
     view = found_d.view(np.int64)
-    if m <= 2 * _INSERTION:
+    if m <= _INSERTION:
+        # How many are below each: without branches, and keys differ.
+        for a in range(np.uint64(m)):
+            keys[a] = (view[a] & ~mask) | np.int64(a)
+        for a in range(np.uint64(m)):
+            key = keys[a]
+            below = 0
+            for b in range(np.uint64(m)):
+                below += np.int64(keys[b] < key)
+            order[np.uint64(below)] = np.int64(a)
+    elif m <= 2 * _INSERTION:
         for a in range(np.uint64(m)):
             key = (view[a] & ~mask) | np.int64(a)
             place = np.uint64(a)
@@ -105,8 +118,16 @@ def _sort_by_distance(m, found_d, order, keys):
         for a in range(m):
             keys[a] = (view[a] & ~mask) | a
         keys[:m] = np.sort(keys[:m])
-    for a in range(m):
+    for a in range(m if m > _INSERTION else 0):
         index = keys[a] & mask
+        d = found_d[index]
+        b = a
+        while b > 0 and found_d[order[b - 1]] > d:
+            order[b] = order[b - 1]
+            b -= 1
+        order[b] = index
+    for a in range(1, m if m <= _INSERTION else 0):
+        index = order[a]
         d = found_d[index]
         b = a
         while b > 0 and found_d[order[b - 1]] > d:
@@ -168,12 +189,12 @@ def _sort_shell(order, first, last, rank, site, offsets):
 
 
 @jit
-def _has_ties(n, numbers, atom_edges, site, shell):
+def _has_ties(n, numbers, edge_begin, edge_end, site, shell):
     """Tell whether two different sites of one element share a shell."""
     for i in range(n):
-        for e in range(atom_edges[i] + 1, atom_edges[i + 1]):
+        for e in range(edge_begin[i] + 1, edge_end[i]):
             f = e - 1
-            while f >= atom_edges[i] and shell[f] == shell[e]:
+            while f >= edge_begin[i] and shell[f] == shell[e]:
                 if site[f] != site[e] and numbers[site[f]] == numbers[site[e]]:
                     return True
                 f -= 1
@@ -181,12 +202,12 @@ def _has_ties(n, numbers, atom_edges, site, shell):
 
 
 @jit
-def _classify(n, numbers, atom_edges, site, far, classes):
+def _classify(n, numbers, edge_begin, edge_end, site, far, classes):
     """Write the class of each atom's environment."""
     environment = np.empty(n, np.float64)
     for i in range(n):
         value = 0.0
-        for e in range(atom_edges[i], atom_edges[i + 1]):
+        for e in range(edge_begin[i], edge_end[i]):
             value += numbers[site[e]] * math.exp(-far[e])
         environment[i] = value
     by_value = np.argsort(environment)
@@ -212,7 +233,11 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
     cell = np.empty(6, np.float64)
     transform = np.empty((3, 3), np.int64)
     bins = np.empty(3, np.int64)
-    scratch = new_scratch(512)
+    # Of the sites of one bin: images that may be neighbours of some of them.
+    space = 256
+    images = new_images(space)
+    home = np.empty(largest, np.uint64)
+    scratch = new_scratch(1)
     degrees = np.zeros(n_atoms, np.int64)
     status = np.zeros(n_cells, np.int64)
     detail = np.zeros((n_cells, 3), np.float64)
@@ -235,7 +260,8 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
     shell = np.empty(kept, np.int64)
     rank = np.empty(kept, np.int64)
     sequence = np.empty(kept, np.int64)
-    atom_edges = np.empty(largest + 1, np.int64)
+    edge_begin = np.empty(largest, np.int64)
+    edge_end = np.empty(largest, np.int64)
     classes = np.empty(largest, np.int64)
     total = 0
     for g in range(n_cells):
@@ -269,15 +295,64 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 n, frac, pos, cell, start_radius * 1.3, bins
             )
         else:
-            starts, sites = np.empty(0, np.int64), np.empty(0, np.int64)
-            sorted_pos = np.empty((3, 0), np.float64)
+            bins[:] = 1
+            starts, sites = np.empty(2, np.int64), np.empty(n, np.int64)
+            sorted_pos = np.empty((3, n), np.float64)
+            starts[0], starts[1] = 0, n
+            for i in range(n):
+                sites[i] = i
+                for h in range(3):
+                    sorted_pos[h, i] = pos[i, h]
         used = 0
-        atom_edges[0] = 0
-        for i in range(n):
+        count = 0
+        failed = n
+        here = 0
+        for p in range(n):
+            i = sites[p]
+            while starts[here + 1] <= p:
+                here += 1
+            if k > 0 and starts[here] == p:
+                limit = start_radius * start_radius + CUTOFF_TOLERANCE
+                while True:
+                    count = gather_images(
+                        p,
+                        starts[here + 1],
+                        cell,
+                        limit,
+                        bins,
+                        starts,
+                        sorted_pos,
+                        images,
+                        home,
+                    )
+                    if count >= 0:
+                        break
+                    space *= 2
+                    images = new_images(space)
             radius = start_radius
+            chosen = k > 0
             while True:
                 limit = radius * radius + CUTOFF_TOLERANCE
-                if binned:
+                if chosen:
+                    if wide < count:
+                        wide = 2 * count
+                        found_j = np.empty(wide, np.int64)
+                        found_s = np.empty((wide, 3), np.int64)
+                        found_d = np.empty(wide, np.float64)
+                        order = np.empty(wide, np.int64)
+                        keys = np.empty(wide, np.int64)
+                    m = gather_near(
+                        p,
+                        sorted_pos,
+                        cell,
+                        limit,
+                        binned,
+                        count,
+                        images,
+                        home,
+                        found_d,
+                    )
+                elif binned:
                     m = gather_bins(
                         i,
                         pos,
@@ -298,7 +373,7 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                         i, n, pos, cell, limit, 0, found_j, found_s, found_d
                     )
                 if m == -2:
-                    scratch = new_scratch(2 * scratch[0].shape[0])
+                    scratch = new_scratch(max(512, 2 * scratch[0].shape[0]))
                     continue
                 if m < 0:
                     wide *= 2
@@ -310,6 +385,7 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                     continue
                 if m < k and radius < cutoff:
                     radius = min(cutoff, 1.3 * radius)
+                    chosen = False
                     continue
                 _sort_by_distance(m, found_d, order, keys)
                 stop = m
@@ -324,18 +400,27 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                         stop += 1
                     if radius < cutoff and end >= radius - 2 * TIE_TOLERANCE:
                         radius = min(cutoff, 1.3 * radius)
+                        chosen = False
                         continue
                 break
-            if m == 0:
-                status[g] = ISOLATED
-                detail[g, 0] = i
-                break
-            if found_d[order[0]] < MIN_DISTANCE * MIN_DISTANCE:
-                status[g] = CLOSE
-                detail[g, 0] = i
-                detail[g, 1] = found_j[order[0]]
-                detail[g, 2] = math.sqrt(found_d[order[0]])
-                break
+            if m == 0 or found_d[order[0]] < MIN_DISTANCE * MIN_DISTANCE:
+                # The first site that has no place is named, in the order as given.
+                if i < failed:
+                    failed = i
+                    status[g] = ISOLATED if m == 0 else CLOSE
+                    detail[g, 0] = i
+                    detail[g, 1] = 0.0
+                    detail[g, 2] = 0.0
+                    if m > 0:
+                        nearest = order[0]
+                        if chosen:
+                            detail[g, 1] = sites[images[1][images[5][nearest]]]
+                        else:
+                            detail[g, 1] = found_j[nearest]
+                        detail[g, 2] = math.sqrt(found_d[nearest])
+                continue
+            if failed < n:
+                continue
             if used + stop > kept:
                 grown = max(2 * kept, used + stop)
                 site = _grown(site, used, grown)
@@ -347,6 +432,8 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 new_cells[:used] = cells[:used]
                 cells = new_cells
                 kept = grown
+            edge_begin[i] = used
+            _, places, runs, cells_of, _, hits = images
             previous = 0.0
             number = 0
             for a in range(stop):
@@ -355,13 +442,20 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 if a > 0 and d - previous > TIE_TOLERANCE:
                     number += 1
                 previous = d
-                j = found_j[e]
+                if chosen:
+                    q = hits[np.uint64(e)]
+                    j = sites[places[q]]
+                    run = runs[q]
+                    s0, s1, s2 = cells_of[run, 0], cells_of[run, 1], cells_of[run, 2]
+                else:
+                    j = found_j[e]
+                    s0, s1, s2 = found_s[e, 0], found_s[e, 1], found_s[e, 2]
                 site[used] = j
                 far[used] = d
                 shell[used] = number
-                s0 = found_s[e, 0] - shift[j, 0] + shift[i, 0]
-                s1 = found_s[e, 1] - shift[j, 1] + shift[i, 1]
-                s2 = found_s[e, 2] - shift[j, 2] + shift[i, 2]
+                s0 += shift[i, 0] - shift[j, 0]
+                s1 += shift[i, 1] - shift[j, 1]
+                s2 += shift[i, 2] - shift[j, 2]
                 if plain:
                     cells[used, 0] = s0
                     cells[used, 1] = s1
@@ -374,14 +468,14 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                             + s2 * transform[2, h]
                         )
                 used += 1
-            atom_edges[i + 1] = used
+            edge_end[i] = used
         if status[g] != 0:
             continue
         # Environments decide only between sites of one element in one shell.
         classes[:n] = 0
         own = numbers[first:last]
-        if k > 0 and _has_ties(n, own, atom_edges, site, shell):
-            _classify(n, own, atom_edges, site, far, classes)
+        if k > 0 and _has_ties(n, own, edge_begin, edge_end, site, shell):
+            _classify(n, own, edge_begin, edge_end, site, far, classes)
         for e in range(used):
             j = site[e]
             rank[e] = (numbers[first + j] << 40) + classes[j]
@@ -397,7 +491,7 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
             room = grown
         good = True
         for i in range(n):
-            e, end_of_atom = atom_edges[i], atom_edges[i + 1]
+            e, end_of_atom = edge_begin[i], edge_end[i]
             while e < end_of_atom:
                 f = e + 1
                 while f < end_of_atom and shell[f] == shell[e]:
@@ -405,11 +499,11 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 if f - e > 1:
                     _sort_shell(sequence, e, f, rank, site, cells)
                 e = f
-            count = end_of_atom - atom_edges[i]
+            count = end_of_atom - edge_begin[i]
             if 0 < k < count:
                 count = k
             for a in range(count):
-                e = sequence[atom_edges[i] + a]
+                e = sequence[edge_begin[i] + a]
                 neighbor[total] = site[e]
                 distances[total] = far[e]
                 for h in range(3):

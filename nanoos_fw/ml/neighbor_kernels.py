@@ -41,6 +41,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _STEP = 1e-9
 # From this many sites on, sites are sorted into bins.
 _BINNED_SITES = 14
+_ONE = np.uint64(1)
+# Å² per Å of radius: what a sum in another order may be off.
+SLACK = 1e-6
 
 
 def jit(function: _F) -> _F:
@@ -235,6 +238,153 @@ def gather_bins(
         found_s[e, 2] = segments[run, 2]
         found_d[e] = squared[q]
     return m
+
+
+@jit
+def new_images(space):
+    """Return room for the images near a bin: positions, places, runs, cells, work."""
+    return (
+        np.empty((3, space), np.float64),
+        np.empty(space, np.uint64),
+        np.empty(space, np.uint64),
+        np.empty((space, 3), np.int64),
+        np.empty(space, np.float64),
+        np.empty(space + 1, np.uint64),
+    )
+
+
+@jit
+def gather_images(begin, end, cell, limit, bins, starts, sorted_pos, images, home):
+    """List images that may be within sqrt(limit) of a bin's sites; -1: no room.
+
+    Bins are looked for once for all sites of a bin, and images far from the box that
+    holds these are left out.
+
+    Parameters
+    ----------
+    begin, end
+        The places of the sites among those sorted into bins.
+    images
+        Of :func:`new_images`, written: position of each image in the frame of the
+        cell; place of its site; its run; the cell of each run.
+    home
+        ``(n_sites,) uint64``, written for the sites of the bin: which image each is.
+    """
+    where, places, runs, cells, _, _ = images
+    gx, gy, gz = where[0], where[1], where[2]
+    px, py, pz = sorted_pos[0], sorted_pos[1], sorted_pos[2]
+    l00, l10, l11 = cell[0], cell[1], cell[2]
+    l20, l21, l22 = cell[3], cell[4], cell[5]
+    n0, n1, n2 = bins[0], bins[1], bins[2]
+    xlo = xhi = px[begin]
+    ylo = yhi = py[begin]
+    zlo = zhi = pz[begin]
+    for p in range(begin + 1, end):
+        xlo, xhi = min(xlo, px[p]), max(xhi, px[p])
+        ylo, yhi = min(ylo, py[p]), max(yhi, py[p])
+        zlo, zhi = min(zlo, pz[p]), max(zhi, pz[p])
+    xmid, ymid, zmid = 0.5 * (xlo + xhi), 0.5 * (ylo + yhi), 0.5 * (zlo + zhi)
+    xhalf, yhalf, zhalf = 0.5 * (xhi - xlo), 0.5 * (yhi - ylo), 0.5 * (zhi - zlo)
+    radius = math.sqrt(limit)
+    wide = limit + SLACK * (1.0 + radius)
+    space = places.shape[0]
+    count = np.uint64(0)
+    run = np.uint64(0)
+    first2 = math.floor((zlo - radius) / l22 * n2 - _STEP)
+    last2 = math.floor((zhi + radius) / l22 * n2 + _STEP)
+    for u2 in range(first2, last2 + 1):
+        f2, g2 = u2 / n2, (u2 + 1) / n2
+        gap = max(0.0, f2 * l22 - zhi, zlo - g2 * l22)
+        rest = max(0.0, limit - gap * gap)
+        s2 = u2 // n2
+        ylow, yhigh = min(f2 * l21, g2 * l21), max(f2 * l21, g2 * l21)
+        half = math.sqrt(rest)
+        first1 = math.floor((ylo - half - yhigh) / l11 * n1 - _STEP)
+        last1 = math.floor((yhi + half - ylow) / l11 * n1 + _STEP)
+        for u1 in range(first1, last1 + 1):
+            f1, g1 = u1 / n1, (u1 + 1) / n1
+            gap = max(0.0, f1 * l11 + ylow - yhi, ylo - g1 * l11 - yhigh)
+            left = max(0.0, rest - gap * gap)
+            s1 = u1 // n1
+            xlow = min(f2 * l20, g2 * l20) + min(f1 * l10, g1 * l10)
+            xhigh = max(f2 * l20, g2 * l20) + max(f1 * l10, g1 * l10)
+            side = math.sqrt(left)
+            first0 = math.floor((xlo - side - xhigh) / l00 * n0 - _STEP)
+            last0 = math.floor((xhi + side - xlow) / l00 * n0 + _STEP)
+            row = ((u2 - s2 * n2) * n1 + (u1 - s1 * n1)) * n0
+            ty, tz = s1 * l11 + s2 * l21, s2 * l22
+            for s0 in range(first0 // n0, last0 // n0 + 1):
+                low = starts[row + max(first0 - s0 * n0, 0)]
+                high = starts[row + min(last0 - s0 * n0, n0 - 1) + 1]
+                if low == high:
+                    continue
+                if np.int64(count) + high - low > space or np.int64(run) >= space:
+                    return -1
+                tx = s0 * l00 + s1 * l10 + s2 * l20
+                if s0 == 0 and s1 == 0 and s2 == 0 and low <= begin < high:
+                    inside, last = np.uint64(begin), np.uint64(end)
+                else:
+                    inside = last = np.uint64(0)
+                for p in range(np.uint64(low), np.uint64(high)):
+                    x, y, z = px[p] + tx, py[p] + ty, pz[p] + tz
+                    if inside <= p < last:
+                        home[p] = count
+                    gx[count] = x
+                    gy[count] = y
+                    gz[count] = z
+                    places[count] = p
+                    runs[count] = run
+                    dx = max(abs(x - xmid) - xhalf, 0.0)
+                    dy = max(abs(y - ymid) - yhalf, 0.0)
+                    dz = max(abs(z - zmid) - zhalf, 0.0)
+                    count += np.uint64(dx * dx + dy * dy + dz * dz < wide)
+                cells[run, 0] = s0
+                cells[run, 1] = s1
+                cells[run, 2] = s2
+                run += _ONE
+    return np.int64(count)
+
+
+@jit
+def gather_near(p, sorted_pos, cell, limit, binned, count, images, home, found_d):
+    """Choose the images within sqrt(limit) of a site; return how many.
+
+    The sums are in the order of :func:`gather_bins` or :func:`gather_pairs`, so that
+    the same distances come out to the last bit.
+    """
+    where, places, runs, cells, squared, hits = images
+    gx, gy, gz = where[0], where[1], where[2]
+    px, py, pz = sorted_pos[0], sorted_pos[1], sorted_pos[2]
+    l00, l10, l11 = cell[0], cell[1], cell[2]
+    l20, l21, l22 = cell[3], cell[4], cell[5]
+    xi, yi, zi = px[p], py[p], pz[p]
+    wide = limit + SLACK * (1.0 + math.sqrt(limit))
+    for q in range(np.uint64(count)):
+        x, y, z = gx[q] - xi, gy[q] - yi, gz[q] - zi
+        squared[q] = x * x + y * y + z * z
+    squared[home[p]] = np.inf
+    near = np.uint64(0)
+    for q in range(np.uint64(count)):
+        hits[near] = q
+        near += np.uint64(squared[q] < wide)
+    m = np.uint64(0)
+    for h in range(near):
+        q = hits[h]
+        j, run = places[q], runs[q]
+        s0, s1, s2 = cells[run, 0], cells[run, 1], cells[run, 2]
+        if binned:
+            x = px[j] + (s0 * l00 + s1 * l10 + s2 * l20 - xi)
+            y = py[j] + (s1 * l11 + s2 * l21 - yi)
+            z = pz[j] + (s2 * l22 - zi)
+        else:
+            x = px[j] - xi + s2 * l20 + s1 * l10 + s0 * l00
+            y = py[j] - yi + s2 * l21 + s1 * l11
+            z = pz[j] - zi + s2 * l22
+        d = x * x + y * y + z * z
+        found_d[m] = d
+        hits[m] = q
+        m += np.uint64(d < limit)
+    return np.int64(m)
 
 
 @jit
