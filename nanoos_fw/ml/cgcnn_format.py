@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,19 +140,24 @@ def graph_to_cgcnn(
     if layout not in ("rows", "padded", "ragged"):
         raise InputError(f"there is no layout {layout!r}")
     degrees = graph.degrees
-    few = (degrees < max_neighbors).nonzero()[0]
+    few: Sequence[int] | NDArray[np.int64] = ()
+    if len(degrees) and degrees.min() < max_neighbors:
+        few = np.flatnonzero(degrees < max_neighbors)
     if len(few) and layout == "rows":
         raise InputError(
             f"atom {few[0]} has {degrees[few[0]]} of {max_neighbors} neighbours "
             f"within {graph.cutoff_radius} Å",
-            evidence={"atoms": few[:20].tolist()},
+            evidence={"atoms": [int(atom) for atom in few[:20]]},
             advice="extract the features with a larger cutoff_radius, or choose the "
             "layout 'ragged' or 'padded'",
         )
-    nearest = nearest_neighbors(graph, max_neighbors)
+    nearest = graph
+    if graph.max_neighbors != max_neighbors:
+        nearest = nearest_neighbors(graph, max_neighbors)
+        degrees = np.minimum(degrees, max_neighbors)
     return _lay_out(
         nearest.numbers,
-        np.minimum(degrees, max_neighbors),
+        degrees,
         nearest.edge_index[1],
         nearest.distances,
         max_neighbors,

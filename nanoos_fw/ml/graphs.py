@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 import struct
 import warnings
 import zlib
@@ -62,6 +63,8 @@ _PACK_VERSION = 1
 _NARROW, _WIDE = np.dtype("<i2"), np.dtype("<i4")
 _DEGREE, _DISTANCE = np.dtype("<u2"), np.dtype("<f4")
 _CENTRES = np.arange(1024, dtype=np.int32)
+# Where pymatgen's sites keep what their properties return.
+_STORED = {name: operator.attrgetter(f"_{name}") for name in ("species", "frac_coords")}
 _WIDE_INDEX, _GEOMETRY, _WIDE_OFFSETS, _VECTORS = 1, 2, 4, 8
 
 
@@ -209,7 +212,7 @@ def build_graph(
     return _build(
         _numbers(structure),
         structure.lattice.matrix,
-        structure.frac_coords,
+        _frac_coords(structure),
         cutoff_radius,
         max_neighbors,
     )
@@ -316,7 +319,7 @@ def read_arrays(
                 own, lattice, coords = decode_arrays(crystal)
             else:
                 own = _numbers(crystal)
-                lattice, coords = crystal.lattice.matrix, crystal.frac_coords
+                lattice, coords = crystal.lattice.matrix, _frac_coords(crystal)
         except (InputError, CorruptArtifactError) as error:
             errors[position] = error
             continue
@@ -766,32 +769,54 @@ def _numbers(structure: Structure) -> NDArray[np.uint8]:
 
     Oxidation states do not count, and to a graph D and T are hydrogen.
     """
-    numbers = np.empty(len(structure), dtype=np.uint8)
-    if len(numbers) == 0:
+    sites = structure.sites
+    if len(sites) == 0:
         raise InputError("the structure has no sites")
-    known: dict[Any, int] = {}
-    for index, site in enumerate(structure):
-        contents = list(site.species.items())
-        if len(contents) != 1 or contents[0][1] != 1:
-            raise InputError(
-                f"the structure is disordered: {site.species_string} at "
-                f"{np.round(site.frac_coords, 4).tolist()}",
-                advice="enumerate ordered structures first",
-            )
-        specie = contents[0][0]
-        number = known.get(specie)
-        if number is None:
-            # Dummy species have a Z made from their name; only elements have one
-            # that is in the table.
-            number = getattr(getattr(specie, "element", specie), "Z", 0)
-            if not 0 < number <= _HEAVIEST:
+    # Sites of one element mostly share one object. What a key is the address of is
+    # kept with it, so that no other object can have that address meanwhile.
+    known: dict[int, tuple[Any, int]] = {}
+    numbers = bytearray()
+    for index, species in enumerate(_values(sites, "species")):
+        found = known.get(id(species))
+        if found is None:
+            contents = tuple(species.items())
+            if len(contents) != 1 or contents[0][1] != 1:
+                site = sites[index]
                 raise InputError(
-                    f"site {index} of {structure.composition.formula} is no element: "
-                    f"{specie}"
+                    f"the structure is disordered: {site.species_string} at "
+                    f"{np.round(site.frac_coords, 4).tolist()}",
+                    advice="enumerate ordered structures first",
                 )
-            known[specie] = number
-        numbers[index] = number
-    return numbers
+            specie = contents[0][0]
+            found = known.get(id(specie))
+            if found is None:
+                # Dummy species have a Z made from their name; only elements have one
+                # that is in the table.
+                number = getattr(getattr(specie, "element", specie), "Z", 0)
+                if not 0 < number <= _HEAVIEST:
+                    raise InputError(
+                        f"site {index} of {structure.composition.formula} is no "
+                        f"element: {specie}"
+                    )
+                found = known[id(specie)] = (specie, number)
+            known[id(species)] = (species, found[1])
+        numbers.append(found[1])
+    return np.frombuffer(numbers, dtype=np.uint8)
+
+
+def _frac_coords(structure: Structure) -> NDArray[np.float64]:
+    """Return the fractional coordinates of a structure that has sites."""
+    rows = _values(structure.sites, "frac_coords")
+    return np.array(rows, dtype=np.float64)
+
+
+def _values(sites: Sequence[Any], name: str) -> list[Any]:
+    """Return a property of all sites."""
+    try:
+        # What the property returns, without a call in Python for each site.
+        return list(map(_STORED[name], sites))
+    except AttributeError:
+        return [getattr(site, name) for site in sites]
 
 
 def _build(

@@ -91,7 +91,7 @@ def _sort_by_distance(m, found_d, order, keys):
             keys[a] = (view[a] & ~mask) | np.int64(a)
         for a in range(np.uint64(m)):
             key = keys[a]
-            below = 0
+            below = np.int64(0)
             for b in range(np.uint64(m)):
                 below += np.int64(keys[b] < key)
             order[np.uint64(below)] = np.int64(a)
@@ -189,9 +189,11 @@ def _sort_shell(order, first, last, rank, site, offsets):
 
 
 @jit
-def _has_ties(n, numbers, edge_begin, edge_end, site, shell):
+def _has_ties(n, numbers, tied, edge_begin, edge_end, site, shell):
     """Tell whether two different sites of one element share a shell."""
     for i in range(n):
+        if not tied[i]:
+            continue
         for e in range(edge_begin[i] + 1, edge_end[i]):
             f = e - 1
             while f >= edge_begin[i] and shell[f] == shell[e]:
@@ -253,13 +255,15 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
     order = np.empty(wide, np.int64)
     keys = np.empty(wide, np.int64)
     # Of one structure: what is up to the end of the shell of the k-th neighbour.
-    kept = 2 * max(k, 16) * max(largest, 1)
+    # Little: what is given back to the system at each call is slow to get again.
+    kept = (max(k, 16) + 4) * max(largest, 1)
     site = np.empty(kept, np.int64)
     far = np.empty(kept, np.float64)
     cells = np.empty((kept, 3), np.int64)
     shell = np.empty(kept, np.int64)
-    rank = np.empty(kept, np.int64)
-    sequence = np.empty(kept, np.int64)
+    rank = np.empty(0, np.int64)
+    sequence = np.empty(0, np.int64)
+    tied = np.empty(largest, np.bool_)
     edge_begin = np.empty(largest, np.int64)
     edge_end = np.empty(largest, np.int64)
     classes = np.empty(largest, np.int64)
@@ -426,8 +430,6 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 site = _grown(site, used, grown)
                 far = _grown(far, used, grown)
                 shell = _grown(shell, used, grown)
-                rank = np.empty(grown, np.int64)
-                sequence = np.empty(grown, np.int64)
                 new_cells = np.empty((grown, 3), np.int64)
                 new_cells[:used] = cells[:used]
                 cells = new_cells
@@ -469,17 +471,17 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                         )
                 used += 1
             edge_end[i] = used
+            tied[i] = number + 1 < stop
         if status[g] != 0:
             continue
         # Environments decide only between sites of one element in one shell.
         classes[:n] = 0
         own = numbers[first:last]
-        if k > 0 and _has_ties(n, own, edge_begin, edge_end, site, shell):
+        if k > 0 and _has_ties(n, own, tied, edge_begin, edge_end, site, shell):
             _classify(n, own, edge_begin, edge_end, site, far, classes)
-        for e in range(used):
-            j = site[e]
-            rank[e] = (numbers[first + j] << 40) + classes[j]
-            sequence[e] = e
+        if rank.shape[0] < used and tied[:n].any():
+            rank = np.empty(kept, np.int64)
+            sequence = np.empty(kept, np.int64)
         begin = total
         if k == 0 and total + used > room:
             grown = max(2 * room, total + used)
@@ -491,7 +493,24 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
             room = grown
         good = True
         for i in range(n):
-            e, end_of_atom = edge_begin[i], edge_end[i]
+            begin_of_atom, end_of_atom = edge_begin[i], edge_end[i]
+            count = end_of_atom - begin_of_atom
+            if 0 < k < count:
+                count = k
+            degrees[first + i] = count
+            if not tied[i]:
+                for e in range(begin_of_atom, begin_of_atom + count):
+                    neighbor[total] = site[e]
+                    distances[total] = far[e]
+                    for h in range(3):
+                        good = good and fits_int32(cells[e, h])
+                        offsets[total, h] = cells[e, h]
+                    total += 1
+                continue
+            for e in range(begin_of_atom, end_of_atom):
+                rank[e] = (own[site[e]] << 40) + classes[site[e]]
+                sequence[e] = e
+            e = begin_of_atom
             while e < end_of_atom:
                 f = e + 1
                 while f < end_of_atom and shell[f] == shell[e]:
@@ -499,18 +518,14 @@ def list_sorted(lattices, frac_coords, numbers, atom_start, cutoff, k):
                 if f - e > 1:
                     _sort_shell(sequence, e, f, rank, site, cells)
                 e = f
-            count = end_of_atom - edge_begin[i]
-            if 0 < k < count:
-                count = k
-            for a in range(count):
-                e = sequence[edge_begin[i] + a]
+            for a in range(begin_of_atom, begin_of_atom + count):
+                e = sequence[a]
                 neighbor[total] = site[e]
                 distances[total] = far[e]
                 for h in range(3):
                     good = good and fits_int32(cells[e, h])
                     offsets[total, h] = cells[e, h]
                 total += 1
-            degrees[first + i] = count
         if not good:
             status[g] = OVERFLOW
             degrees[first:last] = 0
@@ -541,18 +556,21 @@ def expand(distances, steps, bell, out):
         u = t - nearest
         peak = math.exp(-u * u)
         ratio = math.exp(2.0 * u)
-        for m in range(n_centers):
+        for m in range(np.uint64(n_centers)):
             out[e, m] = 0.0
+        above = min(reach, n_centers - 1 - nearest)
         value = peak
-        for n in range(reach + 1):
-            m = nearest + n
-            if 0 <= m < n_centers:
-                out[e, m] = value * bell[n]
+        skipped = 0
+        while nearest + skipped < 0 and skipped <= above:
+            value *= ratio
+            skipped += 1
+        for n in range(skipped, above + 1):
+            out[e, nearest + n] = value * bell[n]
             value *= ratio
         value = peak
         back = 1.0 / ratio
-        for n in range(1, reach + 1):
+        for n in range(1, min(reach, nearest) + 1):
             value *= back
             m = nearest - n
-            if 0 <= m < n_centers:
+            if m < n_centers:
                 out[e, m] = value * bell[n]

@@ -30,6 +30,8 @@ _Floats = NDArray[np.float64]
 
 _STEP = 1e-9  # as in neighbor_kernels
 _PAIRS_AT_ONCE = 100_000
+# exp(-n²); exp(-10.5²) is below the smallest float32.
+_BELL = np.exp(-(np.arange(12.0) ** 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +228,7 @@ def expand_in_gaussians(
     kernels = _kernels()
     if kernels is not None:
         out = np.empty((len(values), n_centers), dtype=np.float32)
-        # exp(-10.5²) is below the smallest float32.
-        kernels.expand(values, 1.0 / step, np.exp(-(np.arange(12.0) ** 2)), out)
+        kernels.expand(values, 1.0 / step, _BELL, out)
         return out
     centers = np.arange(n_centers) * step
     return np.exp(-(((values[:, None] - centers) / step) ** 2)).astype(np.float32)
