@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.reports import RankedCandidate, Ranking, collect_report, findings
+from nanoos_fw.slurm import queued_jobs
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database, save_embedded
 from nanoos_fw.stores.launches import FailedFirework, failed_fireworks, stage_counts
@@ -35,6 +37,7 @@ from nanoos_fw.workflows import (
     verification_workflow,
 )
 
+_WATCH_S = 3.0
 TARGET = "formation_energy_per_atom"
 DESCRIPTION = (
     "Ordered binary alloys of sixteen metals on the prototypes L1_2, L1_0, B2, B32 and "
@@ -150,6 +153,42 @@ def run(
         launch_dir,
         on_launch=lambda stage: on_launch(stage, progress(launchpad, plan.name)[1]),
     )
+    return Outcome(
+        failed=failed_fireworks(launchpad.db, plan.name),
+        report=report_path(launchpad, plan.name),
+    )
+
+
+def watch(
+    launchpad: Any, plan: CampaignPlan, job: str, *, say: Callable[[str], None]
+) -> Outcome:
+    """Wait until the workers of a job have ended the campaign, or left it.
+
+    Parameters
+    ----------
+    job
+        SLURM job of the workers.
+    say
+        Takes a line whenever something has changed.
+    """
+    ended = {"COMPLETED", "FIZZLED", "DEFUSED"}
+    last = ""
+    while True:
+        lives = job in queued_jobs()  # asked first: what it did last is counted below
+        counts = stage_counts(launchpad.db, plan.name)
+        states = {state for stage in counts.values() for state in stage}
+        total, done = progress(launchpad, plan.name)
+        running = [stage for stage, found in counts.items() if "RUNNING" in found]
+        line = f"{done} of {total} fireworks done; running: {', '.join(running) or '-'}"
+        if line != last:
+            say(line)
+            last = line
+        if states <= ended:
+            break
+        if not lives:
+            say(f"job {job} has ended before the campaign; nanoos reconcile tells why")
+            break
+        time.sleep(_WATCH_S)
     return Outcome(
         failed=failed_fireworks(launchpad.db, plan.name),
         report=report_path(launchpad, plan.name),

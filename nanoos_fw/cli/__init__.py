@@ -114,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only submit to the MongoDB server of -l, to run with rlaunch or qlaunch",
     )
+    demo.add_argument(
+        "--slurm",
+        type=Path,
+        metavar="FOLDER",
+        help="run it through SLURM, as packed workers, with the files that "
+        "'nanoos init --slurm' wrote to FOLDER",
+    )
     demo.add_argument("--name", default="demo", help="campaign (default: %(default)s)")
     add_launchpad(demo)
     demo.set_defaults(command=_demo)
@@ -184,6 +191,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     from nanoos_fw.settings import load_settings
 
     settings = load_settings()
+    if arguments.slurm is not None:
+        return _demo_slurm(arguments, settings)
     if arguments.submit:
         return _demo_submit(arguments, settings)
     if arguments.launchpad is not None:
@@ -213,6 +222,25 @@ def _demo_submit(arguments: argparse.Namespace, settings: Settings) -> int:
         f"Work directories: {plan.work_root}"
     )
     return 0
+
+
+def _demo_slurm(arguments: argparse.Namespace, settings: Settings) -> int:
+    from nanoos_fw import demo
+    from nanoos_fw.operations.cluster_files import LAUNCHPAD_FILE, submit_workers
+    from nanoos_fw.stores.database import load_launchpad
+
+    folder = arguments.slurm.resolve()
+    launchpad = load_launchpad(folder / LAUNCHPAD_FILE)
+    work_root = (arguments.dir / "work").resolve()
+    report = (arguments.dir / "report.html").resolve()
+    work_root.mkdir(parents=True, exist_ok=True)
+    plan = demo.demo_plan(arguments.name, work_root, report)
+    demo.submit(launchpad, plan, verify=arguments.verify)
+    job = submit_workers(folder)
+    print(f"campaign {plan.name!r} is submitted; job {job} works on it")
+    outcome = demo.watch(launchpad, plan, job, say=lambda line: print(line, flush=True))
+    print("\n".join(demo.summary(launchpad, plan, outcome)))
+    return 1 if outcome.failed or outcome.report is None else 0
 
 
 def _demo_embedded(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -35,6 +35,7 @@ from nanoos_fw.slurm import (
     Partition,
     batch_script,
     check_request,
+    run_slurm,
     slurm_request,
 )
 from nanoos_fw.templates import render_template
@@ -252,6 +253,26 @@ def _work_script(
     checked = slurm_request({k: v for k, v in request.items() if v is not None})
     check_request(checked, cluster, "the packed workers")
     return batch_script(checked, str(folder / WORK_DIR))
+
+
+def submit_workers(folder: Path) -> str:
+    """Submit ``work.sh`` of a folder of ``nanoos init``; return the job's number.
+
+    Raises
+    ------
+    InputError
+        If the folder has no such script.
+    LaunchError
+        With the words of ``sbatch``.
+    """
+    script = folder / WORK_SCRIPT
+    if not script.is_file():
+        raise InputError(
+            f"{folder} has no {WORK_SCRIPT}",
+            advice="run 'nanoos init --slurm --dir FOLDER' first",
+        )
+    command = ["sbatch", "--parsable", f"--chdir={folder / WORK_DIR}", str(script)]
+    return run_slurm(command).strip().partition(";")[0]
 
 
 def _work_command(folder: Path, categories: Sequence[str], slots: int) -> str:

@@ -288,3 +288,35 @@ def test_an_archived_campaign_leaves_the_launchpad_for_a_file(
     assert kept["status"]["states"] == {"COMPLETED": 4}
     with pytest.raises(InputError, match="exists"):
         archive(launchpad, "c", file)
+
+
+# -------------------------------------------------------- the demonstration in a queue
+
+
+@pytest.mark.parametrize("job_ends", [False, True])
+def test_the_demonstration_is_watched_until_it_or_its_job_has_ended(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job_ends: bool
+) -> None:
+    from nanoos_fw import demo
+
+    submit_many(launchpad, map(pair, "ab"))
+    plan = demo.demo_plan("c", tmp_path, tmp_path / "report.html")
+    alive = {"7": QueuedJob("7", "7", "RUNNING", "main", "", "")}
+    monkeypatch.setattr(demo, "queued_jobs", lambda: alive)
+    monkeypatch.chdir(tmp_path)
+
+    def work_a_little(_seconds: float) -> None:
+        launch_rocket(launchpad, FWorker(), strm_lvl="CRITICAL")
+        if job_ends:
+            alive.clear()
+
+    monkeypatch.setattr(demo.time, "sleep", work_a_little)
+    lines: list[str] = []
+    outcome = demo.watch(launchpad, plan, "7", say=lines.append)
+    assert outcome.failed == []
+    assert lines[0] == "0 of 4 fireworks done; running: -"
+    if job_ends:
+        assert lines[1].startswith("1 of 4")
+        assert "job 7 has ended before the campaign" in lines[-1]
+    else:
+        assert lines[-1].startswith("4 of 4")
