@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -40,6 +41,10 @@ def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
     client: Any = mongomock.MongoClient()
     monkeypatch.setattr(
         "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
+    )
+    # mongomock is made for one thread: no heartbeat beside the work.
+    monkeypatch.setattr(
+        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
     )
     found = LaunchPad(strm_lvl="CRITICAL")
     operations.prepare_launchpad(found)

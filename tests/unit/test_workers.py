@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
     client: Any = mongomock.MongoClient()
     monkeypatch.setattr(
         "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
+    )
+    # mongomock is made for one thread: no heartbeat beside the work.
+    monkeypatch.setattr(
+        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
     )
     found = LaunchPad(strm_lvl="CRITICAL")
     operations.prepare_launchpad(found)
