@@ -331,6 +331,18 @@ class CGCNNModel:
             max_neighbors=card.max_neighbors,
         )
 
+    def predict_table(
+        self, table: GraphTable, *, coverage: float = DEFAULT_COVERAGE
+    ) -> Predictions:
+        """Do what :meth:`predict_full` does for graphs that are a table already.
+
+        Raises
+        ------
+        InputError
+            If the graphs were built in another way than those of the training.
+        """
+        return self._judge(table, coverage, 256)
+
     def _judge(
         self, table: GraphTable, coverage: float, batch_size: int
     ) -> Predictions:

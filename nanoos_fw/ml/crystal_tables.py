@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,14 +51,57 @@ def build_table(
         Why the others have none, by place.
     """
     errors: dict[int, _Error] = {}
+    flats = (
+        (begin, read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors))
+        for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE)
+    )
+    return _table_of(flats, cutoff_radius, max_neighbors, errors)
+
+
+def build_table_of_arrays(
+    flat: CrystalArrays,
+    *,
+    cutoff_radius: float = 8.0,
+    max_neighbors: int | None = 12,
+) -> tuple[GraphTable | None, NDArray[np.int64], dict[int, _Error]]:
+    """Do what :func:`build_table` does for crystals in flat arrays.
+
+    Places are rows of the arrays, whatever their ``positions`` say.
+    """
+    starts = flat.atom_start
+
+    def pieces() -> Iterator[tuple[int, CrystalArrays]]:
+        for begin in range(0, len(starts) - 1, _CRYSTALS_AT_ONCE):
+            end = min(begin + _CRYSTALS_AT_ONCE, len(starts) - 1)
+            atoms = slice(int(starts[begin]), int(starts[end]))
+            yield (
+                begin,
+                CrystalArrays(
+                    numbers=flat.numbers[atoms],
+                    lattices=flat.lattices[begin:end],
+                    frac_coords=flat.frac_coords[atoms],
+                    atom_start=starts[begin : end + 1] - starts[begin],
+                    positions=np.arange(end - begin),
+                ),
+            )
+
+    return _table_of(pieces(), cutoff_radius, max_neighbors, {})
+
+
+def _table_of(
+    flats: Iterable[tuple[int, CrystalArrays]],
+    cutoff_radius: float,
+    max_neighbors: int | None,
+    errors: dict[int, _Error],
+) -> tuple[GraphTable | None, NDArray[np.int64], dict[int, _Error]]:
+    """Search the neighbours of flat crystals, which begin at the given places."""
     parts: dict[str, list[NDArray[Any]]] = {
         name: []
         for name in (
             "numbers", "degrees", "neighbors", "distances", "sizes", "edges", "places",
         )
     }  # fmt: skip
-    for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE):
-        flat = read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors)
+    for begin, flat in flats:
         if not len(flat.positions):
             continue
         found = list_nearest(
