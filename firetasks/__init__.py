@@ -18,6 +18,7 @@ from nanoos_fw.firetasks.ml import (
     ScreenCandidatesTask,
     TrainModelTask,
 )
+from nanoos_fw.firetasks.screening import ScreenWindowTask
 from nanoos_fw.firetasks.search import SearchTask
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RelaxStructuresTask",
     "RunMDTask",
     "ScreenCandidatesTask",
+    "ScreenWindowTask",
     "SearchTask",
     "TrainModelTask",
     "WriteReportTask",

@@ -27,6 +27,7 @@ from nanoos_fw.firetasks import (
     RelaxStructuresTask,
     RunMDTask,
     ScreenCandidatesTask,
+    ScreenWindowTask,
     SearchTask,
     TrainModelTask,
     WriteReportTask,
@@ -38,6 +39,7 @@ from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.launches import SPEC_KEY
+from nanoos_fw.stores.screens import Screen
 
 MAX_FAN = 50
 # In the order of the work; ``order`` in the spec sorts status tables.
@@ -396,6 +398,54 @@ def training_workflow(
         [firework],
         name=f"{model_name} training",
         metadata={"kind": "training", "key": key},
+    )
+
+
+def window_workflow(screen: Screen, window: int, work_root: str) -> Workflow:
+    """Return a screening as fireworks of ``window`` candidates each.
+
+    Parameters
+    ----------
+    screen
+        What is screened; it is in the database, the fireworks hold its name.
+    window
+        Whole chunks.
+    work_root
+        Folder of the work directories, which all workers share.
+    """
+    if window < 1 or window % screen.chunk:
+        raise InputError(
+            f"a firework takes whole chunks of {screen.chunk}, not {window} candidates"
+        )
+    starts = range(0, screen.count, window)
+    key = content_key("screen windows", {"key": screen.key, "window": window})
+    fireworks = [
+        Firework(
+            [
+                ScreenWindowTask(
+                    screen=screen.name,
+                    start=start,
+                    stop=min(start + window, screen.count),
+                )
+            ],
+            spec={
+                "_category": "infer",
+                "_add_launchpad_and_fw_id": True,
+                SPEC_KEY: {
+                    "screen": screen.name,
+                    "stage": "screen",
+                    "key": f"{key}-{number}",
+                    "work_root": str(Path(work_root)),
+                },
+            },
+            name=f"{screen.name} screen {number + 1} of {len(starts)}",
+        )
+        for number, start in enumerate(starts)
+    ]
+    return Workflow(
+        fireworks,
+        name=f"{screen.name} screen",
+        metadata={"screen": screen.name, "kind": "screen", "key": key},
     )
 
 

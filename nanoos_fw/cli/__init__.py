@@ -22,6 +22,7 @@ from nanoos_fw.cli import (
     models,
     operations,
     potentials,
+    screening,
     search,
     simulations,
     tables,
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     datasets.add_commands(commands)
     models.add_commands(commands)
     search.add_commands(commands)
+    screening.add_commands(commands)
     databases.add_commands(commands)
     potentials.add_commands(commands)
     simulations.add_commands(commands)

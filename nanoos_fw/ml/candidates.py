@@ -422,9 +422,9 @@ class _Supercells(CandidateSource):
         keep = np.empty(len(codes), dtype=bool)
         for begin in range(0, len(codes), 1024):
             rows = slice(begin, begin + 1024)
-            keep[rows] = (
-                digits[rows].astype(np.float64) @ self._symmetry
-            ).min(axis=1) >= codes[rows]
+            keep[rows] = (digits[rows].astype(np.float64) @ self._symmetry).min(
+                axis=1
+            ) >= codes[rows]
         return keep
 
 

@@ -52,7 +52,10 @@ def build_table(
     """
     errors: dict[int, _Error] = {}
     flats = (
-        (begin, read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors))
+        (
+            begin,
+            read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors),
+        )
         for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE)
     )
     return _table_of(flats, cutoff_radius, max_neighbors, errors)

@@ -211,7 +211,7 @@ def expected_improvement(
     gain: NDArray[np.float64], std: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return E[max(x, 0)] of x normal with mean ``gain`` and deviation ``std``."""
-    from scipy.special import ndtr
+    from scipy.special import ndtr  # type: ignore[import-untyped]
 
     z = np.divide(gain, std, out=np.zeros_like(gain), where=std > 0)
     density = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
@@ -284,9 +284,7 @@ def _takes_part(
     return keep
 
 
-def _beaten(
-    rows: NDArray[np.float64], by: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+def _beaten(rows: NDArray[np.float64], by: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Tell which rows another set holds a better one for (all <=, one <)."""
     beaten = np.zeros(len(rows), dtype=bool)
     for other in by:

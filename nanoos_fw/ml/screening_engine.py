@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.candidate_filters import CandidateFilter, CandidateStatus, known_in
@@ -92,6 +92,24 @@ class ScreenSpec(BaseModel):
                 "features": FEATURE_VERSION,
             },
         )
+
+
+def read_screen(value: Any) -> ScreenSpec:
+    """Return a checked description of a screening.
+
+    Raises
+    ------
+    InputError
+        If it is none; names the field.
+    """
+    try:
+        return ScreenSpec.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"screening: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            advice=f"fields: {', '.join(ScreenSpec.model_fields)}",
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,9 +261,7 @@ def decode_chunk(document: Mapping[str, Any]) -> ChunkResult:
             ModelColumns(
                 mean=np.frombuffer(own["mean"], dtype="<f4"),
                 **{
-                    name: np.frombuffer(own[name], dtype="<f4")
-                    if name in own
-                    else None
+                    name: np.frombuffer(own[name], dtype="<f4") if name in own else None
                     for name in _OPTIONAL
                 },
                 out_of_domain=_bits(own["outside"], m),
@@ -256,7 +272,9 @@ def decode_chunk(document: Mapping[str, Any]) -> ChunkResult:
     )
 
 
-def chunk_starts(count: int, chunk: int, start: int = 0, stop: int | None = None) -> range:
+def chunk_starts(
+    count: int, chunk: int, start: int = 0, stop: int | None = None
+) -> range:
     """Return the first candidates of the chunks of a window.
 
     Raises

@@ -52,6 +52,8 @@ INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     ),
     "model_aliases": ((("name", "alias", "sequence"), True),),
     "predictions": ((("model", "structure"), True), (("model", "prediction"), False)),
+    "screens": (),
+    "screen_chunks": (),
     "campaigns": (),
     "searches": (),
     "trials": ((("search", "number"), True),),

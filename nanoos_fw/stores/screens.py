@@ -9,18 +9,37 @@ division.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nanoos_fw.errors import InputError, StoreError
-from nanoos_fw.ml.candidate_filters import CandidateStatus
-from nanoos_fw.ml.screening_engine import ChunkResult, decode_chunk
-from nanoos_fw.provenance import utc_now
-from nanoos_fw.stores.database import store_errors, upsert_many
+import numpy as np
 
-_AT_ONCE = 64
+from nanoos_fw.errors import InputError, StoreError
+from nanoos_fw.ml.candidate_filters import (
+    CandidateStatus,
+    count_elements,
+    unique_compositions,
+)
+from nanoos_fw.ml.candidate_packs import PackReport, write_pack
+from nanoos_fw.ml.graphs import read_arrays
+from nanoos_fw.ml.screening_engine import ChunkResult, ScreenSpec, decode_chunk
+from nanoos_fw.ml.screening_worker import ScreenJob
+from nanoos_fw.provenance import utc_now
+from nanoos_fw.stores.database import (
+    get_artifact,
+    put_artifact,
+    store_errors,
+    upsert_many,
+)
+from nanoos_fw.stores.structures import StructureStore
+
+_AT_ONCE = 16
+_KEYS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Screen:
     count
         Number of candidates.
     models
-        For each model: ``reference``, ``name``, ``target``, ``unit``, ``sha256``.
+        For each model: ``reference``, ``target``, ``unit``, ``sha256``.
     known_digest
         Of the known compositions when it was made.
     created
@@ -166,9 +185,7 @@ class ScreenStore:
         with store_errors("store predictions"):
             return len(upsert_many(self._chunks, upserts))
 
-    def starts(
-        self, key: str, start: int = 0, stop: int | None = None
-    ) -> set[int]:
+    def starts(self, key: str, start: int = 0, stop: int | None = None) -> set[int]:
         """Return the first candidates of the chunks that are stored."""
         with store_errors("list stored chunks"):
             found = self._chunks.find(_between(key, start, stop), {"_id": 1})
@@ -225,6 +242,17 @@ class ScreenStore:
                 core_s += float(found["wall_s"])
         return ScreenProgress(chunks, screen.n_chunks, n, predicted, core_s)
 
+    def best_rate(self, screen: Screen, stop: int) -> float:
+        """Return candidates per second and core of the fastest chunk before one."""
+        with store_errors("read throughput"):
+            found = self._chunks.find(
+                _between(screen.key, 0, stop), {"n": 1, "wall_s": 1}
+            )
+            rates = [float(d["n"]) / max(float(d["wall_s"]), 1e-6) for d in found]
+        if not rates:
+            raise StoreError(f"no chunk of {screen.name!r} is stored yet")
+        return max(rates)
+
     def proof(self, screen: Screen) -> dict[str, Any]:
         """Show that every candidate has exactly one outcome.
 
@@ -235,8 +263,6 @@ class ScreenStore:
             ``by_status``, and ``sha256`` over all outcomes in their order: equal for
             equal screenings, however often they were interrupted.
         """
-        import hashlib
-
         total = hashlib.sha256()
         by_status: Counter[int] = Counter()
         expected, outcomes, missing, repeated = 0, 0, 0, 0
@@ -266,7 +292,104 @@ class ScreenStore:
         }
 
 
+def register_screen(database: Any, name: str, spec: ScreenSpec) -> Screen:
+    """Store what is to be screened; again, with the same answer, if it is there.
+
+    References of models become versions, and the compositions of the known set are
+    kept as they are now.
+
+    Raises
+    ------
+    InputError
+        If the name belongs to another screening, or a model or the candidates are not
+        there.
+    """
+    from nanoos_fw.ml.candidates import open_candidates
+    from nanoos_fw.stores.models import ModelRegistry
+
+    registry = ModelRegistry(database)
+    records = [registry.get(reference) for reference in spec.models]
+    if len({record.reference for record in records}) < len(records):
+        raise InputError("a model is given twice", evidence={"models": spec.models})
+    source = open_candidates(spec.candidates)
+    digest = put_artifact(database, _compositions_of(database, spec.known_set))
+    without = [record.reference for record in records if record.sha256 is None]
+    if without:
+        raise InputError(
+            f"no weights are installed of {', '.join(without)}",
+            advice="see 'nanoos models show'",
+        )
+    weights = [str(record.sha256) for record in records]
+    screen = Screen(
+        name=name,
+        key=spec.key(source, weights, digest),
+        spec=spec.model_dump(mode="json"),
+        count=len(source),
+        models=tuple(
+            {
+                "reference": record.reference,
+                "target": record.target,
+                "unit": record.unit,
+                "sha256": record.sha256,
+            }
+            for record in records
+        ),
+        known_digest=digest,
+        created="",
+    )
+    return ScreenStore(database).put(screen)
+
+
+def screen_job(database: Any, screen: Screen, work_dir: Path) -> ScreenJob:
+    """Return what workers need, with the weights as verified files."""
+    from nanoos_fw.stores.models import ModelRegistry
+
+    registry = ModelRegistry(database)
+    weights = []
+    for own in screen.models:
+        path = work_dir / f"{own['sha256']}.model"
+        if not path.is_file():
+            registry.write_weights(registry.get(own["reference"]), path)
+        weights.append((str(path.resolve()), own["sha256"]))
+    known = json.loads(get_artifact(database, screen.known_digest))
+    return ScreenJob(
+        spec=screen.spec,
+        weights=weights,
+        known=[tuple((int(z), int(n)) for z, n in own) for own in known],
+    )
+
+
+def pack_set(database: Any, in_set: str | None, directory: Path) -> PackReport:
+    """Write the structures of a set of the store, or all, into a pack, by key."""
+    store = StructureStore(database)
+    keys = store.keys(in_set)
+
+    def crystals() -> Iterator[tuple[str, Mapping[str, Any] | Exception]]:
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            part = keys[start : start + _KEYS_AT_ONCE]
+            yield from store.encoded(part).items()
+
+    return write_pack(crystals(), directory)
+
+
 # ------------------------------------------------------------------------- private
+
+
+def _compositions_of(database: Any, in_set: str | None) -> bytes:
+    """Return the reduced compositions of a set as JSON, sorted; none without a set."""
+    found: set[tuple[tuple[int, int], ...]] = set()
+    if in_set is not None:
+        store = StructureStore(database)
+        keys = store.keys(in_set)
+        if not keys:
+            raise InputError(f"no structure is in the set {in_set!r}")
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            documents = store.encoded(keys[start : start + _KEYS_AT_ONCE])
+            flat, errors = read_arrays(documents.values())
+            for error in errors.values():
+                raise error
+            found.update(unique_compositions(count_elements(flat))[0])
+    return json.dumps(sorted(found)).encode()
 
 
 def _chunk_id(key: str, start: int) -> str:
@@ -279,7 +402,5 @@ def _between(key: str, start: int, stop: int | None) -> dict[str, Any]:
 
 
 def _counted(status: Any) -> tuple[list[int], list[int]]:
-    import numpy as np
-
     values, counts = np.unique(status, return_counts=True)
     return values.tolist(), counts.tolist()

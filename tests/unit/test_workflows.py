@@ -27,6 +27,7 @@ TASK_NAMES = {
     "RelaxStructuresTask",
     "RunMDTask",
     "ScreenCandidatesTask",
+    "ScreenWindowTask",
     "SearchTask",
     "TrainModelTask",
     "WriteReportTask",

@@ -1,0 +1,141 @@
+"""The firetask that screens a window of a sequence of candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from nanoos_fw.errors import InputError
+from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
+from nanoos_fw.ml.screening_engine import chunk_starts
+from nanoos_fw.ml.screening_worker import screen_chunks
+from nanoos_fw.stores.screens import Screen, ScreenStore, screen_job
+
+_PROBE_CHUNKS = 2
+
+
+class ScreenWindowParameters(Parameters):
+    """Parameters of ScreenWindowTask.
+
+    Parameters
+    ----------
+    screen
+        Name of the screening, which is in the database.
+    start, stop
+        The window: whole chunks, the last of which may be shorter.
+    """
+
+    screen: str
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+
+
+class ScreenWindowTask(NanoTask):
+    """Generate, filter and predict the candidates of a window, chunk by chunk."""
+
+    _fw_name = "{{nanoos_fw.firetasks.ScreenWindowTask}}"
+    parameters_model = ScreenWindowParameters
+    parameters: ScreenWindowParameters
+
+    def run(self, place: TaskContext) -> dict[str, Any]:
+        """Screen the chunks that are not stored yet."""
+        parameters = self.parameters
+        screen = ScreenStore(place.database).get(parameters.screen)
+
+        def stored(done: int, wall_s: float) -> None:
+            place.check_time(needed_s=wall_s, chunks=done)
+
+        return run_window(
+            place.database,
+            screen,
+            place.work_dir("screening", screen.key),
+            start=parameters.start,
+            stop=parameters.stop,
+            workers=place.settings.ranks,
+            on_chunk=stored,
+        )
+
+
+def run_window(
+    database: Any,
+    screen: Screen,
+    work_dir: Path,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    workers: int = 1,
+    on_chunk: Callable[[int, float], None] = lambda _done, _wall_s: None,
+) -> dict[str, Any]:
+    """Screen a window and store each chunk as soon as it is done.
+
+    Parameters
+    ----------
+    database
+        Of the stores.
+    screen
+        What is screened.
+    work_dir
+        For the weights.
+    start, stop
+        The window; all candidates without.
+    workers
+        Processes.
+    on_chunk
+        Called after each stored chunk with the number stored by this call, and the
+        seconds that this one took.
+
+    Returns
+    -------
+    dict
+        ``chunks`` of the window, ``hit`` that were stored before, ``written``, and
+        ``candidates`` and ``core_s`` of the latter.
+    """
+    store = ScreenStore(database)
+    starts = chunk_starts(screen.count, screen.chunk, start, stop)
+    there = store.starts(screen.key, start, starts[-1] + 1)
+    missing = [first for first in starts if first not in there]
+    written, candidates, core_s = 0, 0, 0.0
+    if missing:
+        job = screen_job(database, screen, work_dir)
+        with closing(screen_chunks(job, missing, workers=workers)) as documents:
+            for document in documents:
+                written += store.put_chunks(screen.key, [document])
+                candidates += document["n"]
+                core_s += document["wall_s"]
+                on_chunk(written, document["wall_s"])
+    return {
+        "screen": screen.name,
+        "chunks": len(starts),
+        "hit": len(starts) - len(missing),
+        "written": written,
+        "candidates": candidates,
+        "core_s": round(core_s, 3),
+    }
+
+
+def choose_window(
+    database: Any,
+    screen: Screen,
+    work_dir: Path,
+    *,
+    minutes: float = 10.0,
+    workers: int = 1,
+) -> int:
+    """Return how many candidates a firework takes to last about so many minutes.
+
+    Screens the first two chunks, whose predictions are kept, unless others are stored
+    already; the throughput is that of the fastest chunk, since the first one compiles.
+    """
+    if not minutes > 0:
+        raise InputError(f"minutes must be positive, not {minutes}")
+    store = ScreenStore(database)
+    probe = min(_PROBE_CHUNKS * screen.chunk, screen.count)
+    run_window(database, screen, work_dir, stop=probe)
+    rate = store.best_rate(screen, probe)
+    chunks = math.ceil(rate * workers * minutes * 60.0 / screen.chunk)
+    return screen.chunk * max(1, min(chunks, screen.n_chunks))

@@ -1,0 +1,359 @@
+"""``nanoos screen``: predict sequences of candidates, rank them, write them to files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoos_fw.cli.common import (
+    add_json,
+    add_launchpad,
+    launchpad_of,
+    print_json,
+    save_if_embedded,
+)
+from nanoos_fw.errors import InputError
+
+if TYPE_CHECKING:
+    from nanoos_fw.ml.ranking import Ranked, Ranking
+    from nanoos_fw.stores.screens import Screen, ScreenStore
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``screen`` and what it can do."""
+    group = commands.add_parser(
+        "screen", help="predict millions of candidates and rank them"
+    )
+    actions = group.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+    pack = actions.add_parser(
+        "pack",
+        help="read candidates of files or of the store once, for a screening",
+        description="Prints the specification of the candidates.",
+    )
+    pack.add_argument("paths", nargs="*", type=Path, metavar="PATH")
+    pack.add_argument("--set", dest="in_set", metavar="NAME", help="set of the store")
+    pack.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="new folder"
+    )
+    add_launchpad(pack)
+    pack.set_defaults(command=_pack)
+
+    run = _action(actions, "run", "screen here; the same command continues", _run)
+    _add_spec(run)
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
+
+    submit = _action(actions, "submit", "submit the screening as fireworks", _submit)
+    _add_spec(submit)
+    submit.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="that a firework lasts, by the throughput measured now (default: 10)",
+    )
+
+    _action(actions, "status", "count what is done, and estimate the rest", _status)
+    _action(
+        actions, "verify", "show that every candidate has exactly one outcome", _verify
+    )
+
+    top = _action(actions, "top", "list the best candidates", _top)
+    top.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    _add_ranking(top)
+
+    export = _action(actions, "export", "write predictions to a file", _export)
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE",
+        help=".csv, .jsonl, .parquet, or .extxyz with the structures",
+    )  # fmt: skip
+    export.add_argument("-k", type=int, help="only the best; all without")
+    _add_ranking(export)
+
+
+def _action(actions: Any, name: str, words: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=words)
+    parser.add_argument("name", help="of the screening")
+    add_json(parser)
+    add_launchpad(parser)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--spec",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON with candidates, models, filters; the first time",
+    )
+
+
+def _add_ranking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--objective", choices=("min", "max"), default="min")
+    parser.add_argument(
+        "--by", choices=("mean", "ucb", "ei", "thompson"), default="mean",
+        help="acquisition function (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--model", type=int, default=0, metavar="N", help="from 0")
+    parser.add_argument("--kappa", type=float, default=1.0, help="of ucb")
+    parser.add_argument("--best", type=float, help="best known value, for ei")
+    parser.add_argument("--seed", type=int, default=0, help="of thompson")
+    parser.add_argument(
+        "--all-domains", action="store_true", help="also out of the model's domain"
+    )
+    parser.add_argument(
+        "--new", action="store_true", help="no composition of the known set"
+    )
+    parser.add_argument("--min-novelty", type=float, metavar="D")
+    parser.add_argument("--max-novelty", type=float, metavar="D")
+    parser.add_argument(
+        "--pareto", metavar="N:min,N:max", help="the front of several models instead"
+    )
+
+
+# ------------------------------------------------------------------------- commands
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.ml.candidate_packs import read_files, write_pack
+
+    if bool(arguments.paths) == (arguments.in_set is not None):
+        raise InputError("give files to pack, or --set, and not both")
+    if arguments.paths:
+        report = write_pack(read_files(arguments.paths), arguments.output)
+    else:
+        from nanoos_fw.stores.database import open_database
+        from nanoos_fw.stores.screens import pack_set
+
+        database = open_database(launchpad_of(arguments))
+        report = pack_set(database, arguments.in_set, arguments.output)
+    print_json(
+        {
+            "candidates": report.spec.model_dump(mode="json"),
+            "count": report.count,
+            "failed": report.n_failures,
+            "failures": report.failures,
+        }
+    )
+    return 1 if report.n_failures else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    database, store, screen, launchpad = _opened(arguments)
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from nanoos_fw.firetasks.screening import run_window
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bars:
+        there = store.progress(screen).chunks
+        bar = bars.add_task(screen.name, total=screen.n_chunks, completed=there)
+        answer = run_window(
+            database,
+            screen,
+            _work_dir(screen),
+            workers=arguments.workers,
+            on_chunk=lambda _done, _wall_s: bars.advance(bar),
+        )
+    save_if_embedded(launchpad)
+    if arguments.json:
+        print_json(answer)
+    else:
+        print(
+            f"{answer['written']} of {answer['chunks']} chunks were screened now, "
+            f"{answer['hit']} were stored already"
+        )
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    database, _, screen, launchpad = _opened(arguments)
+    from nanoos_fw.firetasks.screening import choose_window
+    from nanoos_fw.operations import submit
+    from nanoos_fw.settings import load_settings
+    from nanoos_fw.workflows import window_workflow
+
+    settings = load_settings()
+    window = choose_window(
+        database,
+        screen,
+        _work_dir(screen),
+        minutes=arguments.minutes,
+        workers=settings.ranks,
+    )
+    workflow = window_workflow(screen, window, str(settings.work_dir.resolve()))
+    new = submit(launchpad, workflow)
+    save_if_embedded(launchpad)
+    answer = {
+        "screen": screen.name,
+        "fireworks": len(workflow.fws),
+        "window": window,
+        "submitted": new,
+    }
+    if arguments.json:
+        print_json(answer)
+    else:
+        state = "submitted" if new else "were submitted before"
+        print(f"{len(workflow.fws)} fireworks of {window} candidates {state}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    _, store, screen, _ = _opened(arguments)
+    found = store.progress(screen)
+    left = screen.count - found.candidates
+    remaining = left / found.rate if found.rate else None
+    answer = {
+        "screen": screen.name,
+        "models": [own["reference"] for own in screen.models],
+        "candidates": screen.count,
+        "done": found.candidates,
+        "predicted": found.predicted,
+        "chunks": [found.chunks, found.n_chunks],
+        "per_core_s": round(found.rate, 1),
+        "core_s_left": None if remaining is None else round(remaining, 1),
+    }
+    if arguments.json:
+        print_json(answer)
+    else:
+        eta = "" if remaining is None else f", {remaining / 3600:.2f} core-hours left"
+        print(
+            f"{screen.name}: {found.candidates} of {screen.count} candidates done, "
+            f"{found.predicted} predicted, {found.rate:.0f}/s per core{eta}"
+        )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _, store, screen, _ = _opened(arguments)
+    proof = store.proof(screen)
+    if arguments.json:
+        print_json(proof)
+    else:
+        for name, value in proof.items():
+            print(f"{name}: {value}")
+    return 1 if proof["missing"] or proof["repeated"] else 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    _, store, screen, _ = _opened(arguments)
+    from nanoos_fw.operations.screen_exports import prefixes_of, ranked_rows
+
+    ranked = _ranked(arguments, store, screen, arguments.k)
+    rows = ranked_rows(store, screen, ranked)
+    if arguments.json:
+        print_json(rows)
+        return 0
+    prefixes = prefixes_of(screen)
+    for row in rows:
+        values = ", ".join(
+            f"{prefix} {row[f'{prefix}.mean']:.5g} {own['unit']}"
+            for prefix, own in zip(prefixes, screen.models, strict=True)
+        )
+        print(f"{row['rank']:5} {row['candidate']:12} {row['formula']:20} {values}")
+    print(f"{ranked.n_ranked} candidates are ranked; ties: the lower number first")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _, store, screen, _ = _opened(arguments)
+    from nanoos_fw.operations.screen_exports import export_screen
+
+    ranked = None
+    if arguments.k is not None or arguments.pareto:
+        ranked = _ranked(arguments, store, screen, arguments.k or screen.count)
+    count = export_screen(store, screen, arguments.output, ranked)
+    if arguments.json:
+        print_json({"file": str(arguments.output), "rows": count})
+    else:
+        print(f"{arguments.output}: {count} rows")
+    return 0
+
+
+def _opened(
+    arguments: argparse.Namespace,
+) -> tuple[Any, ScreenStore, Screen, Any]:
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.screens import ScreenStore, register_screen
+
+    database = open_database(launchpad)
+    store = ScreenStore(database)
+    if getattr(arguments, "spec", None) is None:
+        return database, store, store.get(arguments.name), launchpad
+    from nanoos_fw.ml.screening_engine import read_screen
+
+    screen = register_screen(
+        database, arguments.name, read_screen(_read(arguments.spec))
+    )
+    return database, store, screen, launchpad
+
+
+def _work_dir(screen: Screen) -> Path:
+    from nanoos_fw.settings import load_settings
+
+    root = load_settings().work_dir.resolve()
+    return root / "screening" / screen.key[:2] / screen.key
+
+
+def _ranked(
+    arguments: argparse.Namespace, store: ScreenStore, screen: Screen, k: int
+) -> Ranked:
+    from nanoos_fw.ml.ranking import pareto_front, rank_top
+
+    if arguments.pareto is None:
+        return rank_top(store.chunks(screen.key), k, _ranking(arguments))
+    parts = [part.partition(":") for part in arguments.pareto.split(",")]
+    if any(not n.isdigit() or way not in ("min", "max") for n, _, way in parts):
+        raise InputError("--pareto takes model:min or model:max, separated by commas")
+    rankings = [_ranking(arguments, model=int(n), objective=way) for n, _, way in parts]
+    return pareto_front(store.chunks(screen.key), rankings)
+
+
+def _ranking(arguments: argparse.Namespace, **changes: Any) -> Ranking:
+    from nanoos_fw.ml.ranking import Ranking
+
+    given = {
+        "model": arguments.model,
+        "objective": arguments.objective,
+        "acquisition": arguments.by,
+        "kappa": arguments.kappa,
+        "best": arguments.best,
+        "seed": arguments.seed,
+        "include_out_of_domain": arguments.all_domains,
+        "new_compositions": arguments.new,
+        "min_novelty": arguments.min_novelty,
+        "max_novelty": arguments.max_novelty,
+    }
+    return Ranking.model_validate({**given, **changes})
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(path.read_text())
+    except YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
