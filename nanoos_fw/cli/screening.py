@@ -1,4 +1,4 @@
-"""``nanoos screen``: predict sequences of candidates, rank them, write them to files."""
+"""``nanoos screen``: predict sequences of candidates, rank and export them."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ candidate that was found interesting is made again from its number. Four kinds:
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -398,9 +399,12 @@ class _Supercells(CandidateSource):
 
         # All sites of a role are alike, and roles stay where they are.
         moved = set()
-        for operation in SpacegroupAnalyzer(
-            self._cell, symprec=1e-4
-        ).get_symmetry_operations():
+        with warnings.catch_warnings():
+            # pymatgen calls spglib in a way that its newer releases warn of.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            analyzer = SpacegroupAnalyzer(self._cell, symprec=1e-4)
+            operations = analyzer.get_symmetry_operations()
+        for operation in operations:
             new = operation.operate_multi(self._frac)
             delta = new[:, None] - self._frac
             delta -= np.round(delta)

@@ -238,12 +238,13 @@ def distinct_structures(structures: Sequence[Structure]) -> list[int]:
     """Return the places of structures that equal none before them.
 
     For relaxed candidates: different starts often end in one crystal. Equal are those
-    that pymatgen's ``StructureMatcher`` maps on each other with its default
-    tolerances, volumes not scaled.
+    that pymatgen's ``StructureMatcher`` maps on each other with lengths within 5 %,
+    angles within 3°, and sites within a tenth of the mean length per atom. Volumes
+    are not scaled.
     """
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
-    matcher = StructureMatcher(scale=False)
+    matcher = StructureMatcher(ltol=0.05, stol=0.1, angle_tol=3, scale=False)
     kept: dict[str, list[int]] = {}
     for place, structure in enumerate(structures):
         alike = kept.setdefault(structure.composition.reduced_formula, [])

@@ -8,6 +8,7 @@ see their pipe close and end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -116,8 +117,8 @@ class _Child:
                 pickle.dump(start, stdin)
                 stdin.flush()
                 answer = pickle.load(stdout)
-            except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-                code = process.wait()
+            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+                code = _let_go(process)
                 self._process = None
                 if self._closed:
                     break
@@ -137,7 +138,7 @@ class _Child:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait()
+            _let_go(process)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and not self._closed:
@@ -163,6 +164,16 @@ class _Child:
         pickle.dump(self._job, stdin)
         stdin.flush()
         return process
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> int:
+    """Close the pipes of a process that ends, and return its exit code."""
+    code = process.wait()
+    for pipe in _pipes(process):
+        # A thread may be at it, or there is nobody to flush to.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            pipe.close()
+    return code
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
