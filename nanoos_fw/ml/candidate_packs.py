@@ -216,7 +216,7 @@ def _fill(
         failures.extend(
             {"label": some[at][0], "error": str(error)} for at, error in errors.items()
         )
-        values = {
+        values: dict[str, NDArray[Any]] = {
             "numbers": flat.numbers,
             "lattices": flat.lattices,
             "frac_coords": flat.frac_coords,

@@ -424,9 +424,10 @@ class _Supercells(CandidateSource):
     ) -> NDArray[np.bool_]:
         """Tell which decorations have the smallest code among the equivalent ones."""
         keep = np.empty(len(codes), dtype=bool)
+        weights = np.asarray(self._symmetry)
         for begin in range(0, len(codes), 1024):
             rows = slice(begin, begin + 1024)
-            keep[rows] = (digits[rows].astype(np.float64) @ self._symmetry).min(
+            keep[rows] = (digits[rows].astype(np.float64) @ weights).min(
                 axis=1
             ) >= codes[rows]
         return keep

@@ -337,11 +337,11 @@ def _predict(
         if errors:
             raise next(iter(errors.values()))
         return found
-    graphs, errors = build_graphs(
+    graphs, refused = build_graphs(
         documents, cutoff_radius=spec.cutoff_radius, max_neighbors=spec.max_neighbors
     )
-    if errors:
-        raise next(iter(errors.values()))
+    if refused:
+        raise next(iter(refused.values()))
     return model.predict_full([g for g in graphs if g], coverage=spec.coverage)
 
 
