@@ -417,7 +417,7 @@ class _Supercells(CandidateSource):
             places = np.empty(len(self._choices), dtype=np.int64)
             places[self._digit_of] = target
             moved.add(tuple(places.tolist()))
-        return self._weights[np.array(sorted(moved))].T.astype(np.float64)
+        return np.asarray(self._weights[np.array(sorted(moved))].T, dtype=np.float64)
 
     def _is_first(
         self, digits: NDArray[np.int64], codes: NDArray[np.int64]
