@@ -29,6 +29,7 @@ from nanoos_fw.stores.database import embedded_file, load_launchpad, open_databa
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.models import ModelRegistry
+from nanoos_fw.stores.outages import outlast_outages
 from nanoos_fw.stores.places import noted_place
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
@@ -177,6 +178,7 @@ class NanoTask(FiretaskBase):
                     advice="set _add_launchpad_and_fw_id: true in the spec",
                 )
             launchpad = load_launchpad(settings.launchpad)
+        outlast_outages(launchpad, settings.database_wait_s)
         database = open_database(launchpad)
         root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
         return TaskContext(

@@ -54,6 +54,11 @@ class Settings(BaseModel):
         min_length=16,
         description="of 'nanoos serve'; without it a new one each time",
     )
+    database_wait_s: float = Field(
+        default=3600.0,
+        ge=0,
+        description="how long a job waits for a database server that is away",
+    )
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:

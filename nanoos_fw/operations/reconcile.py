@@ -366,7 +366,7 @@ def _fizzle(launchpad: Any, verdict: Verdict) -> None:
 
     launch = verdict.launch
     now = launchpad.launches.find_one({"launch_id": launch.launch_id}, {"state": 1})
-    if now is None or now["state"] != "RUNNING":
+    if now is None or now["state"] != launch.state:
         return
     error = lost_run_error(verdict)
     action = FWAction(
@@ -388,6 +388,12 @@ def _release(
     ever, before all others.
     """
     launch = verdict.launch
+    if verdict.cause == "oom":
+        # It would be killed again: its firework gets more memory by the rule for that.
+        report.lost.append(verdict)
+        if not dry_run:
+            _fizzle(launchpad, verdict)
+        return
     key = f"spec.{SPEC_KEY}.unstarted"
     with store_errors("release a reservation"):
         firework = launchpad.fireworks.find_one({"fw_id": launch.fw_id}, {key: 1})
@@ -417,7 +423,9 @@ def _stale_locks(
     with store_errors("look for stale locks"):
         locked = {
             document["_id"]: document["nodes"]
-            for document in launchpad.workflows.find({"locked": True}, {"nodes": 1})
+            for document in launchpad.workflows.find(
+                {"locked": {"$exists": True}}, {"nodes": 1}
+            )
         }
         noted = {note["_id"]: utc(note["since"]) for note in notes.find()}
         stale = [key for key in locked if now - noted.get(key, now) >= expires]

@@ -23,6 +23,7 @@ from nanoos_fw.errors import (
     StoreError,
 )
 from nanoos_fw.provenance import sha256_bytes, write_atomic
+from nanoos_fw.stores.outages import is_outage
 from nanoos_fw.stores.system_models import declare_system_models
 
 SCHEMA_VERSION = 3
@@ -30,6 +31,7 @@ EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
 EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
 _ARTIFACTS = "artifacts"
+_PUT_TRIES = 5
 _LONGEST_PAUSE_S = 30.0
 _T = TypeVar("_T")
 
@@ -263,7 +265,7 @@ class Patience:
             except StoreError as error:
                 tries += 1
                 left = began + self._seconds - time.monotonic()
-                if not _is_outage(error.__cause__) or left <= 0:
+                if not is_outage(error.__cause__) or left <= 0:
                     raise
                 pause_now = min(pause, left)
                 logger.warning(
@@ -276,17 +278,6 @@ class Patience:
                 if tries:
                     logger.warning("the database server is back after %d tries", tries)
                 return result
-
-
-def _is_outage(error: BaseException | None) -> bool:
-    """Tell whether a driver error means that the server cannot be reached now."""
-    from pymongo.errors import (
-        AutoReconnect,
-        ConnectionFailure,
-        WaitQueueTimeoutError,
-    )
-
-    return isinstance(error, AutoReconnect | ConnectionFailure | WaitQueueTimeoutError)
 
 
 def upsert_many(
@@ -350,12 +341,21 @@ def put_artifact(database: Any, data: bytes) -> str:
     digest = sha256_bytes(data)
     files = gridfs.GridFS(database, _ARTIFACTS)
     with store_errors(f"store artifact {digest[:12]}"):
-        if not files.exists(filename=digest):
+        for _ in range(_PUT_TRIES):
+            if files.exists(filename=digest):
+                return digest
             try:
                 files.put(data, filename=digest)
             except (DuplicateKeyError, gridfs.errors.FileExists):
-                return digest  # another worker was first: the bytes are the same
-    return digest
+                # Another worker was first, and the bytes are the same; or an answer got
+                # lost between two parts, and the next try writes them under a new id.
+                continue
+            return digest
+    raise StoreError(
+        f"artifact {digest[:12]} could not be stored",
+        evidence={"tries": _PUT_TRIES, "bytes": len(data)},
+        advice="check the database server; rerunning is safe",
+    )
 
 
 def get_artifact(database: Any, digest: str) -> bytes:

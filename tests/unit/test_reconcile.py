@@ -266,6 +266,23 @@ def test_a_dead_reservation_becomes_ready_and_a_poison_job_is_paused(
         assert state(launchpad, fw) == expected
 
 
+def test_a_job_too_small_to_begin_its_firework_gets_more_memory(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    fw = reserved(launchpad, "1", tmp_path, _queueadapter={"mem": "100M"})
+    slurm.ended = {"1": ended("1", "OUT_OF_MEMORY")}
+    assert len(reconcile(launchpad).lost) == 1
+    assert state(launchpad, fw) == "FIZZLED"
+
+    assert rerun_failed_fireworks(launchpad).counts() == {"oom": 1}
+
+    after = launchpad.fireworks.find_one({"fw_id": fw.fw_id})
+    assert after["state"] == "READY"
+    assert after["spec"]["_queueadapter"] == {"mem": "175M"}
+    _, launch_id = launchpad.reserve_fw(FWorker("w"), str(tmp_path))
+    assert launch_id > 1  # a new launch, not the one that ended
+
+
 def test_a_run_that_ended_meanwhile_is_not_overwritten(
     launchpad: Any, slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

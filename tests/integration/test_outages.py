@@ -1,0 +1,156 @@
+"""A database that goes away in the middle of a launch, at the worst moments."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from database_proxy import DatabaseProxy, Moment, Trap
+from fireworks import Firework, Workflow
+from fireworks.core.fworker import FWorker
+from fireworks.core.launchpad import LaunchPad
+from fireworks.core.rocket_launcher import launch_rocket
+from pymongo.errors import ServerSelectionTimeoutError
+from pymongo.uri_parser import parse_uri
+
+from nanoos_fw.firetasks import FeaturizeStructuresTask
+from nanoos_fw.stores.database import get_artifact, open_database, put_artifact
+from nanoos_fw.stores.outages import outlast_outages
+from nanoos_fw.stores.structures import NewStructure, StructureStore
+
+pytestmark = pytest.mark.mongodb
+
+AWAY_S = 0.7
+
+
+@pytest.fixture
+def proxy() -> Iterator[DatabaseProxy]:
+    ((host, port),) = parse_uri(os.environ["NANO_OS_TEST_MONGODB_URI"])["nodelist"]
+    with DatabaseProxy(host, port) as running:
+        yield running
+
+
+@pytest.fixture
+def launchpad(mongodb_database: Any, proxy: DatabaseProxy) -> Iterator[Any]:
+    found = LaunchPad(
+        host="127.0.0.1",
+        port=proxy.port,
+        name=mongodb_database.name,
+        strm_lvl="CRITICAL",
+        mongoclient_kwargs={"serverSelectionTimeoutMS": 200},
+    )
+    found.reset("", require_password=False)
+    yield found
+    for thread in threading.enumerate():  # FireWorks does not wait for its own
+        if "ping_launch" in thread.name:
+            thread.join(timeout=30)
+    found.connection.close()
+
+
+def cut_at(proxy: DatabaseProxy, trap: Trap, seconds: float = AWAY_S) -> None:
+    """Cut the connection when the trap is hit, and restore it after some time."""
+    proxy.set_trap(trap)
+
+    def run() -> None:
+        trap.hit.wait()
+        proxy.cut()
+        threading.Event().wait(seconds)
+        proxy.restore()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+# The result of the task; the end of the launch; the workflow that hears of it; its lock
+# (FireWorks takes it twice: at the start of the launch, and at its end).
+WRITES = {
+    "result": ("structure_features", 1),
+    "launch": ("launches", 4),
+    "firework": ("fireworks", 2),
+    "lock": ("workflows", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    [
+        ("result", "before"),
+        ("result", "after"),
+        *((write, "during") for write in WRITES),
+    ],
+)
+def test_an_outage_costs_a_launch_nothing(
+    write: str,
+    moment: Moment,
+    launchpad: Any,
+    proxy: DatabaseProxy,
+    copper: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    database = open_database(launchpad)
+    keys = (
+        StructureStore(database)
+        .add([NewStructure(structure=copper, label="Cu")], in_set="all")
+        .keys
+    )
+    firework = Firework(
+        FeaturizeStructuresTask(structures=list(keys)),
+        spec={"_add_launchpad_and_fw_id": True},
+    )
+    (fw_id,) = launchpad.add_wf(Workflow([firework])).values()
+    child = Firework(
+        FeaturizeStructuresTask(structures=list(keys)),
+        spec={"_add_launchpad_and_fw_id": True},
+    )
+    launchpad.append_wf(Workflow([child]), [fw_id])
+    collection, nth = WRITES[write]
+    # Only what follows the beginning of the task: until then FireWorks is on its own.
+    outlast_outages(launchpad, 60)
+    trap = Trap(collection, moment, nth)
+    cut_at(proxy, trap)
+    monkeypatch.chdir(tmp_path)
+
+    assert launch_rocket(launchpad, FWorker(), strm_lvl="CRITICAL")
+
+    assert trap.hit.is_set(), proxy.commands
+    proxy.restore()
+    assert launchpad.get_fw_by_id(fw_id).state == "COMPLETED"
+    (launch,) = launchpad.launches.find()
+    assert launch["state"] == "COMPLETED"
+    assert launchpad.workflows.count_documents({"locked": {"$exists": True}}) == 0
+    assert launchpad.workflows.find_one()["fw_states"][str(fw_id)] == "COMPLETED"
+    assert launchpad.fireworks.count_documents({"state": "READY"}) == 1
+    assert database["structure_features"].count_documents({}) == 1
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+@pytest.mark.parametrize("part", ["artifacts.chunks", "artifacts.files"])
+def test_an_artifact_is_whole_when_the_answer_to_a_part_gets_lost(
+    part: str, moment: Moment, launchpad: Any, proxy: DatabaseProxy
+) -> None:
+    database = open_database(launchpad)
+    outlast_outages(launchpad, 60)
+    data = os.urandom(600_000)
+    cut_at(proxy, Trap(part, moment))
+
+    digest = put_artifact(database, data)
+
+    assert get_artifact(database, digest) == data
+    assert database["artifacts.files"].count_documents({}) == 1
+
+
+def test_a_server_that_stays_away_is_an_error_in_the_end(
+    launchpad: Any, proxy: DatabaseProxy
+) -> None:
+    pauses: list[float] = []
+    outlast_outages(launchpad, 3, sleep=pauses.append)
+    proxy.cut()
+
+    with pytest.raises(ServerSelectionTimeoutError):
+        launchpad.fireworks.find_one()
+
+    assert pauses
