@@ -50,11 +50,16 @@ import sys
 from pathlib import Path
 from nanoos_fw.errors import NanoOSError
 from nanoos_fw.parallel import Resources, launch_ranks
-from nanoos_fw.provenance import write_json
+from nanoos_fw.provenance import read_json, write_json
+from nanoos_fw.slurm import allocation_deadline
 
 path = Path(sys.argv[1])
+deadline = allocation_deadline()
+write_json(path, {**read_json(path), "deadline": deadline})
 try:
-    result = launch_ranks("held", path, resources=Resources(ranks=2))
+    result = launch_ranks(
+        "held", path, resources=Resources(ranks=2), deadline=deadline
+    )
 except NanoOSError as error:
     result = {"error": str(error)}
 write_json(path.with_name("outcome.json"), result)
@@ -76,7 +81,7 @@ class Jobs:
             "deadline": None,
         }
 
-    def submit(self, work_dir: Path, hold: int | None = None) -> str:
+    def submit(self, work_dir: Path, hold: int | None = None, minutes: int = 10) -> str:
         """Submit a training and return the number of its job."""
         work_dir.mkdir(exist_ok=True)
         for path in (*work_dir.glob("reached-*"), work_dir / "outcome.json"):
@@ -87,7 +92,7 @@ class Jobs:
             f"#!/bin/bash\nexport PYTHONPATH={self.folder}\n"
             f"exec {sys.executable} {self.folder}/job.py {path}\n"
         )
-        options = ["--nodes=2", "--ntasks-per-node=1", "--time=10"]
+        options = ["--nodes=2", "--ntasks-per-node=1", f"--time={minutes}"]
         done = subprocess.run(
             ["sbatch", "--parsable", f"--output={work_dir}/job.out", *options],
             input=script, check=True, capture_output=True, text=True, cwd=self.folder,
@@ -160,3 +165,33 @@ def test_a_training_whose_jobs_are_ended_gives_the_bits_of_one_that_was_not(
     for work_dir in (parts, whole):
         made = [int(line) for line in (work_dir / "steps").read_text().split()]
         assert made == list(range(15)), work_dir
+
+
+def test_a_training_longer_than_its_time_limit_stops_before_it_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    """One minute is the shortest limit; by the clock alone, nobody signals."""
+    jobs = Jobs(tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    job = jobs.submit(parts, hold=7, minutes=1)
+    other = jobs.submit(whole)
+    wait_until_ended(job, parts)
+    # On a machine so busy that ranks do not start within the minute, once more.
+    if not (parts / STOPPED).exists() and not (parts / "reached-0").exists():
+        wait_until_ended(jobs.submit(parts, hold=7, minutes=1), parts)
+    wait_until_ended(other, whole)
+    # The ranks ended by themselves: SLURM's kill would have been a signal.
+    stopped = read_json(parts / "outcome.json")["error"]
+    assert "end of the allocation" in stopped, said(parts)
+    assert read_json(parts / STOPPED)["evidence"]["step"] == 2
+    assert read_json(parts / "job.json")["deadline"] < (
+        (parts / "outcome.json").stat().st_mtime
+    )
+    wait_until_ended(jobs.submit(parts), parts)
+    resumed, expected = (read_json(d / "outcome.json") for d in (parts, whole))
+    assert "error" not in expected, said(whole)
+    assert "error" not in resumed, said(parts)
+    assert resumed["checkpoint_sha256"] == expected["checkpoint_sha256"]
+    assert resumed["curves"] == expected["curves"]
+    made = [int(line) for line in (parts / "steps").read_text().split()]
+    assert made == list(range(15))
