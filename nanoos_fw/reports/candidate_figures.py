@@ -415,7 +415,9 @@ def _curves_figure(
         for i, (label, values) in enumerate(curves.items())
     ]
     layout: Layout = {
-        "xaxis": {"title": {"text": words[0]}},
+        # The margin holds these labels. Were it fitted to them, a label that comes and
+        # goes at the end of the axis would have the figure drawn again and again.
+        "xaxis": {"title": {"text": words[0]}, "automargin": False},
         "yaxis": {"title": {"text": words[1]}},
     }
     return Figure(*title, caption, data, layout, 320)

@@ -111,7 +111,7 @@ def test_all_figures_draw_without_a_word_on_the_console(
     dom, log = browse(tmp_path, page, "--dump-dom", "--window-size=1280,1000")
     assert console(log) == []
     boxes = re.split(r'<div id="figure-', dom)[1:]
-    assert len(boxes) == 11
+    assert len(boxes) == 16
     for box in boxes:
         assert 'class="main-svg"' in box.split("<figcaption>")[0]
 
