@@ -21,13 +21,13 @@ Array = NDArray[np.float64]
 MIN_DISTANCE_A = 0.5
 
 
-def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None:
-    """Refuse atoms closer than 0.5 Å: LAMMPS computes them without a word.
+def check_finite(species: Sequence[str], lattice: Array, frac: Array) -> LammpsBox:
+    """Return the box of a cell whose numbers are finite; refuse others.
 
     Raises
     ------
     InputError
-        Naming the two sites, or the one whose coordinates are not finite.
+        Naming the site whose coordinates are not finite, or the lattice.
     """
     if not np.isfinite(frac).all():
         bad = int(np.flatnonzero(~np.isfinite(frac).all(axis=1))[0])
@@ -37,7 +37,18 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
             evidence={"class": "not_finite", "site": bad},
             advice="correct the coordinates of this site",
         )
-    box = LammpsBox.from_lattice(lattice)  # reduced: 27 images are enough
+    return LammpsBox.from_lattice(lattice)
+
+
+def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None:
+    """Refuse atoms closer than 0.5 Å: LAMMPS computes them without a word.
+
+    Raises
+    ------
+    InputError
+        Naming the two sites, or the one whose coordinates are not finite.
+    """
+    box = check_finite(species, lattice, frac)  # reduced: 27 images are enough
     reduced = frac @ np.linalg.inv(box.basis)
     shifts = np.array(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij")).reshape(3, -1).T
     self_images = np.linalg.norm(shifts[np.any(shifts, axis=1)] @ box.matrix, axis=1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import InputError, LaunchError, SimulationError
 from nanoos_fw.md.catalogue import Catalogue
-from nanoos_fw.md.cells import site_charges, site_elements, supercell
+from nanoos_fw.md.cells import check_finite, site_charges, site_elements, supercell
 from nanoos_fw.md.failures import changes, correction
 from nanoos_fw.md.inputs import (
     DATA_FILE,
@@ -455,6 +455,7 @@ class _Plan:
         potential = Catalogue().resolve(chosen, site_elements(structure), directory)
         cell = supercell(structure, config.supercell_min_atoms)
         species = site_elements(cell)
+        check_finite(species, cell.lattice.matrix, cell.frac_coords)  # the key is JSON
         simulation = {
             "config": config.model_dump(mode="json"),
             "potential": potential.model_dump(mode="json"),
