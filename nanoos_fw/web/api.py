@@ -7,7 +7,8 @@ that the command line uses, and answers 202 with their ids.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi import Path as InPath
@@ -23,6 +24,7 @@ MAX_STRUCTURES = 1000
 
 router = APIRouter(prefix="/api/ml", tags=["ml"])
 
+_T = TypeVar("_T")
 _Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
 _Id = Annotated[
     str,
@@ -163,6 +165,22 @@ def state_of(request: Request) -> State:
     return state
 
 
+def existing(look_up: Callable[[], _T]) -> _T:
+    """Return what is looked up by a name of the request.
+
+    Raises
+    ------
+    NotFoundError
+        Instead of the InputError of stores; answered 404.
+    """
+    try:
+        return look_up()
+    except InputError as error:
+        raise NotFoundError(
+            error.message, evidence=error.evidence, advice=error.advice
+        ) from error
+
+
 def require_writing(state: State) -> None:
     """Refuse a change unless the server was started for changes.
 
@@ -270,12 +288,7 @@ def _scalars(
 def _keys(state: State, names: list[str]) -> list[str]:
     from nanoos_fw.stores.structures import StructureStore
 
-    try:
-        return StructureStore(state.database).find_keys(names)
-    except InputError as error:
-        raise NotFoundError(
-            error.message, evidence=error.evidence, advice=error.advice
-        ) from error
+    return existing(lambda: StructureStore(state.database).find_keys(names))
 
 
 # ---------------------------------------------------------------------- predictions
@@ -308,12 +321,7 @@ def _predict(state: State, body: GNNPredictionRequest) -> GNNPredictionResponse:
 
     keys = _keys(state, body.structure_ids)
     registry = ModelRegistry(state.database)
-    try:
-        record = registry.get(body.model_name)
-    except InputError as error:
-        raise NotFoundError(
-            error.message, evidence=error.evidence, advice=error.advice
-        ) from error
+    record = existing(lambda: registry.get(body.model_name))
     model = state.loaded.get(record.reference)
     if model is None:
         model = state.loaded[record.reference] = registry.load(record)
@@ -386,12 +394,7 @@ def show_model(reference: _Id, request: Request) -> ModelDetails:
     state = state_of(request)
     with state.lock:
         registry = ModelRegistry(state.database)
-        try:
-            record = registry.get(reference)
-        except InputError as error:
-            raise NotFoundError(
-                error.message, evidence=error.evidence, advice=error.advice
-            ) from error
+        record = existing(lambda: registry.get(reference))
         return ModelDetails(
             model=record.to_dict(),
             alias_history=[move.to_dict() for move in registry.history(record.name)],

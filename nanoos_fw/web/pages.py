@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.templates import load_template
-from nanoos_fw.web.api import NotFoundError, require_writing, state_of
+from nanoos_fw.web.api import NotFoundError, existing, require_writing, state_of
 
 _SHOWN = 200
 
@@ -49,7 +49,7 @@ def campaign(name: str, request: Request) -> HTMLResponse:
 
     state = state_of(request)
     with state.lock:
-        document = _found(lambda: CampaignStore(state.database).get(name))
+        document = existing(lambda: CampaignStore(state.database).get(name))
         try:
             stages = stage_counts(state.database, name)
         except InputError:
@@ -77,7 +77,7 @@ def campaign_report(name: str, request: Request) -> HTMLResponse:
 
     state = state_of(request)
     with state.lock:
-        data = _found(lambda: collect_report(state.database, name))
+        data = existing(lambda: collect_report(state.database, name))
     return HTMLResponse(render_report(data))
 
 
@@ -90,10 +90,8 @@ def models(request: Request, select: str = "") -> HTMLResponse:
     with state.lock:
         registry = ModelRegistry(state.database)
         records = registry.list_models()
-        chosen = [
-            _found(lambda reference=reference: registry.get(reference))
-            for reference in dict.fromkeys(part for part in select.split(",") if part)
-        ]
+        names = dict.fromkeys(part for part in select.split(",") if part)
+        chosen = existing(lambda: [registry.get(name) for name in names])
     compared = compare_models(chosen, "mae", "val") if len(chosen) > 1 else None
     rows = [
         {
@@ -136,7 +134,7 @@ def activate(
     require_writing(state)
     with state.lock:
         registry = ModelRegistry(state.database)
-        record = _found(lambda: registry.get(reference))
+        record = existing(lambda: registry.get(reference))
         registry.activate(record.reference, reason=reason)
         state.save()
     return RedirectResponse("/models", 303)
@@ -211,15 +209,6 @@ def features(request: Request) -> HTMLResponse:
 
 
 # ------------------------------------------------------------------------ rendering
-
-
-def _found(look_up: Any) -> Any:
-    try:
-        return look_up()
-    except InputError as error:
-        raise NotFoundError(
-            error.message, evidence=error.evidence, advice=error.advice
-        ) from error
 
 
 def _page(request: Request, page: str, /, **values: Any) -> HTMLResponse:
