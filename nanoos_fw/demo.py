@@ -24,11 +24,12 @@ from nanoos_fw.md import zhou2004
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.operations.status import CampaignStatus, campaign_status
 from nanoos_fw.reports import RankedCandidate, Ranking, collect_report, findings
 from nanoos_fw.slurm import queued_jobs
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database, save_embedded
-from nanoos_fw.stores.launches import FailedFirework, failed_fireworks, stage_counts
+from nanoos_fw.stores.launches import FailedFirework, failed_fireworks
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 from nanoos_fw.workflows import (
     CampaignPlan,
@@ -175,15 +176,14 @@ def watch(
     last = ""
     while True:
         lives = job in queued_jobs()  # asked first: what it did last is counted below
-        counts = stage_counts(launchpad.db, plan.name)
-        states = {state for stage in counts.values() for state in stage}
-        total, done = progress(launchpad, plan.name)
-        running = [stage for stage, found in counts.items() if "RUNNING" in found]
+        status = campaign_status(launchpad.db, plan.name)
+        total, done = _progress(status)
+        running = [s for s, found in status.stages.items() if "RUNNING" in found]
         line = f"{done} of {total} fireworks done; running: {', '.join(running) or '-'}"
         if line != last:
             say(line)
             last = line
-        if states <= ended:
+        if status.states.keys() <= ended:
             break
         if not lives:
             say(f"job {job} has ended before the campaign; nanoos reconcile tells why")
@@ -197,9 +197,11 @@ def watch(
 
 def progress(launchpad: Any, name: str) -> tuple[int, int]:
     """Return the number of fireworks of a campaign, and of those completed."""
-    counts = stage_counts(launchpad.db, name).values()
-    total = sum(sum(states.values()) for states in counts)
-    return total, sum(states.get("COMPLETED", 0) for states in counts)
+    return _progress(campaign_status(launchpad.db, name))
+
+
+def _progress(status: CampaignStatus) -> tuple[int, int]:
+    return sum(status.states.values()), status.states.get("COMPLETED", 0)
 
 
 def summary(launchpad: Any, plan: CampaignPlan, outcome: Outcome) -> list[str]:

@@ -26,6 +26,7 @@ from fireworks.utilities.fw_serializers import serialize_fw
 
 from nanoos_fw.errors import InputError, LaunchError, NanoOSError
 from nanoos_fw.slurm import SlurmRequest, batch_script, run_slurm, slurm_request
+from nanoos_fw.stores.launches import PARKED as PARKED_KEY
 from nanoos_fw.stores.launches import SPEC_KEY
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
             "time": datetime.now(UTC).isoformat(),
         }
         launchpad.fireworks.update_one(
-            {"fw_id": fw_id}, {"$set": {f"spec.{SPEC_KEY}.parked": parked}}
+            {"fw_id": fw_id}, {"$set": {f"spec.{SPEC_KEY}.{PARKED_KEY}": parked}}
         )
         launchpad.cancel_reservation(firework["launches"][-1])
         launchpad.pause_fw(fw_id)

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,34 @@ def embedded_database() -> Any:
 
     enable_gridfs_integration()
     return mongomock.MongoClient()[f"nanoos_test_{uuid.uuid4().hex[:12]}"]
+
+
+@pytest.fixture
+def new_launchpad(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Return a function that connects to one database, as each process would."""
+    import mongomock
+    from fireworks.core.launchpad import LaunchPad
+    from mongomock.gridfs import enable_gridfs_integration
+
+    from nanoos_fw import operations
+
+    enable_gridfs_integration()
+    client: Any = mongomock.MongoClient()
+    monkeypatch.setattr(
+        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
+    )
+    # The heartbeat is a thread, and mongomock is not made for two.
+    monkeypatch.setattr(
+        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
+    )
+    operations.prepare_launchpad(LaunchPad(strm_lvl="CRITICAL"))
+    return lambda: LaunchPad(strm_lvl="CRITICAL")
+
+
+@pytest.fixture
+def launchpad(new_launchpad: Callable[[], Any]) -> Any:
+    """LaunchPad over a fresh in-memory database, ready for use."""
+    return new_launchpad()
 
 
 # ------------------------------------------------------------------- structures

@@ -151,20 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     add_launchpad(structures)
     structures.set_defaults(command=_import)
 
-    status = commands.add_parser("status", help="count the fireworks of a campaign")
-    status.add_argument("campaign", nargs="?", help="without it: list the campaigns")
-    status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument(
-        "--watch",
-        type=float,
-        nargs="?",
-        const=5.0,
-        metavar="S",
-        help="show it anew every S seconds until all is finished (default: 5)",
-    )
-    add_launchpad(status)
-    status.set_defaults(command=_status)
-
     report = commands.add_parser(
         "report", help="write the HTML report of a campaign from the stores"
     )
@@ -333,53 +319,6 @@ def _print_import(report: ImportReport, in_set: str) -> None:
         f"{report.total} entries: {report.added} added to set {in_set!r}, "
         f"{len(report.duplicates)} duplicates, {len(report.failures)} refused"
     )
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    launchpad = launchpad_of(arguments)
-    from nanoos_fw.stores.campaigns import CampaignStore
-    from nanoos_fw.stores.launches import failed_fireworks, stage_counts
-
-    if arguments.campaign is None:
-        names = CampaignStore(launchpad.db).names()
-        print(json.dumps(names) if arguments.json else "\n".join(names) or "none")
-        return 0
-    CampaignStore(launchpad.db).get(arguments.campaign)
-    if arguments.watch is not None:
-        return _watch(arguments, launchpad)
-    counts = stage_counts(launchpad.db, arguments.campaign)
-    failed = failed_fireworks(launchpad.db, arguments.campaign)
-    if arguments.json:
-        failures = [
-            {"fw_id": f.fw_id, "stage": f.stage, **f.error.to_dict()} for f in failed
-        ]
-        print(json.dumps({"stages": counts, "failed": failures}, indent=1))
-    else:
-        for stage, states in counts.items():
-            line = ", ".join(f"{n} {state.lower()}" for state, n in states.items())
-            print(f"{stage:12} {line}")
-        for entry in failed:
-            print(f"failed: firework {entry.fw_id} ({entry.stage}): {entry.error}")
-    return 1 if failed else 0
-
-
-def _watch(arguments: argparse.Namespace, launchpad: Any) -> int:
-    if arguments.json or not arguments.watch >= 1:
-        raise InputError(
-            "--watch is for people: at least 1 second, and without --json",
-            advice="give --json without --watch to a program",
-        )
-    from rich.console import Console
-
-    from nanoos_fw.cli.watching import watch_campaign
-    from nanoos_fw.operations.campaigns import campaign_status
-
-    last = watch_campaign(
-        Console(),
-        lambda: campaign_status(launchpad.db, arguments.campaign),
-        every_s=arguments.watch,
-    )
-    return 1 if last.states.get("FIZZLED") else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

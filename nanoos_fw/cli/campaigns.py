@@ -1,9 +1,11 @@
-"""``nanoos campaign``: campaigns from a plan to an archive."""
+"""``nanoos campaign`` and ``nanoos status``: campaigns from a plan to an archive."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,21 @@ from nanoos_fw.cli.common import (
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.campaigns import Changed
+    from nanoos_fw.operations.status import CampaignStatus
+    from nanoos_fw.stores.launches import FailedFirework
     from nanoos_fw.workflows import CampaignPlan
+
+_SHOWN_FAILURES = 20
 
 
 def add_commands(commands: Any) -> None:
-    """Add ``campaign`` and its commands."""
+    """Add ``status``, and ``campaign`` with its commands."""
+    status = commands.add_parser(
+        "status", help="show where a campaign stands, or list the campaigns"
+    )
+    status.add_argument("campaign", nargs="?", help="without it: list the campaigns")
+    _finish_status(status)
+
     campaign = commands.add_parser(
         "campaign", help="create, submit, watch, pause, cancel and archive campaigns"
     )
@@ -50,11 +62,9 @@ def add_commands(commands: Any) -> None:
     )
     _finish(submit, _submit)
 
-    status = actions.add_parser(
-        "status", help="counts by stage, state and cause, throughput, time to go"
-    )
+    status = actions.add_parser("status", help="the same as 'nanoos status'")
     status.add_argument("campaign")
-    _finish(status, _status)
+    _finish_status(status)
 
     for name, command, text in (
         ("pause", _pause, "let nothing further begin; what runs goes on to its end"),
@@ -85,6 +95,22 @@ def add_commands(commands: Any) -> None:
         help="file to write (default: CAMPAIGN.jsonl.gz)",
     )
     _finish(archive, _archive)
+
+
+def _finish_status(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Count the fireworks of a campaign by stage, state and cause of failure, with "
+        "throughput and time to go. The exit code is 1 if any has failed."
+    )
+    parser.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=5.0,
+        metavar="S",
+        help="show it anew every S seconds until all is finished (default: 5)",
+    )
+    _finish(parser, _status)
 
 
 def _finish(parser: argparse.ArgumentParser, command: Any) -> None:
@@ -157,7 +183,7 @@ def _read_plan(path: Path) -> CampaignPlan:
 
 def _submit(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.operations.campaigns import submit_many
+    from nanoos_fw.operations import submit_many
     from nanoos_fw.stores.campaigns import CampaignStore
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
@@ -187,10 +213,17 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.operations.campaigns import campaign_status
+    from nanoos_fw.operations.status import campaign_status
     from nanoos_fw.stores.campaigns import CampaignStore
+    from nanoos_fw.stores.launches import failed_fireworks
 
+    if arguments.campaign is None:
+        names = CampaignStore(launchpad.db).names()
+        print(json.dumps(names) if arguments.json else "\n".join(names) or "none")
+        return 0
     document = CampaignStore(launchpad.db).get(arguments.campaign)
+    if arguments.watch is not None:
+        return _watch(arguments, launchpad)
     archived = document.get("archive")
     status = campaign_status(launchpad.db, arguments.campaign)
     if archived and not status.stages:
@@ -200,23 +233,67 @@ def _status(arguments: argparse.Namespace) -> int:
             states = _counts(archived["status"]["states"])
             print(f"archived {archived['time']} in {archived['file']}: {states}")
         return 0
+    # Few questions for a campaign that is well; one that is not may have thousands.
+    failed = failed_fireworks(launchpad.db, arguments.campaign) if status.causes else []
     if arguments.json:
-        print_json(status.to_dict())
-        return 0
+        rows = [
+            {"fw_id": f.fw_id, "stage": f.stage, **f.error.to_dict()} for f in failed
+        ]
+        print_json({**status.to_dict(), "failed": rows})
+    else:
+        print("\n".join([*_lines(status), *_failures(failed)]))
+    return 1 if status.states.get("FIZZLED") else 0
+
+
+def _lines(status: CampaignStatus) -> list[str]:
     if not status.stages:
-        print(f"nothing is submitted; nanoos campaign submit {arguments.campaign}")
+        return [f"nothing is submitted; nanoos campaign submit {status.name}"]
+    lines = []
     for stage, counts in status.stages.items():
         causes = status.causes.get(stage)
         why = f"  [{_counts(causes)}]" if causes else ""
-        print(f"{stage:12} {_counts(counts)}{why}")
+        lines.append(f"{stage:12} {_counts(counts)}{why}")
     if status.parked:
-        print(f"{status.parked} parked: SLURM refused their jobs; see their spec")
+        lines.append(
+            f"{status.parked} parked: SLURM refused their jobs; see their spec"
+        )
     if status.eta_s:
-        print(
+        lines.append(
             f"{status.per_hour:.1f} fireworks an hour; at that rate "
             f"{status.eta_s / 3600:.1f} h to go"
         )
-    return 0
+    return lines
+
+
+def _failures(failed: Sequence[FailedFirework]) -> list[str]:
+    lines = [
+        f"failed: firework {entry.fw_id} ({entry.stage}): {entry.error}"
+        for entry in failed[:_SHOWN_FAILURES]
+    ]
+    if len(failed) > _SHOWN_FAILURES:
+        lines.append(f"and {len(failed) - _SHOWN_FAILURES} more (--json lists all)")
+    return lines
+
+
+def _watch(arguments: argparse.Namespace, launchpad: Any) -> int:
+    from nanoos_fw.errors import InputError
+
+    if arguments.json or not arguments.watch >= 1:
+        raise InputError(
+            "--watch is for people: at least 1 second, and without --json",
+            advice="give --json without --watch to a program",
+        )
+    from rich.console import Console
+
+    from nanoos_fw.cli.watching import watch_campaign
+    from nanoos_fw.operations.status import campaign_status
+
+    last = watch_campaign(
+        Console(),
+        lambda: campaign_status(launchpad.db, arguments.campaign),
+        every_s=arguments.watch,
+    )
+    return 1 if last.states.get("FIZZLED") else 0
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from nanoos_fw.operations.campaigns import CampaignStatus
+    from nanoos_fw.operations.status import CampaignStatus
 
 _WIDTH = 30
 _COLOURS = (("COMPLETED", "blue"), ("RUNNING", "green"), ("FIZZLED", "red"))

@@ -9,8 +9,8 @@ from nanoos_fw.operations.campaign import (
     quiet_fireworks,
     rerun_failed,
     run_embedded,
-    submit,
 )
+from nanoos_fw.operations.submission import submit, submit_many
 from nanoos_fw.operations.tables import TableReport, import_property_table
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "rerun_failed",
     "run_embedded",
     "submit",
+    "submit_many",
 ]

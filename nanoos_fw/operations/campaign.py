@@ -1,24 +1,20 @@
-"""Operating a campaign: submit, run in this process, count, import structures."""
+"""Operating a campaign: import structures, prepare, run in this process."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.stores.database import save_embedded, store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 if TYPE_CHECKING:
-    from fireworks import Workflow
-
     from nanoos_fw.structure_files import EntryFailure, StructureEntry
 
 logger = logging.getLogger(__name__)
@@ -106,67 +102,7 @@ def import_structures(
     return report
 
 
-# ------------------------------------------------------------------------- submit
-
-
-def submit(launchpad: Any, workflow: Workflow) -> bool:
-    """Add a workflow unless it is there; return whether it was added.
-
-    FireWorks inserts the workflow before its fireworks. A submission that was killed
-    in between is found by its missing fireworks and replaced.
-
-    Raises
-    ------
-    InputError
-        If a firework asks for resources that SLURM cannot give; see `check_resources`.
-    """
-    key = workflow.metadata["key"]
-    check_resources(workflow)
-    with store_errors("submit a workflow"):
-        for document in launchpad.workflows.find({"metadata.key": key}):
-            nodes = document["nodes"]
-            there = launchpad.fireworks.count_documents({"fw_id": {"$in": nodes}})
-            if there == len(nodes):
-                return False
-            logger.warning("replacing a half-inserted workflow: %s", document["name"])
-            launchpad.fireworks.delete_many({"fw_id": {"$in": nodes}})
-            launchpad.workflows.delete_one({"_id": document["_id"]})
-        launchpad.add_wf(workflow)
-    return True
-
-
-def check_resources(workflow: Workflow) -> None:
-    """Refuse a ``_queueadapter`` with unknown fields, or that no partition can run.
-
-    A refused job would be found by ``qlaunch`` only, perhaps weeks later. What the
-    other fields are is decided by the ``my_qadapter.yaml`` of whoever submits the job,
-    so limits are held against all partitions that are up, if no ``queue`` is named.
-    Without SLURM on this machine the fields alone are checked.
-
-    Raises
-    ------
-    InputError
-        Names the firework, its request and what is wrong with it.
-    """
-    from nanoos_fw.slurm import check_request, read_cluster, slurm_request
-
-    asked = {}
-    for firework in workflow.fws:
-        fields = firework.spec.get("_queueadapter")
-        if fields:
-            where = f"_queueadapter of firework {firework.name!r}"
-            asked[where] = slurm_request(fields, where)
-    if not asked or shutil.which("sinfo") is None:
-        return
-    try:
-        cluster = read_cluster()
-    except (LaunchError, MissingDependencyError) as error:
-        logger.warning("_queueadapter is not checked against SLURM: %s", error)
-        return
-    everywhere = ",".join(part.name for part in cluster.partitions if part.up)
-    for where, request in asked.items():
-        anywhere = {"queue": request.queue or everywhere or None}
-        check_request(request.with_overrides(anywhere), cluster, where)
+# ------------------------------------------------------------------------ prepare
 
 
 def prepare_launchpad(launchpad: Any) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from nanoos_fw.errors import InputError, NanoOSError, error_from_dict
+from nanoos_fw.errors import NanoOSError, error_from_dict
 from nanoos_fw.stores.database import store_errors
 
 # Key of our part of a firework's spec: campaign, stage, key, work_root.
 SPEC_KEY = "nanoos"
 # Key below SPEC_KEY: a firework that continues one whose allocation ended.
 CONTINUATION = "continuation"
+# Key below SPEC_KEY: why a firework was set aside by qlaunch, see ``queue_adapter``.
+PARKED = "parked"
 
 
 @dataclass(frozen=True)
@@ -34,55 +36,6 @@ class StageTime:
     launches: int
     wall_s: float
     elapsed_s: float
-
-
-def stage_counts(database: Any, campaign: str) -> dict[str, dict[str, int]]:
-    """Return the number of fireworks by stage and state, first stage first.
-
-    A firework whose allocation ended has completed only by handing over; it and its
-    continuations count as one, in the state of the last.
-
-    Raises
-    ------
-    InputError
-        If the launchpad has no firework of the campaign.
-    """
-    pipeline = [
-        {"$match": {f"spec.{SPEC_KEY}.campaign": campaign}},
-        {
-            "$group": {
-                "_id": {"stage": f"$spec.{SPEC_KEY}.stage", "state": "$state"},
-                "count": {"$sum": 1},
-                "continued": {
-                    "$sum": {
-                        "$cond": [
-                            {"$gt": [f"$spec.{SPEC_KEY}.{CONTINUATION}.number", 0]},
-                            1,
-                            0,
-                        ]
-                    }
-                },
-                "order": {"$min": f"$spec.{SPEC_KEY}.order"},
-            }
-        },
-    ]
-    with store_errors("count fireworks"):
-        rows = list(database["fireworks"].aggregate(pipeline))
-    if not rows:
-        raise InputError(
-            f"the launchpad has no firework of campaign {campaign!r}",
-            advice="submit it, or check the name and the launchpad file",
-        )
-    counts: dict[str, dict[str, int]] = {}
-    for row in sorted(rows, key=lambda r: (r["order"], r["_id"]["stage"])):
-        stage = counts.setdefault(row["_id"]["stage"], {})
-        stage[row["_id"]["state"]] = row["count"]
-    for row in rows:
-        stage = counts[row["_id"]["stage"]]
-        stage["COMPLETED"] = stage.get("COMPLETED", 0) - row["continued"]
-        if stage["COMPLETED"] == 0:
-            del stage["COMPLETED"]
-    return counts
 
 
 def failed_fireworks(database: Any, campaign: str) -> list[FailedFirework]:

@@ -11,7 +11,6 @@ import jinja2
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from nanoos_fw.errors import InputError
 from nanoos_fw.templates import load_template
 from nanoos_fw.web.api import NotFoundError, existing, require_writing, state_of
 
@@ -23,37 +22,27 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 @router.get("/")
 def campaigns(request: Request) -> HTMLResponse:
     """Show all campaigns with their fireworks by stage and state."""
+    from nanoos_fw.operations.status import campaign_status
     from nanoos_fw.stores.campaigns import CampaignStore
-    from nanoos_fw.stores.launches import stage_counts
 
     state = state_of(request)
-    rows = []
     with state.lock:
-        for name in CampaignStore(state.database).names():
-            try:
-                stages = stage_counts(state.database, name)
-            except InputError:  # created, and nothing submitted yet
-                stages = {}
-            total: Counter[str] = Counter()
-            for counts in stages.values():
-                total.update(counts)
-            rows.append({"name": name, "stages": stages, "total": total})
-    return _page(request, "campaigns", campaigns=rows)
+        names = CampaignStore(state.database).names()
+        found = [campaign_status(state.database, name) for name in names]
+    return _page(request, "campaigns", campaigns=found)
 
 
 @router.get("/campaigns/{name}")
 def campaign(name: str, request: Request) -> HTMLResponse:
     """Show one campaign: progress, what failed and why."""
+    from nanoos_fw.operations.status import campaign_status
     from nanoos_fw.stores.campaigns import CampaignStore
-    from nanoos_fw.stores.launches import failed_fireworks, stage_counts, stage_times
+    from nanoos_fw.stores.launches import failed_fireworks, stage_times
 
     state = state_of(request)
     with state.lock:
         document = existing(lambda: CampaignStore(state.database).get(name))
-        try:
-            stages = stage_counts(state.database, name)
-        except InputError:
-            stages = {}
+        status = campaign_status(state.database, name)
         failures = failed_fireworks(state.database, name)
         times, hosts = stage_times(state.database, name)
     return _page(
@@ -61,7 +50,7 @@ def campaign(name: str, request: Request) -> HTMLResponse:
         "campaign",
         name=name,
         created=document["created"],
-        stages=stages,
+        status=status,
         failures=failures[:_SHOWN],
         n_failures=len(failures),
         times={time.stage: time for time in times},

@@ -36,10 +36,10 @@ from fireworks.core.launchpad import LaunchPad
 from fireworks.core.rocket_launcher import rapidfire
 from pymongo import monitoring
 
-from nanoos_fw.operations.campaign import prepare_launchpad, quiet_fireworks
-from nanoos_fw.operations.campaigns import campaign_status, submit_many
+from nanoos_fw.operations import prepare_launchpad, quiet_fireworks, submit_many
 from nanoos_fw.operations.reconcile import reconcile
 from nanoos_fw.operations.slots import Slot, SlotConfig
+from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database
 

@@ -13,8 +13,8 @@ import pytest
 from fireworks import Firework, PyTask, Workflow
 
 from nanoos_fw import operations
-from nanoos_fw.operations.campaigns import campaign_status
 from nanoos_fw.operations.reconcile import reconcile
+from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.operations.workers import WorkPlan, work
 from nanoos_fw.stores.database import load_launchpad
 

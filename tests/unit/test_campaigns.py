@@ -4,50 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import mongomock
 import pytest
 from fireworks import Firework, FWorker, PyTask, Workflow
-from fireworks.core.launchpad import LaunchPad
 from fireworks.core.rocket_launcher import launch_rocket
 
-from nanoos_fw import operations
 from nanoos_fw.errors import InputError, LostRunError, OutOfMemoryError
-from nanoos_fw.operations import campaigns
-from nanoos_fw.operations.campaigns import (
-    archive,
-    campaign_status,
-    cancel,
-    pause,
-    resume,
-    submit_many,
-)
+from nanoos_fw.operations import campaigns, submission, submit_many
+from nanoos_fw.operations.campaigns import archive, cancel, pause, resume
+from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.provenance import sha256_file
 from nanoos_fw.slurm import QueuedJob
 from nanoos_fw.stores.campaigns import CampaignStore
 
 
 @pytest.fixture
-def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from mongomock.gridfs import enable_gridfs_integration
-
-    enable_gridfs_integration()
-    client: Any = mongomock.MongoClient()
-    monkeypatch.setattr(
-        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
-    )
-    # mongomock is made for one thread: no heartbeat beside the work.
-    monkeypatch.setattr(
-        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
-    )
-    found = LaunchPad(strm_lvl="CRITICAL")
-    operations.prepare_launchpad(found)
+def launchpad(new_launchpad: Callable[[], Any]) -> Any:
+    found = new_launchpad()
     CampaignStore(found.db).create("c", {})
     return found
 
@@ -80,7 +58,7 @@ def run_all(launchpad: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_workflows_are_submitted_once_and_numbered_without_gaps(
     launchpad: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(campaigns, "_BATCH", 50)
+    monkeypatch.setattr(submission, "_BATCH", 50)
     seen: list[tuple[int, int]] = []
     keys = [f"k{n}" for n in range(120)]
     report = submit_many(

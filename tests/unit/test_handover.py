@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mongomock
 import pytest
-from fireworks import Firework, LaunchPad, Workflow
+from fireworks import Firework, Workflow
 from fireworks.core.fworker import FWorker
 from fireworks.core.rocket_launcher import launch_rocket, rapidfire
 
-from nanoos_fw import operations
 from nanoos_fw.errors import OutOfTimeError
 from nanoos_fw.firetasks import WriteReportTask
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.firetasks.handover import MAX_STALLED
-from nanoos_fw.stores.launches import CONTINUATION, SPEC_KEY, stage_counts
+from nanoos_fw.operations.status import campaign_status
+from nanoos_fw.stores.launches import CONTINUATION, SPEC_KEY
 
 Run = Callable[[WriteReportTask, TaskContext], dict[str, Any]]
-
-
-@pytest.fixture
-def new_launchpad(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """Return a function that connects to one database, as each process would."""
-    from mongomock.gridfs import enable_gridfs_integration
-
-    enable_gridfs_integration()
-    client = mongomock.MongoClient()
-    monkeypatch.setattr(
-        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
-    )
-    # The heartbeat is a thread, and mongomock is not made for two.
-    monkeypatch.setattr(
-        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
-    )
-    operations.prepare_launchpad(LaunchPad(strm_lvl="CRITICAL"))
-    return lambda: LaunchPad(strm_lvl="CRITICAL")
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +97,7 @@ def test_the_work_continues_in_another_job_before_its_children(
     assert last.spec[SPEC_KEY][CONTINUATION]["progress"] == {"step": 19}
     assert last.spec[SPEC_KEY]["key"] == "k"
     # For whoever counts, it is one piece of work.
-    assert stage_counts(launchpad.db, "late") == {
+    assert campaign_status(launchpad.db, "late").stages == {
         "md": {"COMPLETED": 1},
         "report": {"COMPLETED": 1},
     }
@@ -134,7 +114,7 @@ def test_work_that_is_to_be_continued_does_not_count_as_completed(
 
     work(run)
     launch(new_launchpad(), tmp_path)
-    assert stage_counts(launchpad.db, "late") == {"md": {"READY": 1}}
+    assert campaign_status(launchpad.db, "late").stages == {"md": {"READY": 1}}
 
 
 def test_a_rapidfire_loop_leaves_the_continuation_to_another_allocation(

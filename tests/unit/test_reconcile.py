@@ -9,12 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import mongomock
 import pytest
-from fireworks import Firework, FWAction, LaunchPad, Workflow
+from fireworks import Firework, FWAction, Workflow
 from fireworks.core.fworker import FWorker
 
-from nanoos_fw import operations
 from nanoos_fw.errors import (
     InputError,
     LaunchError,
@@ -144,20 +142,6 @@ def test_without_a_job_the_process_counts_here_and_the_heartbeat_elsewhere() -> 
 
 
 # -------------------------------------------------------------------------- reconcile
-
-
-@pytest.fixture
-def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from mongomock.gridfs import enable_gridfs_integration
-
-    enable_gridfs_integration()
-    client = mongomock.MongoClient()
-    monkeypatch.setattr(
-        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
-    )
-    found = LaunchPad(strm_lvl="CRITICAL")
-    operations.prepare_launchpad(found)
-    return found
 
 
 class Slurm:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from nanoos_fw.cli.watching import watch_campaign
-from nanoos_fw.operations.campaigns import CampaignStatus
+from nanoos_fw.operations.status import CampaignStatus
 
 STEPS = [
     CampaignStatus("c", stages={"label": {"READY": 2}, "train": {"WAITING": 1}}),

@@ -15,6 +15,7 @@ pytest.importorskip("httpx2")
 from fastapi.testclient import TestClient
 from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.errors import OutOfMemoryError
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
 from nanoos_fw.ml.features import extract_structure_features
 from nanoos_fw.stores.campaigns import CampaignStore
@@ -28,24 +29,8 @@ TOKEN = "0123456789abcdef"
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
-class Launchpad:
-    """What the routes use of FireWorks' launchpad."""
-
-    def __init__(self, db: Any) -> None:
-        self.db, self.added = db, []
-        self.workflows, self.fireworks = db["workflows"], db["fireworks"]
-
-    def add_wf(self, workflow: Any) -> None:
-        self.added.append(workflow)
-
-
 @pytest.fixture
-def launchpad(embedded_database: Any) -> Launchpad:
-    return Launchpad(embedded_database)
-
-
-@pytest.fixture
-def keys(launchpad: Launchpad) -> list[str]:
+def keys(launchpad: Any) -> list[str]:
     store = StructureStore(open_database(launchpad))
     crystals = [
         Structure(Lattice.cubic(a), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
@@ -72,7 +57,7 @@ def client(launchpad: Any, tmp_path: Path, *, may_write: bool = False) -> TestCl
 @pytest.mark.parametrize("path", ["/", "/api/ml/models", "/openapi.json", "/none"])
 @pytest.mark.parametrize("sent", [None, "Bearer wrong", f"Basic {TOKEN}", "Bearer é"])
 def test_nobody_without_the_token_is_answered(
-    launchpad: Launchpad, tmp_path: Path, path: str, sent: str | None
+    launchpad: Any, tmp_path: Path, path: str, sent: str | None
 ) -> None:
     web = client(launchpad, tmp_path)
     del web.headers["Authorization"]
@@ -83,7 +68,7 @@ def test_nobody_without_the_token_is_answered(
 
 
 def test_a_browser_gets_in_by_the_printed_address_and_keeps_a_cookie(
-    launchpad: Launchpad, tmp_path: Path
+    launchpad: Any, tmp_path: Path
 ) -> None:
     web = client(launchpad, tmp_path)
     del web.headers["Authorization"]
@@ -111,7 +96,7 @@ def test_a_browser_gets_in_by_the_printed_address_and_keeps_a_cookie(
     ],
 )
 def test_requests_of_other_pages_and_names_are_refused(
-    launchpad: Launchpad, tmp_path: Path, headers: dict[str, str]
+    launchpad: Any, tmp_path: Path, headers: dict[str, str]
 ) -> None:
     answer = client(launchpad, tmp_path, may_write=True).post(
         "/models/activate", data={"reference": "m@1"}, headers=headers
@@ -124,7 +109,7 @@ def test_requests_of_other_pages_and_names_are_refused(
 
 
 def test_features_are_submitted_once_and_then_answered(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     web = client(launchpad, tmp_path, may_write=True)
     first = web.post(f"/api/ml/features/structure/{keys[0][:8]}", json={})
@@ -132,9 +117,9 @@ def test_features_are_submitted_once_and_then_answered(
     assert first.json()["structures"] == [
         {"structure_id": keys[0], "state": "missing", "reason": ""}
     ]
-    (workflow,) = launchpad.added
-    assert workflow.metadata["key"] == first.json()["workflow"]
-    (task,) = workflow.fws[0].tasks
+    (workflow,) = launchpad.workflows.find()
+    assert workflow["metadata"]["key"] == first.json()["workflow"]
+    (task,) = launchpad.fireworks.find_one()["spec"]["_tasks"]
     assert list(task["structures"]) == [keys[0]]
 
     compute_features(open_database(launchpad), keys, FeatureParameters())
@@ -150,11 +135,11 @@ def test_features_are_submitted_once_and_then_answered(
         json={"structure_ids": ["s0", "s1"], "force_recompute": True},
     )
     assert (again.status_code, again.json()["submitted"]) == (202, 2)
-    assert len(launchpad.added) == 2
+    assert launchpad.workflows.count_documents({}) == 2
 
 
 def test_a_reading_server_submits_and_activates_nothing(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     web = client(launchpad, tmp_path)
     answer = web.post("/api/ml/features/structure/s0", json={})
@@ -162,14 +147,14 @@ def test_a_reading_server_submits_and_activates_nothing(
     assert "--allow-changes" in answer.json()["advice"]
     activated = web.post("/models/activate", data={"reference": "m@1"})
     assert activated.status_code == 403
-    assert launchpad.added == []
+    assert launchpad.workflows.count_documents({}) == 0
 
 
 # --------------------------------------------------------------- models, predictions
 
 
 @pytest.fixture
-def registry(launchpad: Launchpad, tmp_path: Path) -> ModelRegistry:
+def registry(launchpad: Any, tmp_path: Path) -> ModelRegistry:
     found = ModelRegistry(open_database(launchpad))
     for number in (1, 2):
         weights = tmp_path / f"w{number}"
@@ -190,7 +175,7 @@ def registry(launchpad: Launchpad, tmp_path: Path) -> ModelRegistry:
 
 
 def test_models_are_listed_compared_and_activated(
-    registry: ModelRegistry, launchpad: Launchpad, tmp_path: Path
+    registry: ModelRegistry, launchpad: Any, tmp_path: Path
 ) -> None:
     web = client(launchpad, tmp_path, may_write=True)
     listed = web.get("/api/ml/models", params={"name": "energies"}).json()["models"]
@@ -210,7 +195,7 @@ def test_models_are_listed_compared_and_activated(
 
 
 def test_a_model_without_weights_predicts_nothing(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     answer = client(launchpad, tmp_path).post(
         "/api/ml/gnn/properties",
@@ -222,7 +207,7 @@ def test_a_model_without_weights_predicts_nothing(
 
 
 def test_predictions_are_those_of_the_model(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     import torch
 
@@ -291,7 +276,7 @@ def test_predictions_are_those_of_the_model(
 
 
 def test_pages_show_what_the_stores_hold_and_escape_it(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     database = open_database(launchpad)
     CampaignStore(database).create(HOSTILE, {"a": 1})
@@ -300,9 +285,19 @@ def test_pages_show_what_the_stores_hold_and_escape_it(
             "fw_id": number,
             "name": "x",
             "state": state,
+            "launches": [number],
             "spec": {"nanoos": {"campaign": HOSTILE, "stage": HOSTILE, "order": 1}},
         }
         for number, state in enumerate(("COMPLETED", "RUNNING", "FIZZLED"))
+    )
+    stored = {"_exception": {"_details": OutOfMemoryError(HOSTILE).to_dict()}}
+    launchpad.launches.insert_one(
+        {
+            "launch_id": 2,
+            "fw_id": 2,
+            "state": "FIZZLED",
+            "action": {"stored_data": stored},
+        }
     )
     SimulationStore(database).put_many(
         [
@@ -327,6 +322,7 @@ def test_pages_show_what_the_stores_hold_and_escape_it(
         assert HOSTILE not in answer.text
         assert "script-src 'sha256-" in answer.headers["content-security-policy"]
         assert answer.headers["x-frame-options"] == "DENY"
+    assert "1 oom" in pages[f"/campaigns/{HOSTILE}"].text
     (label,) = re.findall('aria-label="(1 [^"]*)"', pages["/"].text)
     assert sorted(label.split(", ")) == ["1 completed", "1 fizzled", "1 running"]
     assert "CsCl" in pages["/runs"].text
@@ -336,7 +332,7 @@ def test_pages_show_what_the_stores_hold_and_escape_it(
 
 
 def test_the_page_of_a_finished_run_draws_it(
-    launchpad: Launchpad, keys: list[str], tmp_path: Path
+    launchpad: Any, keys: list[str], tmp_path: Path
 ) -> None:
     steps = np.arange(0, 1000, 10)
     columns = {
@@ -381,7 +377,7 @@ def test_the_page_of_a_finished_run_draws_it(
 
 
 def test_the_api_does_what_its_description_says(
-    launchpad: Launchpad, registry: ModelRegistry, keys: list[str], tmp_path: Path
+    launchpad: Any, registry: ModelRegistry, keys: list[str], tmp_path: Path
 ) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import mongomock
 import pytest
 from fireworks import Firework, PyTask
-from fireworks.core.launchpad import LaunchPad
 
-from nanoos_fw import operations
 from nanoos_fw.errors import InputError
 from nanoos_fw.operations.slots import Slot, SlotConfig, fitting_query
 from nanoos_fw.operations.workers import (
@@ -23,24 +19,6 @@ from nanoos_fw.operations.workers import (
     slot_environment,
     worker_name,
 )
-
-
-@pytest.fixture
-def launchpad(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from mongomock.gridfs import enable_gridfs_integration
-
-    enable_gridfs_integration()
-    client: Any = mongomock.MongoClient()
-    monkeypatch.setattr(
-        "fireworks.core.launchpad.MongoClient", lambda *_args, **_kwargs: client
-    )
-    # mongomock is made for one thread: no heartbeat beside the work.
-    monkeypatch.setattr(
-        "fireworks.core.rocket.start_ping_launch", lambda *_: threading.Event()
-    )
-    found = LaunchPad(strm_lvl="CRITICAL")
-    operations.prepare_launchpad(found)
-    return found
 
 
 def task(function: str = "os.getcwd", *args: Any) -> PyTask:

@@ -1,0 +1,189 @@
+"""Submission: workflows that are not there yet, in bulk, checked against the cluster.
+
+A workflow is known by the ``key`` in its metadata, so that submitting it again is
+harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from nanoos_fw.errors import LaunchError, MissingDependencyError
+from nanoos_fw.stores.database import store_errors
+
+if TYPE_CHECKING:
+    from fireworks import Workflow
+
+    from nanoos_fw.slurm import Cluster
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 500
+
+
+def submit_many(
+    launchpad: Any,
+    workflows: Iterable[Workflow],
+    *,
+    on_batch: Callable[[int, int], None] = lambda _added, _total: None,
+) -> tuple[int, int]:
+    """Add workflows that are not there; return the number added, and of those mended.
+
+    A workflow is known by the ``key`` in its metadata. Of each batch the keys are asked
+    for at once, the numbers of its fireworks are reserved at once, and fireworks that
+    can be run are inserted last. A submission that was killed goes on where it was: a
+    workflow that lacks fireworks gets those, and keeps what has run meanwhile.
+
+    Parameters
+    ----------
+    workflows
+        May be a generator: only a batch is held in memory.
+    on_batch
+        Called with the numbers added and looked at so far.
+
+    Raises
+    ------
+    InputError
+        If a firework asks for resources that SLURM cannot give.
+    """
+    limits = ClusterLimits()
+    added = mended = total = 0
+    remaining = iter(workflows)
+    while batch := list(islice(remaining, _BATCH)):
+        keyed = {workflow.metadata["key"]: workflow for workflow in batch}
+        with store_errors("submit workflows"):
+            there = {
+                document["metadata"]["key"]: sorted(document["nodes"])
+                for document in launchpad.workflows.find(
+                    {"metadata.key": {"$in": list(keyed)}},
+                    {"metadata.key": 1, "nodes": 1},
+                )
+            }
+            nodes = [node for ids in there.values() for node in ids]
+            known = {
+                document["fw_id"]
+                for document in launchpad.fireworks.find(
+                    {"fw_id": {"$in": nodes}}, {"fw_id": 1}
+                )
+            }
+        fresh = [w for key, w in keyed.items() if key not in there]
+        check_resources(fresh, limits)
+        with store_errors("submit workflows"):
+            _insert(launchpad, fresh)
+            for key, ids in there.items():
+                missing = set(ids) - known
+                if missing:
+                    mended += _mend(launchpad, keyed[key], ids, missing)
+        added += len(fresh)
+        total += len(batch)
+        on_batch(added, total)
+    return added, mended
+
+
+def submit(launchpad: Any, workflow: Workflow) -> bool:
+    """Add one workflow as `submit_many` does; return whether it was not there whole."""
+    return sum(submit_many(launchpad, [workflow])) > 0
+
+
+def _insert(launchpad: Any, workflows: Sequence[Workflow]) -> None:
+    if not workflows:
+        return
+    first = launchpad.get_new_fw_id(sum(len(w.fws) for w in workflows))
+    fireworks = []
+    for workflow in workflows:
+        _number(workflow, range(first, first + len(workflow.fws)))
+        first += len(workflow.fws)
+        fireworks += workflow.fws
+    launchpad.workflows.insert_many([w.to_db_dict() for w in workflows])
+    _insert_fireworks(launchpad, fireworks)
+
+
+def _number(workflow: Workflow, numbers: Sequence[int]) -> None:
+    """Give a workflow its numbers, always the same firework the same of them."""
+    # Numbers of new fireworks count down from -1 in the order of their making.
+    old = sorted(workflow.id_fw, reverse=True)
+    old_new = dict(zip(old, numbers, strict=True))
+    for firework in workflow.fws:
+        firework.fw_id = old_new[firework.fw_id]
+    workflow._reassign_ids(old_new)
+    for fw_id in workflow.root_fw_ids:
+        workflow.id_fw[fw_id].state = "READY"
+        workflow.fw_states[fw_id] = "READY"
+
+
+def _insert_fireworks(launchpad: Any, fireworks: Iterable[Any]) -> None:
+    """Insert those last that can be run: a workflow that has begun is complete."""
+    ordered = sorted(fireworks, key=lambda firework: firework.state == "READY")
+    if ordered:
+        launchpad.fireworks.insert_many([fw.to_db_dict() for fw in ordered])
+
+
+def _mend(
+    launchpad: Any, workflow: Workflow, ids: list[int], missing: set[int]
+) -> bool:
+    """Insert what a killed submission left out of a workflow; keep the rest."""
+    if len(ids) != len(workflow.fws):
+        # It has grown by continuations since; nothing of it can be missing but by hand.
+        logger.warning("workflow %s lacks fireworks %s", workflow.name, sorted(missing))
+        return False
+    _number(workflow, ids)
+    logger.warning("completing a half-inserted workflow: %s", workflow.name)
+    _insert_fireworks(launchpad, [fw for fw in workflow.fws if fw.fw_id in missing])
+    return True
+
+
+class ClusterLimits:
+    """What the cluster offers, asked once and only if anybody wants to know."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._cluster: Cluster | None = None
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The cluster; None without SLURM on this machine, or if it does not answer."""
+        from nanoos_fw.slurm import read_cluster
+
+        if not self._asked and shutil.which("sinfo") is not None:
+            try:
+                self._cluster = read_cluster()
+            except (LaunchError, MissingDependencyError) as error:
+                logger.warning("resources are not checked against SLURM: %s", error)
+        self._asked = True
+        return self._cluster
+
+
+def check_resources(workflows: Iterable[Workflow], limits: ClusterLimits) -> None:
+    """Refuse a ``_queueadapter`` with unknown fields, or that no partition can run.
+
+    A refused job would be found by ``qlaunch`` only, perhaps weeks later. What the
+    other fields are is decided by the ``my_qadapter.yaml`` of whoever submits the job,
+    so limits are held against all partitions that are up, if no ``queue`` is named.
+    Without SLURM on this machine the fields alone are checked.
+
+    Raises
+    ------
+    InputError
+        Names the firework, its request and what is wrong with it.
+    """
+    from nanoos_fw.slurm import check_request, slurm_request
+
+    asked = {}  # thousands of fireworks may ask for the same
+    for workflow in workflows:
+        for firework in workflow.fws:
+            fields = firework.spec.get("_queueadapter")
+            if fields:
+                where = f"_queueadapter of firework {firework.name!r}"
+                what = repr(sorted(fields.items()))
+                if what not in asked:
+                    asked[what] = where, slurm_request(fields, where)
+    if not asked or limits.cluster is None:
+        return
+    up = ",".join(part.name for part in limits.cluster.partitions if part.up)
+    for where, request in asked.values():
+        anywhere = {"queue": request.queue or up or None}
+        check_request(request.with_overrides(anywhere), limits.cluster, where)
