@@ -22,6 +22,7 @@ from nanoos_fw.cli import (
     models,
     operations,
     potentials,
+    retention,
     screening,
     search,
     simulations,
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     web.add_commands(commands)
     work.add_commands(commands)
     campaigns.add_commands(commands)
+    retention.add_commands(commands)
     return parser
 
 

@@ -247,12 +247,18 @@ def archive(launchpad: Any, campaign: str, file: Path) -> dict[str, Any]:
         workflows = list(launchpad.workflows.find({"nodes": {"$in": ids}}))
         foreign = {n for w in workflows for n in w["nodes"]} - set(ids)
         launches = list(launchpad.launches.find({"fw_id": {"$in": ids}}))
+        actions = _large_actions(launchpad, launches)
     if foreign:
         raise InputError(
             f"workflows of campaign {campaign!r} hold fireworks of others",
             evidence={"fireworks": sorted(foreign)[:20]},
         )
-    parts = {"workflows": workflows, "fireworks": fireworks, "launches": launches}
+    parts = {
+        "workflows": workflows,
+        "fireworks": fireworks,
+        "launches": launches,
+        "actions": actions,
+    }
     lines = [
         json.dumps({"collection": name, "document": json.loads(json_util.dumps(row))})
         for name, rows in parts.items()
@@ -276,5 +282,22 @@ def archive(launchpad: Any, campaign: str, file: Path) -> dict[str, Any]:
         launchpad.fireworks.delete_many({"fw_id": {"$in": ids}})
         launchpad.launches.delete_many({"fw_id": {"$in": ids}})
         launchpad.db["launch_places"].delete_many({"fw_id": {"$in": ids}})
+        for action in actions:
+            launchpad.gridfs_fallback.delete(action["_id"])
     _note(launchpad, campaign, "archived")
     return record
+
+
+def _large_actions(
+    launchpad: Any, launches: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return actions that FireWorks keeps outside of the launches, as text."""
+    from bson import ObjectId
+
+    found = []
+    for launch in launches:
+        number = (launch.get("action") or {}).get("gridfs_id")
+        if number is not None:
+            text = launchpad.gridfs_fallback.get(ObjectId(number)).read().decode()
+            found.append({"_id": ObjectId(number), "action": text})
+    return found

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ SCHEMA_VERSION = 3
 EMBEDDED_VARIABLE = "MONGOMOCK_SERVERSTORE_FILE"
 EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
-_ARTIFACTS = "artifacts"
+ARTIFACTS = "artifacts"
 _PUT_TRIES = 5
 _LONGEST_PAUSE_S = 30.0
 _T = TypeVar("_T")
@@ -63,6 +64,7 @@ INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     "stale_locks": (),
     "reruns": ((("fw_id",), False), (("batch",), False)),
     "artifacts.files": ((("filename",), True),),
+    "gc_journal": ((("what",), False), (("batch",), False)),
 }
 
 
@@ -334,15 +336,21 @@ def update_many(
 
 
 def put_artifact(database: Any, data: bytes) -> str:
-    """Store bytes in GridFS under their SHA-256, once, and return it."""
+    """Store bytes in GridFS under their SHA-256, once, and return it.
+
+    Bytes that are there are touched, so that `artifact_upkeep` leaves them until a
+    document refers to them.
+    """
     import gridfs
     from pymongo.errors import DuplicateKeyError
 
     digest = sha256_bytes(data)
-    files = gridfs.GridFS(database, _ARTIFACTS)
+    files = gridfs.GridFS(database, ARTIFACTS)
     with store_errors(f"store artifact {digest[:12]}"):
         for _ in range(_PUT_TRIES):
-            if files.exists(filename=digest):
+            touched = {"$set": {"touched": datetime.now(UTC)}}
+            entries = database[f"{ARTIFACTS}.files"]
+            if entries.update_one({"filename": digest}, touched).matched_count:
                 return digest
             try:
                 files.put(data, filename=digest)
@@ -370,13 +378,15 @@ def get_artifact(database: Any, digest: str) -> bytes:
     """
     import gridfs
 
-    files = gridfs.GridFS(database, _ARTIFACTS)
+    files = gridfs.GridFS(database, ARTIFACTS)
     with store_errors(f"read artifact {digest[:12]}"):
         try:
             data = bytes(files.get_last_version(filename=digest).read())
         except gridfs.errors.NoFile as error:
+            removed = database["gc_journal"].find_one({"what": digest})
+            when = f"; 'nanoos gc' removed it {removed['time']}" if removed else ""
             raise StoreError(
-                f"artifact {digest} is not in the database",
+                f"artifact {digest} is not in the database{when}",
                 advice="rerun the firework that made it",
             ) from error
         except gridfs.errors.CorruptGridFile as error:
@@ -393,13 +403,13 @@ def has_artifact(database: Any, digest: str) -> bool:
     import gridfs
 
     with store_errors(f"look for artifact {digest[:12]}"):
-        return bool(gridfs.GridFS(database, _ARTIFACTS).exists(filename=digest))
+        return bool(gridfs.GridFS(database, ARTIFACTS).exists(filename=digest))
 
 
 def artifact_sizes(database: Any, digests: Sequence[str]) -> dict[str, int]:
     """Return the bytes of those artifacts that are there."""
     with store_errors("measure artifacts"):
-        found = database[f"{_ARTIFACTS}.files"].find(
+        found = database[f"{ARTIFACTS}.files"].find(
             {"filename": {"$in": list(digests)}}, {"filename": 1, "length": 1}
         )
         return {entry["filename"]: int(entry["length"]) for entry in found}
@@ -409,9 +419,9 @@ def delete_artifact(database: Any, digest: str) -> None:
     """Delete an artifact, if it is there."""
     import gridfs
 
-    files = gridfs.GridFS(database, _ARTIFACTS)
+    files = gridfs.GridFS(database, ARTIFACTS)
     with store_errors(f"delete artifact {digest[:12]}"):
-        for entry in list(database[f"{_ARTIFACTS}.files"].find({"filename": digest})):
+        for entry in list(database[f"{ARTIFACTS}.files"].find({"filename": digest})):
             files.delete(entry["_id"])
 
 
