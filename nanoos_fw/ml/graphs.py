@@ -15,7 +15,7 @@ import operator
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,10 +58,15 @@ _HEADER_FIELDS = np.dtype(
     ]
 )
 HEADER_BYTES = _HEADER.size
+_CHECKSUM_AT = HEADER_BYTES - 4
+_NO_CHECKSUM = bytes(4)
 _MAGIC = b"NOCG"
 _PACK_VERSION = 1
 _NARROW, _WIDE = np.dtype("<i2"), np.dtype("<i4")
-_DEGREE, _DISTANCE = np.dtype("<u2"), np.dtype("<f4")
+_NUMBER, _DEGREE, _DISTANCE = np.dtype("u1"), np.dtype("<u2"), np.dtype("<f4")
+_INDEX, _FLOAT = np.dtype(np.int32), np.dtype(np.float64)
+# Found once: a graph is unpacked in less than 2 µs.
+_read_fields, _crc32 = _HEADER.unpack_from, zlib.crc32
 _CENTRES = np.arange(1024, dtype=np.int32)
 # Where pymatgen's sites keep what their properties return.
 _STORED = {name: operator.attrgetter(f"_{name}") for name in ("species", "frac_coords")}
@@ -584,42 +589,111 @@ def pack_arrays(
 def unpack_graph(data: bytes) -> CrystalGraph:
     """Return the graph of :func:`pack_graph`.
 
+    All bytes are checked now; each array is made when it is first asked for.
+
     Raises
     ------
     CorruptArtifactError
         If the bytes are no packed graph, are of another version, or fail the
         checksum.
     """
-    head = read_header(data)
-    (a0, _), (a1, _), (a2, _), (a3, a4) = head.parts
-    n_atoms, n_edges = head.n_atoms, head.n_edges
-    index = _WIDE if head.flags & _WIDE_INDEX else _NARROW
-    edge_index = np.empty((2, n_edges), dtype=np.int32)
-    edge_index[0] = _centres(n_atoms).repeat(np.frombuffer(data, _DEGREE, n_atoms, a1))
-    edge_index[1] = np.frombuffer(data, index, n_edges, a2)
-    offsets = lattice = vectors = None
-    if head.flags & _VECTORS:
-        vectors = np.frombuffer(data, _DISTANCE, 3 * n_edges, a4)
-        vectors = vectors.astype(np.float32).reshape(-1, 3)
-    if head.flags & _GEOMETRY:
-        width = "<i2" if head.flags & _WIDE_OFFSETS else "i1"
-        kept = np.frombuffer(data, width, 3 * n_edges, a4)
-        offsets = kept.astype(np.int32).reshape(-1, 3)
-        lattice = np.frombuffer(data, "<f8", 9, len(data) - 72).astype(np.float64)
-        lattice = lattice.reshape(3, 3)
-    # Not by __init__: the header has been checked, and that is a third of the time.
-    graph: CrystalGraph = object.__new__(CrystalGraph)
-    graph.__dict__.update(
-        numbers=np.frombuffer(data, np.uint8, n_atoms, a0).copy(),
-        edge_index=edge_index,
-        distances=np.frombuffer(data, _DISTANCE, n_edges, a3).astype(np.float64),
-        cutoff_radius=head.cutoff_radius,
-        max_neighbors=head.max_neighbors,
-        offsets=offsets,
-        lattice=lattice,
-        vectors=vectors,
+    data = bytes(data)  # the same object, unless it could be changed later
+    n_atoms, n_edges, cutoff_radius, max_neighbors, flags = _parse(data)
+    # Not by __init__, which would ask for the arrays.
+    graph: CrystalGraph = object.__new__(_PackedGraph)
+    object.__setattr__(
+        graph,
+        "__dict__",
+        {
+            "cutoff_radius": cutoff_radius,
+            "max_neighbors": max_neighbors,
+            "_packed": (data, n_atoms, n_edges, flags),
+        },
     )
     return graph
+
+
+def _unpack_numbers(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    return np.frombuffer(data, _NUMBER, n_atoms, HEADER_BYTES).copy()
+
+
+def _unpack_edges(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    begin = HEADER_BYTES + n_atoms
+    edge_index = np.empty((2, n_edges), _INDEX)
+    degrees = np.frombuffer(data, _DEGREE, n_atoms, begin)
+    centres = _centres(n_atoms).repeat(degrees)
+    if len(centres) != n_edges:
+        raise CorruptArtifactError(
+            f"the degrees of a packed crystal graph add up to {len(centres)}, not to "
+            f"its {n_edges} edges",
+            advice="featurize the structure again",
+        )
+    edge_index[0] = centres
+    kind = _WIDE if flags & _WIDE_INDEX else _NARROW
+    edge_index[1] = np.frombuffer(data, kind, n_edges, begin + 2 * n_atoms)
+    return edge_index
+
+
+def _unpack_distances(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    begin = _begin_of_distances(n_atoms, n_edges, flags)
+    return np.frombuffer(data, _DISTANCE, n_edges, begin).astype(_FLOAT)
+
+
+def _unpack_offsets(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    if not flags & _GEOMETRY:
+        return None
+    begin = _begin_of_distances(n_atoms, n_edges, flags) + 4 * n_edges
+    kind = "<i2" if flags & _WIDE_OFFSETS else "i1"
+    kept = np.frombuffer(data, kind, 3 * n_edges, begin)
+    return kept.astype(np.int32).reshape(-1, 3)
+
+
+def _unpack_lattice(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    if not flags & _GEOMETRY:
+        return None
+    lattice = np.frombuffer(data, "<f8", 9, len(data) - 72)
+    return lattice.astype(np.float64).reshape(3, 3)
+
+
+def _unpack_vectors(data: bytes, n_atoms: int, n_edges: int, flags: int) -> Any:
+    if not flags & _VECTORS:
+        return None
+    begin = _begin_of_distances(n_atoms, n_edges, flags) + 4 * n_edges
+    vectors = np.frombuffer(data, _DISTANCE, 3 * n_edges, begin)
+    return vectors.astype(np.float32).reshape(-1, 3)
+
+
+def _begin_of_distances(n_atoms: int, n_edges: int, flags: int) -> int:
+    index = 4 if flags & _WIDE_INDEX else 2
+    return HEADER_BYTES + 3 * n_atoms + index * n_edges
+
+
+class _OnDemand:
+    """An array of a packed graph: made when first asked for, then an attribute."""
+
+    def __init__(self, make: Callable[[bytes, int, int, int], Any]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, graph: Any, owner: type | None = None) -> Any:
+        if graph is None:
+            return self
+        values = graph.__dict__
+        made = values[self._name] = self._make(*values["_packed"])
+        return made
+
+
+class _PackedGraph(CrystalGraph):
+    """A graph over its packed bytes, which were checked."""
+
+    numbers = _OnDemand(_unpack_numbers)
+    edge_index = _OnDemand(_unpack_edges)
+    distances = _OnDemand(_unpack_distances)
+    offsets = _OnDemand(_unpack_offsets)
+    lattice = _OnDemand(_unpack_lattice)
+    vectors = _OnDemand(_unpack_vectors)
 
 
 class PackedHeader(NamedTuple):
@@ -631,8 +705,6 @@ class PackedHeader(NamedTuple):
         As in :class:`CrystalGraph`.
     flags
         Bits of the format.
-    parts
-        Begin and end of numbers, degrees, neighbours and distances.
     """
 
     n_atoms: int
@@ -640,7 +712,6 @@ class PackedHeader(NamedTuple):
     cutoff_radius: float
     max_neighbors: int | None
     flags: int
-    parts: tuple[tuple[int, int], ...]
 
     @property
     def wide_index(self) -> bool:
@@ -666,26 +737,27 @@ def read_header(data: bytes) -> PackedHeader:
     CorruptArtifactError
         As :func:`unpack_graph`.
     """
-    if len(data) < _HEADER.size or data[:4] != _MAGIC:
+    return PackedHeader(*_parse(data))
+
+
+def _parse(data: bytes) -> tuple[int, int, float, int | None, int]:
+    """Return the fields of :class:`PackedHeader`, checked."""
+    if len(data) < HEADER_BYTES or data[:4] != _MAGIC:
         raise CorruptArtifactError(
             f"{len(data)} bytes are not a packed crystal graph",
             evidence={"starts_with": bytes(data[:4]).hex()},
             advice="featurize the structure again",
         )
     _, version, flags, max_neighbors, n_atoms, n_edges, cutoff_radius, checksum = (
-        _HEADER.unpack_from(data)
+        _read_fields(data)
     )
-    a1 = _HEADER.size + n_atoms
-    a2 = a1 + 2 * n_atoms
-    a3 = a2 + (4 if flags & _WIDE_INDEX else 2) * n_edges
-    size = a4 = a3 + 4 * n_edges
+    size = HEADER_BYTES + 3 * n_atoms + (8 if flags & _WIDE_INDEX else 6) * n_edges
     if flags & _GEOMETRY:
         size += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
     if flags & _VECTORS:
         size += 12 * n_edges
     # The checksum covers the header with its own field zero.
-    computed = zlib.crc32(data[: _HEADER.size - 4] + bytes(4))
-    computed = zlib.crc32(memoryview(data)[_HEADER.size :], computed)
+    computed = _crc32(data[HEADER_BYTES:], _crc32(data[:_CHECKSUM_AT] + _NO_CHECKSUM))
     if version != _PACK_VERSION or size != len(data) or computed != checksum:
         raise CorruptArtifactError(
             "a packed crystal graph does not match its header",
@@ -697,14 +769,7 @@ def read_header(data: bytes) -> PackedHeader:
             },
             advice="featurize the structure again",
         )
-    return PackedHeader(
-        n_atoms,
-        n_edges,
-        cutoff_radius,
-        max_neighbors or None,
-        flags,
-        ((_HEADER.size, a1), (a1, a2), (a2, a3), (a3, a4)),
-    )
+    return n_atoms, n_edges, cutoff_radius, max_neighbors or None, flags
 
 
 def read_headers(
@@ -719,7 +784,7 @@ def read_headers(
         neighbours kept, numbers of atoms and of edges. None if
         they are not alike, or one of them is not good: :func:`read_header` tells.
     """
-    size = _HEADER.size
+    size = HEADER_BYTES
     heads = np.frombuffer(b"".join([blob[:size] for blob in blobs]), dtype="u1")
     if len(heads) != size * len(blobs):
         return None
@@ -739,7 +804,7 @@ def read_headers(
         lengths += (6 if flags & _WIDE_OFFSETS else 3) * n_edges + 72
     if flags & _VECTORS:
         lengths += 12 * n_edges
-    crc32, end, blank = zlib.crc32, size - 4, bytes(4)
+    crc32, end, blank = _crc32, _CHECKSUM_AT, _NO_CHECKSUM
     checksums = [crc32(b[size:], crc32(b[:end] + blank)) for b in blobs]
     good = (
         (fields["magic"] == _MAGIC).all()

@@ -415,10 +415,16 @@ def storage(crystals: list[Structure], repeats: int) -> dict[str, float]:
             for begin in range(0, n, 128):
                 shards.batch(order[begin : begin + 128])
 
+        def unpack_arrays() -> None:
+            for blob in blobs:
+                graph = unpack_graph(blob)
+                _ = graph.numbers, graph.edge_index, graph.distances
+
         times = race(
             {
                 "pack": lambda: [pack_graph(graph) for graph in kept],
                 "unpack": lambda: [unpack_graph(blob) for blob in blobs],
+                "unpack_arrays": unpack_arrays,
                 "unpack_many": lambda: GraphTable.from_packed(blobs),
                 "read_mapped": read,
             },

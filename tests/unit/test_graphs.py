@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -274,6 +277,32 @@ def test_every_flipped_byte_of_a_packed_graph_is_noticed():
         broken[position] ^= 0x10
         with pytest.raises(CorruptArtifactError):
             unpack_graph(bytes(broken))
+
+
+def test_an_unpacked_graph_is_that_of_its_bytes_whenever_its_arrays_are_made():
+    graph = build_graph(perovskite(), max_neighbors=6)
+    data = bytearray(pack_graph(graph, geometry=True))
+    back = unpack_graph(data)
+    data[:] = bytes(len(data))
+    again = pickle.loads(pickle.dumps(back))
+    fewer = dataclasses.replace(back, max_neighbors=None)
+    for one in (back, again, fewer):
+        np.testing.assert_array_equal(one.edge_index, graph.edge_index)
+        np.testing.assert_array_equal(one.offsets, graph.offsets)
+        np.testing.assert_array_equal(one.lattice, graph.lattice)
+        assert one.vectors is None
+        assert one.distances is one.distances
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        back.numbers = graph.numbers
+
+
+def test_degrees_that_do_not_add_up_are_noticed_behind_a_good_checksum():
+    data = bytearray(pack_graph(build_graph(perovskite(), max_neighbors=6)))
+    data[28 + 5] -= 1
+    data[24:28] = bytes(4)
+    data[24:28] = zlib.crc32(data).to_bytes(4, "little")
+    with pytest.raises(CorruptArtifactError, match="29, not to its 30 edges"):
+        _ = unpack_graph(bytes(data)).edge_index
 
 
 @pytest.mark.parametrize("cut", [0, 3, 20, -1])
