@@ -5,6 +5,13 @@ the classes from this package, so a class may move between modules without orpha
 workflows in databases.
 """
 
+from nanoos_fw.firetasks.active import (
+    ExportBatchTask,
+    ExtendDatasetTask,
+    RetrainTask,
+    ScreenPoolTask,
+    SelectBatchTask,
+)
 from nanoos_fw.firetasks.campaign import WriteReportTask
 from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask
 from nanoos_fw.firetasks.md import (
@@ -24,13 +31,18 @@ from nanoos_fw.firetasks.search import SearchTask
 __all__ = [
     "AnalyzeTrajectoryTask",
     "BuildDatasetTask",
+    "ExportBatchTask",
+    "ExtendDatasetTask",
     "FeaturizeStructuresTask",
     "RankCandidatesTask",
     "RelaxStructuresTask",
+    "RetrainTask",
     "RunMDTask",
     "ScreenCandidatesTask",
+    "ScreenPoolTask",
     "ScreenWindowTask",
     "SearchTask",
+    "SelectBatchTask",
     "TrainModelTask",
     "WriteReportTask",
 ]

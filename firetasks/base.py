@@ -151,6 +151,7 @@ class NanoTask(FiretaskBase):
                     else contextlib.nullcontext()
                 ):
                     stored = self.run(place)
+                    additions = self.additions(place)
         except OutOfTimeError as error:
             ignore_stop_signals()
             launch_no_more(getattr(self, "launchpad", None))
@@ -162,7 +163,16 @@ class NanoTask(FiretaskBase):
                 evidence={"limit": _MAX_STORED_BYTES, "keys": sorted(stored)},
                 advice="put arrays into a store and return their key",
             )
-        return FWAction(stored_data=stored)
+        return FWAction(stored_data=stored, additions=additions)
+
+    def additions(self, place: TaskContext) -> list[Any]:
+        """Return workflows that follow this firework; asked for after ``run``.
+
+        A firework that is run again asks again: what has been added before must not
+        be returned a second time.
+        """
+        del place
+        return []
 
     @abstractmethod
     def run(self, place: TaskContext) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,30 +307,53 @@ class ScreenCandidatesTask(NanoTask):
         """Predict what has no row yet, in chunks."""
         parameters = self.parameters
         reference = place.campaigns.output(parameters.campaign, "model")
-        record = place.models.get(reference)
-        keys = parameters.structures
-        known = {row.structure for row in place.models.predictions(reference, keys)}
-        missing = [key for key in keys if key not in known]
-        features = place.features.graphs(
-            missing, parameters.features.model_dump(mode="json"), FEATURE_VERSION
+        return predict_missing(
+            place, reference, parameters.structures, parameters.features
         )
-        written = 0
-        if features:
-            model = load_model(place, record)
-            graphs = features.items()
-            for rows in predict_in_chunks(model, graphs, coverage=DEFAULT_COVERAGE):
-                written += place.models.put_predictions(
-                    reference,
-                    [Prediction.from_row(row, DEFAULT_COVERAGE) for row in rows],
-                )
-                place.check_time(predicted=len(known) + written)
-        return {
-            "model": reference,
-            "structures": len(keys),
-            "hit": len(known),
-            "predicted": written,
-            "without_features": len(missing) - len(features),
-        }
+
+
+def predict_missing(
+    place: TaskContext,
+    reference: str,
+    keys: Sequence[str],
+    features: FeatureParameters,
+) -> dict[str, Any]:
+    """Predict the structures that have no row of this model yet, in chunks.
+
+    Parameters
+    ----------
+    reference
+        ``name@version`` of the registry.
+    keys
+        Structures; those without features are left out.
+
+    Returns
+    -------
+    dict
+        ``model``, and the numbers of ``structures``, of rows that were there
+        (``hit``) and are new (``predicted``), and ``without_features``.
+    """
+    record = place.models.get(reference)
+    known = {row.structure for row in place.models.predictions(reference, keys)}
+    missing = [key for key in keys if key not in known]
+    described = features.model_dump(mode="json")
+    graphs = place.features.graphs(missing, described, FEATURE_VERSION)
+    written = 0
+    if graphs:
+        model = load_model(place, record)
+        for rows in predict_in_chunks(model, graphs.items(), coverage=DEFAULT_COVERAGE):
+            written += place.models.put_predictions(
+                reference,
+                [Prediction.from_row(row, DEFAULT_COVERAGE) for row in rows],
+            )
+            place.check_time(predicted=len(known) + written)
+    return {
+        "model": reference,
+        "structures": len(keys),
+        "hit": len(known),
+        "predicted": written,
+        "without_features": len(missing) - len(graphs),
+    }
 
 
 def load_model(place: TaskContext, record: ModelRecord) -> PropertyModel:

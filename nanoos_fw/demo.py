@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from nanoos_fw.md import zhou2004
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.operations.alloys import alloy_candidates, alloy_references
 from nanoos_fw.operations.status import CampaignStatus, campaign_status
 from nanoos_fw.reports import RankedCandidate, Ranking, collect_report, findings
 from nanoos_fw.slurm import queued_jobs
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database, save_embedded
 from nanoos_fw.stores.launches import FailedFirework, failed_fireworks
-from nanoos_fw.stores.structures import NewStructure, StructureStore
+from nanoos_fw.stores.structures import StructureStore
 from nanoos_fw.workflows import (
     CampaignPlan,
     choose_labelled,
@@ -87,36 +88,6 @@ def demo_plan(name: str, work_root: Path, report: Path) -> CampaignPlan:
     )
 
 
-def candidates(elements: tuple[str, ...]) -> Iterator[NewStructure]:
-    """Yield all candidates, at volumes interpolated from the elements."""
-    from nanoos_fw.prototypes import binary_alloys
-
-    volumes = {
-        entry.structure.composition.elements[0].symbol: entry.structure.volume
-        / len(entry.structure)
-        for entry in references(elements)
-    }
-    for candidate in binary_alloys(elements, volumes):
-        yield NewStructure(
-            structure=candidate.structure,
-            label=candidate.label,
-            source="nanoos_fw.prototypes.binary_alloys",
-            prototype=candidate.prototype,
-        )
-
-
-def references(elements: tuple[str, ...]) -> Iterator[NewStructure]:
-    """Yield the elements in their ground-state structures."""
-    from nanoos_fw.prototypes import ground_state
-
-    for element in elements:
-        yield NewStructure(
-            structure=ground_state(element),
-            label=element,
-            source="nanoos_fw.prototypes.ground_state",
-        )
-
-
 def submit(launchpad: Any, plan: CampaignPlan, *, verify: bool) -> None:
     """Put structures, campaign and workflows into the database; again is harmless."""
     elements = plan.relaxation.potential.elements
@@ -124,8 +95,8 @@ def submit(launchpad: Any, plan: CampaignPlan, *, verify: bool) -> None:
     operations.prepare_launchpad(launchpad)
     CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
     store = StructureStore(database)
-    keys = store.add(candidates(elements), in_set=plan.candidates).keys
-    elemental = store.add(references(elements), in_set=plan.references).keys
+    keys = store.add(alloy_candidates(elements), in_set=plan.candidates).keys
+    elemental = store.add(alloy_references(elements), in_set=plan.references).keys
     labelled = choose_labelled(keys, plan.label_fraction, plan.seed)
     store.add_to_set(labelled, plan.labelled)
     operations.submit(launchpad, screening_workflow(plan, keys, elemental))

@@ -8,9 +8,7 @@ FireWorks' work for one completion grows with their number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from nanoos_fw.firetasks import (
     WriteReportTask,
 )
 from nanoos_fw.firetasks.base import NanoTask, Parameters
+from nanoos_fw.firetasks.fans import MAX_FAN, chunks
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import MDMethod, RelaxationMethod
 from nanoos_fw.ml.datasets import DatasetConfig
@@ -41,7 +40,6 @@ from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.screens import Screen
 
-MAX_FAN = 50
 # In the order of the work; ``order`` in the spec sorts status tables.
 STAGES = (
     "references", "label", "featurize", "dataset", "train", "screen", "rank", "relax",
@@ -119,13 +117,6 @@ def choose_labelled(candidates: Sequence[str], fraction: float, seed: int) -> li
     count = max(1, round(fraction * len(keys)))
     chosen = np.random.default_rng(seed).choice(len(keys), size=count, replace=False)
     return sorted(keys[index] for index in chosen)
-
-
-def chunks(keys: Sequence[str], size: int) -> list[list[str]]:
-    """Split keys into at most ``MAX_FAN`` parts of about ``size``, or more."""
-    number = min(max(1, math.ceil(len(keys) / size)), MAX_FAN)
-    bounds = np.linspace(0, len(keys), number + 1).round().astype(int)
-    return [list(keys[a:b]) for a, b in pairwise(bounds)]
 
 
 def screening_workflow(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoos_fw import __version__
 from nanoos_fw.cli import (
+    active,
     campaigns,
     cluster,
     databases,
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add_launchpad(report)
     report.set_defaults(command=_report)
 
+    active.add_commands(commands)
     features.add_commands(commands)
     tables.add_commands(commands)
     datasets.add_commands(commands)

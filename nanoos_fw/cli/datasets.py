@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nanoos_fw.ml.datasets import Dataset
     from nanoos_fw.stores.structures import StructureStore
 
-_SPLITS = ("random", "composition", "kfold", "composition-kfold", "time")
+_SPLITS = ("random", "composition", "kfold", "composition-kfold", "time", "stable")
 _SHOWN = 10
 
 

@@ -92,7 +92,9 @@ class DatasetConfig(BaseModel):
         ``kfold`` and ``composition-kfold`` make the ``fold``-th of ``n_folds`` equal
         shares the test part (``test_fraction`` is not used) and divide the rest in
         the proportion of ``train_fraction`` to ``val_fraction``; ``time`` trains on
-        the oldest rows and tests on the newest.
+        the oldest rows and tests on the newest; ``stable`` lets a hash decide each row
+        on its own, so that no row ever changes its part when others come, and the
+        shares are met on average.
     mock_targets
         The targets are made up, to try a workflow out: what is trained on them
         predicts nothing and must never be activated.

@@ -17,7 +17,9 @@ from nanoos_fw.ml.batches import GraphTable
 if TYPE_CHECKING:
     from nanoos_fw.ml.datasets import DatasetConfig
 
-SplitStrategy = Literal["random", "composition", "kfold", "composition-kfold", "time"]
+SplitStrategy = Literal[
+    "random", "composition", "kfold", "composition-kfold", "time", "stable"
+]
 
 _MAX_LISTED = 20
 
@@ -133,6 +135,8 @@ def split_rows(
     A structure keeps its place in the hash order when others are added, so growing
     a dataset moves few rows from one part to another.
     """
+    if config.split == "stable":
+        return _by_hash(ids, config)
     if config.split == "time":
         groups = [[row] for row in _newest_first(ids, times)]
     else:
@@ -175,6 +179,25 @@ def split_rows(
 
 def _dealing_key(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def _by_hash(ids: Sequence[str], config: DatasetConfig) -> list[str]:
+    """Return the part that the hash of each row alone decides."""
+    parts = []
+    for name in ids:
+        place = int.from_bytes(_dealing_key(config.seed, name)[:8], "big") / 2.0**64
+        if place < config.test_fraction:
+            parts.append("test")
+        elif place < config.test_fraction + config.val_fraction:
+            parts.append("val")
+        else:
+            parts.append("train")
+    if "train" not in parts:
+        raise InputError(
+            f"{len(ids)} rows leave none to train on",
+            advice="label more structures or raise train_fraction",
+        )
+    return parts
 
 
 def _take(

@@ -57,6 +57,7 @@ INDEXES: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
     "predictions": ((("model", "structure"), True), (("model", "prediction"), False)),
     "screens": (),
     "screen_chunks": (),
+    "active_rounds": ((("campaign",), False),),
     "campaigns": (),
     "searches": (),
     "trials": ((("search", "number"), True),),
