@@ -307,6 +307,7 @@ class ExtendDatasetTask(NanoTask):
         record = {
             "hash": dataset.dataset_hash,
             "counts": {p: dataset.parts.count(p) for p in sorted(set(dataset.parts))},
+            "unit": dataset.unit,
             "labels": len(labels.values),
             "failed": dict(list(failed.items())[:_MAX_LISTED]),
             "n_failed": len(failed),

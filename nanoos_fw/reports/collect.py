@@ -13,6 +13,7 @@ from typing import Any
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.screening import rank_candidates
 from nanoos_fw.provenance import package_versions, write_atomic
+from nanoos_fw.reports.active import active_part
 from nanoos_fw.reports.data import (
     CrystalPicture,
     Discovery,
@@ -95,6 +96,13 @@ class _Collector:
             md=self._md,
             failures=self._failures(),
             provenance=self._provenance(),
+            active=active_part(
+                self.database,
+                self.campaign,
+                self.plan,
+                len(self.candidates),
+                self._truth(),
+            ),
         )
 
     # ------------------------------------------------------------------- shared
@@ -194,9 +202,17 @@ class _Collector:
             ),
             relaxed=relaxed,
             simulated=StageCount(
-                planned=int(self.plan["md_runs"]), finished=len(finished), failed=failed
+                planned=int(self.plan.get("md_runs", 0)),
+                finished=len(finished),
+                failed=failed,
             ),
         )
+
+    def _truth(self) -> Mapping[str, float] | None:
+        """Return the energies of all candidates, if none is still to come."""
+        if self.energies is None or self.energies.pending:
+            return None
+        return self.energies.energies
 
     def _labels(self) -> Labels | NotAvailable:
         if self.energies is None:
@@ -302,7 +318,7 @@ class _Collector:
             return NotAvailable(reason="the candidates have not been ranked yet")
         runs = self.outputs.get("md", {})
         panels: list[MDPanel | MissingRun] = []
-        for rank in range(1, int(self.plan["md_runs"]) + 1):
+        for rank in range(1, int(self.plan.get("md_runs", 0)) + 1):
             key = self.best[rank - 1]
             entry = self.candidates[key]
             run = runs.get(str(rank))

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.reports.active import ActiveLearning
 from nanoos_fw.reports.base import (
     NotAvailable,
     ReportModel,
@@ -244,6 +245,8 @@ class ReportData(ReportModel):
         When the data were collected, with a time zone.
     description
         The campaign in the user's own words; may be empty.
+    active
+        The rounds of a campaign that learns actively.
     """
 
     schema_version: Literal[1] = 1
@@ -259,3 +262,4 @@ class ReportData(ReportModel):
     md: tuple[MDPanel | MissingRun, ...] | NotAvailable
     failures: tuple[Failure, ...] | NotAvailable
     provenance: Provenance | NotAvailable
+    active: ActiveLearning | None = None

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.reports import findings, formatting
+from nanoos_fw.reports import active, findings, formatting
 from nanoos_fw.reports.candidate_figures import (
     discovery_figure,
     md_figure,
@@ -113,6 +113,7 @@ def _whole_page(title: str, template: str, **values: Any) -> str:
         figures=figures,
         tables=itertools.count(1),
         figure_numbers=itertools.count(1),
+        active=active,
         findings=findings,
         averages=averages,
         missing=_is_missing,
@@ -157,6 +158,10 @@ class _Figures:
 
     def discovery(self, data: ReportData) -> Figure:
         return self._keep(discovery_figure(_present(data.discovery)))
+
+    def active(self, data: ReportData) -> list[Figure]:
+        assert data.active is not None
+        return [self._keep(figure) for figure in active.active_figures(data.active)]
 
     def thermo(self, panel: MDPanel) -> Figure:
         return self._keep(md_figure(panel, f"md-{panel.rank}"))

@@ -185,9 +185,12 @@ def test_choosing_again_makes_no_second_round(
     run(launchpad, tmp_path, until="featurize")
     insert = LaunchPad._upsert_fws
 
-    def killed(self: Any, *args: Any, **options: Any) -> Any:
-        insert(self, *args, **options)
-        raise KeyboardInterrupt
+    def killed(self: Any, fws: list[Any], **options: Any) -> Any:
+        new = any(fw.fw_id < 0 for fw in fws)
+        answer = insert(self, fws, **options)
+        if new:
+            raise KeyboardInterrupt
+        return answer
 
     with monkeypatch.context() as patch:
         patch.setattr(LaunchPad, "_upsert_fws", killed)
