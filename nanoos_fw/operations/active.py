@@ -30,7 +30,8 @@ from nanoos_fw.firetasks.active_rounds import (
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.ml.stopping import StopRules
 from nanoos_fw.operations.alloys import alloy_candidates, alloy_references
-from nanoos_fw.operations.campaign import prepare_launchpad, submit
+from nanoos_fw.operations.campaign import prepare_launchpad
+from nanoos_fw.operations.submission import submit
 from nanoos_fw.provenance import content_key, run_environment
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.stores.active import ActiveStore, Round, label_values, put_labels

@@ -133,9 +133,13 @@ def curve(batches: list[list[str]], prize: set[str]) -> list[list[int]]:
 
 
 def run_seed(
-    launchpad: Any, seed: int, folder: Path, elements: list[str], truth: dict[str, float],
+    launchpad: Any,
+    seed: int,
+    folder: Path,
+    elements: list[str],
+    truth: dict[str, float],
     selection: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     from nanoos_fw.ml.acquisition import random_order
 
     ids = sorted(truth)

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.demo import candidates
 from nanoos_fw.md.potentials import ZHOU2004_ELEMENTS, zhou2004_potential
 from nanoos_fw.md.relaxation import relax_structures
+from nanoos_fw.operations.alloys import alloy_candidates
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import package_versions, utc_now
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
 
-    every = list(candidates(ZHOU2004_ELEMENTS))
+    every = list(alloy_candidates(ZHOU2004_ELEMENTS))
     step = max(1, len(every) // arguments.structures)
     chosen = {e.label: e.structure for e in every[::step][: arguments.structures]}
     alone = dict(list(chosen.items())[:: max(1, len(chosen) // arguments.alone)])

@@ -303,8 +303,9 @@ def submit_simulations(
     """Submit simulations of some alloys, a workflow each, and return the plan."""
     from fireworks import Firework, Workflow
 
-    from nanoos_fw import demo, operations
+    from nanoos_fw import operations
     from nanoos_fw.firetasks import RelaxStructuresTask, RunMDTask
+    from nanoos_fw.operations.alloys import alloy_candidates
     from nanoos_fw.stores.campaigns import CampaignStore
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
@@ -324,7 +325,7 @@ def submit_simulations(
     method = plan.md.model_copy(update={"config": config})
     plan = plan.model_copy(update={"name": campaign, "md": method})
     elements = plan.relaxation.potential.elements
-    keys = StructureStore(database).add(demo.candidates(elements), in_set="all").keys
+    keys = StructureStore(database).add(alloy_candidates(elements), in_set="all").keys
     campaigns = CampaignStore(database)
     campaigns.create(plan.name, plan.model_dump(mode="json"))
     campaigns.record(plan.name, ranking=list(keys[:runs]))
