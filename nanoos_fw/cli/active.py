@@ -32,7 +32,16 @@ def add_commands(commands: Any) -> None:
     )
     actions = group.add_subparsers(title="actions", required=True, metavar="ACTION")
 
-    template = actions.add_parser("template", help="print a campaign file to change")
+    template = actions.add_parser(
+        "template", help="print a campaign file to change, or write it"
+    )
+    template.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="new file, instead of printing",
+    )
     template.set_defaults(command=_template)
 
     check = actions.add_parser("check", help="check a campaign file; queue nothing")
@@ -93,10 +102,20 @@ def _finish(parser: argparse.ArgumentParser, run: Any) -> None:
 # ------------------------------------------------------------------------- commands
 
 
-def _template(_arguments: argparse.Namespace) -> int:
+def _template(arguments: argparse.Namespace) -> int:
+    from nanoos_fw.provenance import write_atomic
     from nanoos_fw.templates import load_template
 
-    print(load_template(_TEMPLATE), end="")
+    text = load_template(_TEMPLATE)
+    if arguments.output is None:
+        print(text, end="")
+        return 0
+    if arguments.output.exists():
+        raise InputError(
+            f"{arguments.output} exists", advice="choose the name of a new file"
+        )
+    write_atomic(arguments.output, text)
+    print(arguments.output)
     return 0
 
 
