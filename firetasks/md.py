@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -32,9 +33,23 @@ from nanoos_fw.provenance import content_key, run_environment
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.simulations import Simulation, method_key, simulation_key
 
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
 # Rows of the thermo table that go into the database; the log has all.
 _MAX_THERMO_ROWS = 2000
-_CONVERGENCE = ("converged", "max_force_ev_a", "max_stress_bar")
+# Sites of a structure in a document, of which the server takes at most 16 MiB.
+_MAX_SITES = 5000
+_NUMBERS = (
+    "final_energy",
+    "final_potential_energy",
+    "final_stress_bar",
+    "converged",
+    "max_force_ev_a",
+    "max_stress_bar",
+    "elastic",
+    "eos",
+)
 # A rank with fewer atoms spends its time on messages.
 _ATOMS_PER_RANK = 250
 
@@ -45,12 +60,13 @@ class PotentialChoice(Parameters):
     Parameters
     ----------
     name
-        See `nanoos_fw.md.catalogue`: ``zhou2004``, ``tersoff``, ``SiC.tersoff``.
+        See `nanoos_fw.md.catalogue`: ``zhou2004``, ``tersoff``, ``SiC.tersoff``; or
+        commands, as `nanoos_fw.md.pair_commands.PotentialCommands` has them.
     elements
         All elements of the structures.
     """
 
-    name: str = Field(min_length=1, max_length=200)
+    name: Annotated[str, Field(min_length=1, max_length=200)] | dict[str, Any]
     elements: tuple[str, ...] = Field(min_length=1)
 
     def resolve(self, place: TaskContext) -> Potential:
@@ -68,13 +84,13 @@ class PotentialChoice(Parameters):
         MissingDependencyError
             If the installed LAMMPS lacks a style.
         """
-        _check_choice(self.name, self.elements)
+        _check_choice(json.dumps(self.name), self.elements)
 
 
 @lru_cache(maxsize=64)  # many workflows of one campaign ask for the same
 def _check_choice(name: str, elements: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        potential = Catalogue().resolve(name, elements, Path(folder))
+        potential = Catalogue().resolve(json.loads(name), elements, Path(folder))
         check_styles(potential)
         check_files(potential)
 
@@ -230,35 +246,100 @@ class MDMethod(Parameters):
             adf_cutoff_a=self.adf_cutoff_a,
         )
 
-    def key(self, relaxation: str) -> str:
-        """Return the key under which runs from relaxed structures are stored."""
+    def key(self, **start: str) -> str:
+        """Return the key under which runs are stored.
+
+        Parameters
+        ----------
+        **start
+            ``relaxation``: method of the relaxed structures they begin with; or
+            ``potential``: its identity, for structures as they were stored.
+        """
         return method_key(
-            "md",
-            {"relaxation": relaxation, "config": self.config.model_dump(mode="json")},
+            "md", {**start, "config": self.config.model_dump(mode="json")}
         )
 
 
 class MDParameters(Parameters):
-    """Parameters of RunMDTask and AnalyzeTrajectoryTask."""
+    """Parameters of RunMDTask and AnalyzeTrajectoryTask.
 
-    campaign: str
-    rank: int = Field(ge=1, description="of the candidate in the campaign's ranking")
-    relaxation: RelaxationMethod
+    Either a ranked candidate of a campaign, from its relaxed structure, or a stored
+    structure as it is.
+
+    Parameters
+    ----------
+    campaign, rank, relaxation
+        Whose ranking, the place in it, and how the structure was relaxed.
+    structure, potential
+        Key of the structure, and what it is simulated with.
+    md
+        The simulation.
+    """
+
+    campaign: str | None = None
+    rank: int | None = Field(default=None, ge=1)
+    relaxation: RelaxationMethod | None = None
+    structure: str | None = None
+    potential: PotentialChoice | None = None
     md: MDMethod
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> MDParameters:
+        ranked = (self.campaign, self.rank, self.relaxation)
+        stored = (self.structure, self.potential)
+        for chosen, other in ((ranked, stored), (stored, ranked)):
+            if all(v is not None for v in chosen) and not any(
+                v is not None for v in other
+            ):
+                return self
+        raise ValueError(
+            "give either campaign, rank and relaxation, or structure and potential"
+        )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a rank of the campaign stands for."""
+    """What the parameters stand for.
+
+    Parameters
+    ----------
+    structure
+        Key of the structure.
+    method
+        Key under which the result is stored.
+    start
+        Structure that the simulation begins with.
+    potential
+        Its potential.
+    """
 
     structure: str
     method: str
-    relaxation: Simulation
+    start: Structure
     potential: Potential
 
 
 def _resolve(place: TaskContext, parameters: MDParameters) -> _Run:
+    """Find the structure to begin with, and the potential."""
+    if parameters.relaxation is not None:
+        return _ranked(place, parameters, parameters.relaxation)
+    assert parameters.structure is not None
+    assert parameters.potential is not None
+    key, potential = parameters.structure, parameters.potential.resolve(place)
+    return _Run(
+        structure=key,
+        method=parameters.md.key(potential=potential.identity),
+        start=place.structures.get_many([key])[key].structure,
+        potential=potential,
+    )
+
+
+def _ranked(
+    place: TaskContext, parameters: MDParameters, relaxation: RelaxationMethod
+) -> _Run:
     """Find the candidate of a rank and its relaxed structure."""
+    assert parameters.campaign is not None
+    assert parameters.rank is not None
     ranking = place.campaigns.output(parameters.campaign, "ranking")
     if parameters.rank > len(ranking):
         raise InputError(
@@ -267,9 +348,9 @@ def _resolve(place: TaskContext, parameters: MDParameters) -> _Run:
             advice="lower md_runs, or raise top_k",
         )
     key = ranking[parameters.rank - 1]
-    potential = parameters.relaxation.potential.resolve(place)
-    relaxation = parameters.relaxation.key(potential)
-    simulation = place.simulations.find([key], relaxation).get(key)
+    potential = relaxation.potential.resolve(place)
+    method = relaxation.key(potential)
+    simulation = place.simulations.find([key], method).get(key)
     if simulation is None or simulation.status == "failed":
         error = (simulation.error or {}) if simulation else {}
         raise SimulationError(
@@ -279,14 +360,14 @@ def _resolve(place: TaskContext, parameters: MDParameters) -> _Run:
         )
     return _Run(
         structure=key,
-        method=parameters.md.key(relaxation),
-        relaxation=simulation,
+        method=parameters.md.key(relaxation=method),
+        start=RelaxationResult.from_dict(simulation.result).structure(),
         potential=potential,
     )
 
 
 class RunMDTask(NanoTask):
-    """Run molecular dynamics of a ranked candidate from its relaxed structure."""
+    """Simulate a ranked candidate from its relaxed structure, or a stored structure."""
 
     _fw_name = "{{nanoos_fw.firetasks.RunMDTask}}"
     parameters_model = MDParameters
@@ -296,30 +377,32 @@ class RunMDTask(NanoTask):
         """Run, or continue from the restart file that an earlier launch left."""
         parameters = self.parameters
         run = _resolve(place, parameters)
-        place.campaigns.record(
-            parameters.campaign,
-            **{
-                f"md.{parameters.rank}": {
-                    "structure": run.structure,
-                    "method": run.method,
-                }
-            },
-        )
+        which = {"structure": run.structure, "method": run.method}
+        if parameters.campaign is not None:
+            place.campaigns.record(
+                parameters.campaign, **{f"md.{parameters.rank}": which}
+            )
         found = place.simulations.find([run.structure], run.method)
-        if run.structure not in found:
-            place.simulations.put_many([self._simulate(place, run)])
-        return {"structure": run.structure, "method": run.method, "hit": bool(found)}
+        simulation = found.get(run.structure)
+        if simulation is None:
+            simulation = self._simulate(place, run)
+            place.simulations.put_many([simulation])
+        return {
+            **which,
+            "hit": bool(found),
+            "status": simulation.status,
+            "output_dir": simulation.files["output_dir"],
+        }
 
     def _simulate(self, place: TaskContext, run: _Run) -> Simulation:
         config = self.parameters.md.config
         work_dir = place.work_dir("md", simulation_key(run.structure, run.method))
-        structure = RelaxationResult.from_dict(run.relaxation.result).structure()
-        n_atoms = len(supercell(structure, config.supercell_min_atoms))
+        n_atoms = len(supercell(run.start, config.supercell_min_atoms))
         resources = place.resources_for(n_atoms // _ATOMS_PER_RANK)
         engine = LAMMPSEngine(server=shared_server())
         with locked(work_dir):
             outcome = engine.run(
-                structure,
+                run.start,
                 {**config.model_dump(), "potential": run.potential},
                 work_dir,
                 max_corrections=self.parameters.md.max_corrections,
@@ -352,9 +435,9 @@ class RunMDTask(NanoTask):
                 "corrections": outcome["corrections"],
                 "averages": parsed["averages"],
                 "units": parsed["units"],
-                **{name: parsed[name] for name in _CONVERGENCE if name in parsed},
+                **{name: parsed[name] for name in _NUMBERS if name in parsed},
                 "thermo": {n: v[::every] for n, v in parsed["thermo"].items()},
-                "final_structure": parsed["final_structure"],
+                "final_structure": _bounded(place, parsed["final_structure"]),
             },
             files={"input_dir": outcome["input_dir"], "output_dir": str(output_dir)},
             environment={
@@ -366,6 +449,14 @@ class RunMDTask(NanoTask):
                 "wall_s": round(outcome["wall_s"], 3),
             },
         )
+
+
+def _bounded(place: TaskContext, structure: dict[str, Any]) -> dict[str, Any]:
+    """Return a structure's dictionary, or where it is if it is large."""
+    if len(structure["sites"]) <= _MAX_SITES:
+        return structure
+    data = json.dumps(structure, separators=(",", ":")).encode()
+    return {"artifact": put_artifact(place.database, data), "format": "pymatgen"}
 
 
 class AnalyzeTrajectoryTask(NanoTask):
@@ -385,14 +476,13 @@ class AnalyzeTrajectoryTask(NanoTask):
         found = place.simulations.find([run.structure], run.method)
         if run.structure not in found:
             raise InputError(
-                f"rank {self.parameters.rank} of campaign "
-                f"{self.parameters.campaign!r} has not been simulated",
+                f"{self._what()} has not been simulated",
                 advice="rerun the firework with its RunMDTask",
             )
         simulation = found[run.structure]
         if simulation.status == "failed":
             raise SimulationError(
-                f"the simulation of rank {self.parameters.rank} failed",
+                f"the simulation of {self._what()} failed",
                 evidence={"simulation": (simulation.error or {}).get("message")},
                 advice="see the simulation's own error",
             )
@@ -412,3 +502,9 @@ class AnalyzeTrajectoryTask(NanoTask):
             "analyses": sorted(analysis.numbers),
             "failed": sorted(analysis.failures),
         }
+
+    def _what(self) -> str:
+        parameters = self.parameters
+        if parameters.campaign is None:
+            return f"structure {parameters.structure}"
+        return f"rank {parameters.rank} of campaign {parameters.campaign!r}"

@@ -33,7 +33,7 @@ from nanoos_fw.firetasks import (
 from nanoos_fw.firetasks.base import NanoTask, Parameters
 from nanoos_fw.firetasks.fans import MAX_FAN, chunks
 from nanoos_fw.firetasks.featurization import FeatureParameters
-from nanoos_fw.firetasks.md import MDMethod, RelaxationMethod
+from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key, utc_now
@@ -389,6 +389,58 @@ def training_workflow(
         [firework],
         name=f"{model_name} training",
         metadata={"kind": "training", "key": key},
+    )
+
+
+def simulation_workflow(
+    structure: str,
+    potential: PotentialChoice,
+    identity: str,
+    md: MDMethod,
+    work_root: str,
+    *,
+    label: str,
+) -> Workflow:
+    """Return one simulation of a stored structure as it is, and its analyses.
+
+    Parameters
+    ----------
+    structure
+        Key in the structure store.
+    potential, identity
+        What it is simulated with, and the content key of that now: with another file
+        of the same name the workflow is another one.
+    md
+        The simulation. Analyses need frames: without dynamics or ``dump_every`` there
+        are none.
+    work_root
+        Folder of the work directories, which all workers share.
+    label
+        What people call the structure.
+    """
+    asked: dict[str, Any] = {
+        "structure": structure,
+        "potential": potential.model_dump(mode="json"),
+        "md": md.model_dump(mode="json"),
+    }
+    key = content_key("simulation workflow", {**asked, "identity": identity})
+    tasks: list[NanoTask] = [RunMDTask(**asked)]
+    if md.config.is_dynamics and md.config.dump_every:
+        tasks.append(AnalyzeTrajectoryTask(**asked))
+    kind = md.config.workflow_type
+    firework = Firework(
+        tasks,
+        spec={
+            "_category": "md",
+            "_add_launchpad_and_fw_id": True,
+            SPEC_KEY: {"stage": "md", "key": key, "work_root": str(Path(work_root))},
+        },
+        name=f"{label} {kind}",
+    )
+    return Workflow(
+        [firework],
+        name=f"{label} {kind}",
+        metadata={"kind": "simulation", "key": key},
     )
 
 

@@ -266,8 +266,17 @@ def read_structure(path: Path) -> Structure:
     return entries[0].structure
 
 
-def plan_workflow(workflow: WorkflowFile) -> WorkflowPlan:
+def plan_workflow(
+    workflow: WorkflowFile, structure: Structure | None = None
+) -> WorkflowPlan:
     """Check a workflow with its structure, potential and LAMMPS; write nothing.
+
+    Parameters
+    ----------
+    workflow
+        What was read.
+    structure
+        Taken instead of the file's, which then need not be there.
 
     Raises
     ------
@@ -276,7 +285,8 @@ def plan_workflow(workflow: WorkflowFile) -> WorkflowPlan:
     MissingDependencyError
         If the installed LAMMPS lacks a style.
     """
-    structure = read_structure(workflow.structure)
+    if structure is None:
+        structure = read_structure(workflow.structure)
     config = workflow.config
     elements = sorted(set(site_elements(structure)))
     with tempfile.TemporaryDirectory() as folder:

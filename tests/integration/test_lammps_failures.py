@@ -6,26 +6,23 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from lammps_stops import asked_to_stop_when
+from md_task import simulate_by_task
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main
 from nanoos_fw.errors import LaunchError, OutOfTimeError, SimulationError
-from nanoos_fw.firetasks.md import MDParameters, RunMDTask, _Run
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.fork_server import ForkServer, shared_server
-from nanoos_fw.md.optimizer import RelaxationResult
 from nanoos_fw.md.output import newest_try
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.md.restarts import PORTABLE
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import read_json
-from nanoos_fw.stores.simulations import Simulation, simulation_key
 
 pytestmark = pytest.mark.lammps
 
@@ -111,46 +108,14 @@ def test_failures_of_lammps_have_a_class_and_a_bounded_number_of_tries(
         assert newest_try(tmp_path / "on").name == "try-1"
 
 
-def firetask(folder, structure, potential, config, **md):
-    """Run the task's simulation without a database."""
-    relaxation = Simulation(
-        structure="s",
-        method="r",
-        kind="relaxation",
-        status="done",
-        result=RelaxationResult(
-            converged=True,
-            species=tuple(s.species_string for s in structure),
-            lattice_a=tuple(map(tuple, structure.lattice.matrix.tolist())),
-            frac_coords=tuple(map(tuple, structure.frac_coords.tolist())),
-        ).to_dict(),
-    )
-    place = SimpleNamespace(
-        work_dir=folder.joinpath,
-        resources=Resources(),
-        resources_for=lambda _: Resources(),
-        deadline=None,
-    )
-    task = RunMDTask(
-        campaign="c",
-        rank=1,
-        relaxation={"potential": {"name": "sw", "elements": ["Si"]}},
-        md={"config": config, **md},
-    )
-    task.parameters = MDParameters.model_validate(dict(task))
-    run = _Run("s", "m", relaxation, potential)
-    (folder / "md" / simulation_key("s", "m")).mkdir(parents=True, exist_ok=True)
-    return task._simulate(place, run)
-
-
 def test_firetask_corrects_records_and_does_not_repeat(tmp_path):
     names = {"temperature": "temperature_k", "timestep": "timestep_fs"}
     config = {names.get(k, k): v for k, v in HOT.items() if k != "potential"}
     potential = HOT["potential"]
     with pytest.raises(SimulationError) as caught:
-        firetask(tmp_path / "no", silicon(), potential, config, max_corrections=0)
+        simulate_by_task(tmp_path / "no", silicon(), potential, config, max_corrections=0)
     assert caught.value.evidence["corrections"] == []
-    stored = firetask(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
+    stored = simulate_by_task(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
     assert stored.status == "done"
     tried = stored.result["corrections"]
     assert 1 <= len(tried) <= 4
@@ -161,7 +126,7 @@ def test_firetask_corrects_records_and_does_not_repeat(tmp_path):
     assert stored.result["timestep_fs"] == (shorter or [12.0])[-1]
     assert stored.result["timestep_fs"] * stored.result["steps"] == pytest.approx(480.0)
     assert f"try-{len(tried)}" in stored.files["output_dir"]
-    again = firetask(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
+    again = simulate_by_task(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
     assert again.result == stored.result
 
 

@@ -6,25 +6,23 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from md_task import simulate_by_task
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main
 from nanoos_fw.errors import MissingDependencyError, OutOfTimeError, SimulationError
-from nanoos_fw.firetasks.md import MDParameters, RunMDTask, _Run
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.fork_server import ForkServer
-from nanoos_fw.md.optimizer import RelaxationResult, failed_result
+from nanoos_fw.md.optimizer import failed_result
 from nanoos_fw.md.output import not_converged
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.properties import _Work
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import read_json
-from nanoos_fw.stores.simulations import Simulation, simulation_key
 
 pytestmark = pytest.mark.lammps
 
@@ -147,35 +145,9 @@ def test_firetask_stores_what_did_not_converge_as_failed(tmp_path):
     rough = silicon(5.6)
     rough.perturb(0.05)
     sw = file_potential("sw", "Si.sw")
-    relaxation = Simulation(
-        structure="s",
-        method="r",
-        kind="relaxation",
-        status="done",
-        result=RelaxationResult(
-            converged=True,
-            species=tuple(s.species_string for s in rough),
-            lattice_a=tuple(map(tuple, rough.lattice.matrix.tolist())),
-            frac_coords=tuple(map(tuple, rough.frac_coords.tolist())),
-        ).to_dict(),
-    )
-    place = SimpleNamespace(
-        work_dir=tmp_path.joinpath,
-        resources=Resources(),
-        resources_for=lambda _: Resources(),
-        deadline=None,
-    )
     for steps, status in ((2, "failed"), (500, "done")):
-        task = RunMDTask(
-            campaign="c",
-            rank=1,
-            relaxation={"potential": {"name": "sw", "elements": ["Si"]}},
-            md={"config": {"workflow_type": "MINIMIZE_LAMMPS", "num_steps": steps}},
-        )
-        task.parameters = MDParameters.model_validate(dict(task))
-        run = _Run("s", f"m{steps}", relaxation, sw)
-        (tmp_path / "md" / simulation_key("s", run.method)).mkdir(parents=True)
-        stored = task._simulate(place, run)
+        config = {"workflow_type": "MINIMIZE_LAMMPS", "num_steps": steps}
+        stored = simulate_by_task(tmp_path, rough, sw, config, method=f"m{steps}")
         assert stored.status == status
         assert stored.result["converged"] is (status == "done")
         assert stored.result["max_force_ev_a"] > 0.0
