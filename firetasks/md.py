@@ -415,7 +415,8 @@ class RunMDTask(NanoTask):
             config = MDConfig.model_validate(read_simulation(output_dir)["config"])
             parsed = engine.parse_output(output_dir)
             error = not_converged(output_dir)
-        every = math.ceil(len(parsed["thermo"]["step"]) / _MAX_THERMO_ROWS)
+        # Elastic constants and equations of state have no rows.
+        every = max(1, math.ceil(len(parsed["thermo"]["step"]) / _MAX_THERMO_ROWS))
         return Simulation(
             structure=run.structure,
             method=run.method,
