@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.operations.campaign import prepare_launchpad, submit
+from nanoos_fw.operations.campaign import prepare_launchpad
+from nanoos_fw.operations.submission import submit
 from nanoos_fw.stores.database import open_database
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
