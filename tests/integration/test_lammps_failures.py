@@ -113,9 +113,13 @@ def test_firetask_corrects_records_and_does_not_repeat(tmp_path):
     config = {names.get(k, k): v for k, v in HOT.items() if k != "potential"}
     potential = HOT["potential"]
     with pytest.raises(SimulationError) as caught:
-        simulate_by_task(tmp_path / "no", silicon(), potential, config, max_corrections=0)
+        simulate_by_task(
+            tmp_path / "no", silicon(), potential, config, max_corrections=0
+        )
     assert caught.value.evidence["corrections"] == []
-    stored = simulate_by_task(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
+    stored = simulate_by_task(
+        tmp_path / "yes", silicon(), potential, config, max_corrections=4
+    )
     assert stored.status == "done"
     tried = stored.result["corrections"]
     assert 1 <= len(tried) <= 4
@@ -126,7 +130,9 @@ def test_firetask_corrects_records_and_does_not_repeat(tmp_path):
     assert stored.result["timestep_fs"] == (shorter or [12.0])[-1]
     assert stored.result["timestep_fs"] * stored.result["steps"] == pytest.approx(480.0)
     assert f"try-{len(tried)}" in stored.files["output_dir"]
-    again = simulate_by_task(tmp_path / "yes", silicon(), potential, config, max_corrections=4)
+    again = simulate_by_task(
+        tmp_path / "yes", silicon(), potential, config, max_corrections=4
+    )
     assert again.result == stored.result
 
 

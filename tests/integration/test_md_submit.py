@@ -20,7 +20,6 @@ from nanoos_fw.firetasks.md import MDMethod, PotentialChoice
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.output import simulation_thermo
 from nanoos_fw.stores.database import get_artifact, load_launchpad, open_database
-from nanoos_fw.stores.simulations import Simulation
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 from nanoos_fw.workflows import simulation_workflow
 
@@ -119,14 +118,13 @@ def test_submitted_simulations_end_in_the_store(
         out, err = capsys.readouterr()
         return json.loads(out) if code == 0 else err
 
-    def launched(state: str = "COMPLETED") -> Simulation | None:
+    def launched(state: str = "COMPLETED") -> dict[str, Any]:
         assert launch_rocket(launchpad, FWorker())
         firework = launchpad.get_fw_by_id(max(launchpad.get_fw_ids()))
         assert firework.state == state
         capsys.readouterr()
-        stored = firework.launches[-1].action.stored_data
-        found = database["simulations"].find_one({"structure": stored["structure"]})
-        return found
+        which = {"structure": firework.launches[-1].action.stored_data["structure"]}
+        return dict(database["simulations"].find_one(which))
 
     # Nothing is written before all of it is checked.
     assert "cell.cif" in submit(DYNAMICS, code=1)
@@ -144,7 +142,6 @@ def test_submitted_simulations_end_in_the_store(
     assert added["n_atoms"] == 32
     assert not submit(DYNAMICS, "--analyses", "rdf,msd,vdos")["added"]
     found = launched()
-    assert found is not None
     assert found["status"] == "done"
     assert found["structure"] == added["structure"]
     result = found["result"]
@@ -171,7 +168,6 @@ def test_submitted_simulations_end_in_the_store(
     key = StructureStore(database).add([entry], in_set="x").keys[0]
     assert submit(LJ, "--structure", "argon")["structure"] == key
     found = launched()
-    assert found is not None
     assert found["result"]["elastic"]["stable"]
     assert "analyses" not in found["result"]
 
