@@ -130,6 +130,7 @@ def choose_window(
 
     Screens the first two chunks, whose predictions are kept, unless others are stored
     already; the throughput is that of the fastest chunk, since the first one compiles.
+    What the whole screening is expected to cost by this is noted with it.
     """
     if not minutes > 0:
         raise InputError(f"minutes must be positive, not {minutes}")
@@ -137,5 +138,6 @@ def choose_window(
     probe = min(_PROBE_CHUNKS * screen.chunk, screen.count)
     run_window(database, screen, work_dir, stop=probe)
     rate = store.best_rate(screen, probe)
+    store.set_estimate(screen.name, screen.count / rate)
     chunks = math.ceil(rate * workers * minutes * 60.0 / screen.chunk)
     return screen.chunk * max(1, min(chunks, screen.n_chunks))

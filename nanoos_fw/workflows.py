@@ -476,6 +476,7 @@ def window_workflow(screen: Screen, window: int, work_root: str) -> Workflow:
                 "_add_launchpad_and_fw_id": True,
                 SPEC_KEY: {
                     "screen": screen.name,
+                    **({"campaign": screen.campaign} if screen.campaign else {}),
                     "stage": "screen",
                     "key": f"{key}-{number}",
                     "work_root": str(Path(work_root)),

@@ -69,6 +69,10 @@ def add_commands(commands: Any) -> None:
         help=".csv, .jsonl, .parquet, or .extxyz with the structures",
     )  # fmt: skip
     export.add_argument("-k", type=int, help="only the best; all without")
+    export.add_argument(
+        "--refused", action="store_true",
+        help="the candidates without a prediction instead, with the reason",
+    )  # fmt: skip
     _add_ranking(export)
 
 
@@ -87,6 +91,9 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="YAML or JSON with candidates, models, filters; the first time",
+    )
+    parser.add_argument(
+        "--campaign", metavar="NAME", help="whose report shows it; with --spec"
     )
 
 
@@ -135,6 +142,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             "count": report.count,
             "failed": report.n_failures,
             "failures": report.failures,
+            "repeated_labels": report.n_repeated,
         }
     )
     return 1 if report.n_failures else 0
@@ -226,6 +234,8 @@ def _status(arguments: argparse.Namespace) -> int:
         "chunks": [found.chunks, found.n_chunks],
         "per_core_s": round(found.rate, 1),
         "core_s_left": None if remaining is None else round(remaining, 1),
+        "core_s_used": round(found.core_s, 1),
+        "core_s_estimated": screen.core_s_estimated,
     }
     if arguments.json:
         print_json(answer)
@@ -264,19 +274,25 @@ def _top(arguments: argparse.Namespace) -> int:
             f"{prefix} {row[f'{prefix}.mean']:.5g} {own['unit']}"
             for prefix, own in zip(prefixes, screen.models, strict=True)
         )
-        print(f"{row['rank']:5} {row['candidate']:12} {row['formula']:20} {values}")
+        name = row.get("label", row["candidate"])
+        print(f"{row['rank']:5} {name!s:>12} {row['formula']:20} {values}")
     print(f"{ranked.n_ranked} candidates are ranked; ties: the lower number first")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     _, store, screen, _ = _opened(arguments)
-    from nanoos_fw.operations.screen_exports import export_screen
+    from nanoos_fw.operations.screen_exports import export_refused, export_screen
 
     ranked = None
     if arguments.k is not None or arguments.pareto:
         ranked = _ranked(arguments, store, screen, arguments.k or screen.count)
-    count = export_screen(store, screen, arguments.output, ranked)
+    if arguments.refused:
+        if ranked is not None:
+            raise InputError("--refused are not ranked: leave -k and --pareto out")
+        count = export_refused(store, screen, arguments.output)
+    else:
+        count = export_screen(store, screen, arguments.output, ranked)
     if arguments.json:
         print_json({"file": str(arguments.output), "rows": count})
     else:
@@ -297,8 +313,15 @@ def _opened(
         return database, store, store.get(arguments.name), launchpad
     from nanoos_fw.ml.screening_engine import read_screen
 
+    if arguments.campaign is not None:
+        from nanoos_fw.stores.campaigns import CampaignStore
+
+        CampaignStore(database).get(arguments.campaign)
     screen = register_screen(
-        database, arguments.name, read_screen(_read(arguments.spec))
+        database,
+        arguments.name,
+        read_screen(_read(arguments.spec)),
+        campaign=arguments.campaign,
     )
     return database, store, screen, launchpad
 

@@ -23,16 +23,36 @@ _Size = Annotated[float, Field(gt=0)]
 
 
 class CandidateStatus(IntEnum):
-    """What became of a candidate; the first reason that applies, in this order."""
+    """What became of a candidate; the first reason that applies.
+
+    Numbers are stored, so they never change; :data:`REASONS` tells what each means.
+    """
 
     PREDICTED = 0
-    LEFT_OUT = 1  # equals another of the sequence, or could not be read
+    LEFT_OUT = 1
     SIZE = 2
     COMPOSITION = 3
     CHARGE = 4
     VOLUME = 5
     NO_GRAPH = 6
     DISTANCE = 7
+    UNREADABLE = 8
+    NO_PREDICTION = 9
+
+
+REASONS: dict[CandidateStatus, str] = {
+    CandidateStatus.PREDICTED: "predicted",
+    CandidateStatus.LEFT_OUT: "equals another candidate of the sequence",
+    CandidateStatus.SIZE: "fails the filter n_sites",
+    CandidateStatus.COMPOSITION: "fails a filter of the composition",
+    CandidateStatus.CHARGE: "fails the filter charge_balance",
+    CandidateStatus.VOLUME: "fails the filter volume_per_atom",
+    CandidateStatus.NO_GRAPH: "has no graph: atoms coincide, or one has no neighbour "
+    "within the cutoff radius",
+    CandidateStatus.DISTANCE: "fails the filter min_distance",
+    CandidateStatus.UNREADABLE: "could not be read",
+    CandidateStatus.NO_PREDICTION: "a model gives no finite number for it",
+}
 
 
 class CandidateFilter(BaseModel):

@@ -3,6 +3,9 @@
 Reading a million CIF files once is slow; reading the first half of them again to get
 at the second would be worse. A pack is written once, is memory-mapped by every worker,
 and has a content key, so that nobody can screen another file under the same name.
+
+An entry that cannot be read keeps its number, with no atoms and with its reason instead
+of a crystal: of what went in, nothing is lost, and each has one outcome.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +51,20 @@ class PackReport:
     spec
         For a screening.
     count
-        Crystals in the pack.
+        Entries of the pack, those that gave no crystal included.
     failures
-        Entries that gave no crystal, and why; at most twenty.
+        Entries that gave no crystal, and why; at most twenty. All are in the pack.
     n_failures
         How many there were.
+    n_repeated
+        Entries whose label an earlier one has; their numbers tell them apart.
     """
 
     spec: PackSpec
     count: int
     failures: list[dict[str, Any]]
     n_failures: int
+    n_repeated: int
 
 
 def write_pack(
@@ -86,24 +93,31 @@ def write_pack(
     building = directory.parent / f".{directory.name}.{secrets.token_hex(8)}"
     building.mkdir()
     try:
-        count, failures, digests = _fill(crystals, building)
-        if not count:
+        written = _Writer(building).write(crystals)
+        if written.count == written.n_failures:
             raise InputError(
-                "none of the entries is a crystal", evidence={"first": failures[:3]}
+                "none of the entries is a crystal",
+                evidence={"first": written.failures[:3]},
             )
-        key = content_key("pack", {"count": count, "sha256": digests})
+        digests = {name: own.hexdigest() for name, own in written.hashes.items()}
+        key = content_key("pack", {"count": written.count, "sha256": digests})
         write_json(
             building / _MANIFEST,
             {
-                "key": key, "count": count, "sha256": digests,
-                "n_failures": len(failures), "failures": failures[:_SHOWN],
+                "key": key, "count": written.count, "sha256": digests,
+                "n_failures": written.n_failures, "failures": written.failures,
             },
         )  # fmt: skip
         building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    spec = PackSpec(directory=str(directory.resolve()), key=key)
-    return PackReport(spec, count, failures[:_SHOWN], len(failures))
+    return PackReport(
+        PackSpec(directory=str(directory.resolve()), key=key),
+        written.count,
+        written.failures,
+        written.n_failures,
+        written.n_repeated,
+    )
 
 
 def read_files(
@@ -151,18 +165,12 @@ def open_pack(directory: Path, key: str | None = None) -> CandidateSource:
     return _Pack(directory, manifest)
 
 
-def pack_labels(directory: Path) -> list[str]:
-    """Return the labels of a pack, in its order."""
-    with (directory / _LABELS).open() as lines:
-        return [json.loads(line) for line in lines]
-
-
 # ------------------------------------------------------------------------- private
 
 
 class _Pack(CandidateSource):
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
-        self._manifest = manifest
+        self._directory, self._manifest = directory, manifest
         arrays: dict[str, NDArray[Any]] = {}
         for name, (kind, shape) in _ARRAYS.items():
             flat = np.memmap(directory / f"{name}.bin", dtype=kind, mode="r")
@@ -188,61 +196,114 @@ class _Pack(CandidateSource):
         if not 0 <= start < stop <= len(self):
             raise InputError(f"window [{start}, {stop}) is not within {len(self)}")
         atoms = slice(int(self._start[start]), int(self._start[stop]))
+        sizes = self._arrays["sizes"][start:stop]
+        there = np.flatnonzero(sizes)
+        lattices = self._arrays["lattices"][start:stop][there]
         return CrystalArrays(
             numbers=np.array(self._arrays["numbers"][atoms]),
-            lattices=np.array(self._arrays["lattices"][start:stop], dtype=np.float64),
+            lattices=np.array(lattices, dtype=np.float64),
             frac_coords=np.array(self._arrays["frac_coords"][atoms], dtype=np.float64),
-            atom_start=self._start[start : stop + 1] - self._start[start],
-            positions=np.arange(stop - start),
+            # Entries without atoms add nothing, so the others follow each other.
+            atom_start=np.concatenate([[0], np.cumsum(sizes[there], dtype=np.int64)]),
+            positions=there,
         )
 
+    def unreadable(self, start: int, stop: int) -> NDArray[np.bool_]:
+        return np.asarray(self._arrays["sizes"][start:stop] == 0)
 
-def _fill(
-    crystals: Iterable[tuple[str, Mapping[str, Any] | Exception]], folder: Path
-) -> tuple[int, list[dict[str, Any]], dict[str, str]]:
-    failures: list[dict[str, Any]] = []
-    count = 0
-    hashes = {name: hashlib.sha256() for name in (*_ARRAYS, "labels")}
-    files = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
-    files["labels"] = (folder / _LABELS).open("wb")
+    def label(self, index: int) -> str | None:
+        found = self._entry(index)
+        return str(found["label"] if isinstance(found, dict) else found)
 
-    def append(name: str, data: bytes) -> None:
-        files[name].write(data)
-        hashes[name].update(data)
+    def failure(self, index: int) -> str | None:
+        found = self._entry(index)
+        return str(found["error"]) if isinstance(found, dict) else None
 
-    def flush(some: list[tuple[str, Mapping[str, Any]]]) -> int:
-        errors: dict[int, Any] = {}
-        flat = read_crystals([crystal for _, crystal in some], 0, errors)
-        failures.extend(
-            {"label": some[at][0], "error": str(error)} for at, error in errors.items()
-        )
+    def _entry(self, index: int) -> Any:
+        """Return the line of an entry: its label, or label and error."""
+        if not 0 <= index < len(self):
+            raise InputError(f"entry {index} is not among the {len(self)}")
+        data, ends = self._lines
+        begin = 0 if index == 0 else int(ends[index - 1]) + 1
+        return json.loads(data[begin : int(ends[index])].tobytes())
+
+    @cached_property
+    def _lines(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        data = np.memmap(self._directory / _LABELS, dtype=np.uint8, mode="r")
+        ends = np.flatnonzero(data == ord("\n"))
+        if len(ends) != len(self):
+            raise CorruptArtifactError(
+                f"the labels of the pack in {self._directory} are damaged",
+                evidence={"lines": len(ends), "entries": len(self)},
+                advice="make it again with 'nanoos screen pack'",
+            )
+        return data, ends
+
+
+class _Writer:
+    """Files of a pack that is being written, and what was counted on the way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self._files["labels"] = (folder / _LABELS).open("wb")
+        self.hashes = {name: hashlib.sha256() for name in self._files}
+        self.failures: list[dict[str, Any]] = []
+        self.count = self.n_failures = self.n_repeated = 0
+        self._labels: set[int] = set()
+
+    def write(
+        self, crystals: Iterable[tuple[str, Mapping[str, Any] | Exception]]
+    ) -> _Writer:
+        waiting: list[tuple[str, Mapping[str, Any] | Exception]] = []
+        try:
+            for entry in crystals:
+                waiting.append(entry)
+                if len(waiting) == _AT_ONCE:
+                    self._flush(waiting)
+                    waiting = []
+            self._flush(waiting)
+        finally:
+            for file in self._files.values():
+                file.close()
+        return self
+
+    def _flush(self, some: list[tuple[str, Mapping[str, Any] | Exception]]) -> None:
+        places = [i for i, (_, c) in enumerate(some) if not isinstance(c, Exception)]
+        crystals = [c for _, c in some if not isinstance(c, Exception)]
+        refused: dict[int, Any] = {}
+        flat = read_crystals(crystals, 0, refused)
+        errors = {i: c for i, (_, c) in enumerate(some) if isinstance(c, Exception)}
+        errors |= {places[at]: error for at, error in refused.items()}
+        readable = np.array(places, dtype=np.int64)[flat.positions]
+        sizes = np.zeros(len(some), dtype=np.int32)
+        sizes[readable] = np.diff(flat.atom_start)
+        lattices = np.zeros((len(some), 3, 3))
+        lattices[readable] = flat.lattices
         values: dict[str, NDArray[Any]] = {
             "numbers": flat.numbers,
-            "lattices": flat.lattices,
+            "lattices": lattices,
             "frac_coords": flat.frac_coords,
-            "sizes": np.diff(flat.atom_start),
+            "sizes": sizes,
         }
         for name, (kind, _) in _ARRAYS.items():
-            append(name, values[name].astype(kind).tobytes())
-        for at in flat.positions.tolist():
-            append("labels", json.dumps(some[at][0]).encode() + b"\n")
-        return len(flat.positions)
+            self._append(name, values[name].astype(kind).tobytes())
+        for at, (label, _) in enumerate(some):
+            entry: Any = label
+            if at in errors:
+                entry = {"label": label, "error": str(errors[at])}
+                self.n_failures += 1
+                if len(self.failures) < _SHOWN:
+                    self.failures.append({"number": self.count + at, **entry})
+            self._append("labels", json.dumps(entry).encode() + b"\n")
+            # A million labels as text would be the largest thing in memory.
+            mark = hash(label)
+            self.n_repeated += mark in self._labels
+            self._labels.add(mark)
+        self.count += len(some)
 
-    try:
-        waiting: list[tuple[str, Mapping[str, Any]]] = []
-        for label, crystal in crystals:
-            if isinstance(crystal, Exception):
-                failures.append({"label": label, "error": str(crystal)})
-                continue
-            waiting.append((label, crystal))
-            if len(waiting) == _AT_ONCE:
-                count += flush(waiting)
-                waiting = []
-        count += flush(waiting)
-    finally:
-        for file in files.values():
-            file.close()
-    return count, failures, {name: own.hexdigest() for name, own in hashes.items()}
+    def _append(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self.hashes[name].update(data)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Exception]]:
@@ -252,26 +313,40 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Excepti
         raise MissingDependencyError(
             "Parquet needs pyarrow", advice="pip install 'nanoos_fw[tables]'"
         ) from error
-    file = pyarrow.parquet.ParquetFile(path)
-    needed = {"numbers", "lattice", "frac_coords"}
-    missing = needed - set(file.schema_arrow.names)
-    if missing:
-        raise InputError(f"{path} has no columns {', '.join(sorted(missing))}")
     index = 0
-    for batch in file.iter_batches(batch_size=_AT_ONCE):
-        for row in batch.to_pylist():
-            label = str(row.get("label") or f"{path.stem}#{index}")
-            index += 1
-            numbers = np.array(row["numbers"] or [], dtype=np.int64)
-            if (numbers < 1).any() or (numbers > 118).any():
-                yield label, InputError(f"{label} holds no atomic numbers")
-                continue
-            yield (
-                label,
-                {
-                    "n_sites": len(numbers),
-                    "numbers": numbers.astype(np.uint8).tobytes(),
-                    "lattice": np.array(row["lattice"], dtype="<f8").tobytes(),
-                    "frac_coords": np.array(row["frac_coords"], "<f8").tobytes(),
-                },
-            )
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=_AT_ONCE):
+            for row in batch.to_pylist():
+                label = row.get("label")
+                name = f"{path.stem}#{index}" if label is None else str(label)
+                index += 1
+                yield name, _document_of_row(row)
+    except (OSError, pyarrow.ArrowException) as error:
+        # Like any other damaged file: an entry, after which reading goes on.
+        yield f"{path.stem}#{index}", InputError(f"cannot read {path}: {error}")
+
+
+def _document_of_row(row: Mapping[str, Any]) -> Mapping[str, Any] | Exception:
+    missing = {"numbers", "lattice", "frac_coords"} - row.keys()
+    if missing:
+        return InputError(f"there is no column {', '.join(sorted(missing))}")
+    try:
+        numbers = np.array(row["numbers"], dtype=np.int64).ravel()
+        lattice = np.array(row["lattice"], dtype=np.float64).ravel()
+        coords = np.array(row["frac_coords"], dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        return InputError(f"a column of the row does not hold numbers: {error}")
+    if not len(numbers) or (numbers < 1).any() or (numbers > 118).any():
+        return InputError("the row holds no atomic numbers")
+    if len(lattice) != 9 or len(coords) != 3 * len(numbers):
+        return InputError(
+            f"the row has {len(lattice)} numbers of a lattice and {len(coords)} of "
+            f"coordinates of {len(numbers)} sites"
+        )
+    return {
+        "n_sites": len(numbers),
+        "numbers": numbers.astype(np.uint8).tobytes(),
+        "lattice": lattice.astype("<f8").tobytes(),
+        "frac_coords": coords.astype("<f8").tobytes(),
+    }

@@ -166,6 +166,21 @@ class CandidateSource(ABC):
     def identity(self) -> Mapping[str, Any]:
         """Return what decides the sequence."""
 
+    def unreadable(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Tell which candidates of a window are missing since they could not be read.
+
+        ``(stop - start,)``; the others that are missing equal one of the sequence.
+        """
+        return np.zeros(stop - start, dtype=bool)
+
+    def label(self, index: int) -> str | None:
+        """Return the name that a candidate has in its file or store, if any."""
+        return None
+
+    def failure(self, index: int) -> str | None:
+        """Return why a candidate could not be read."""
+        return None
+
     def structure(self, index: int) -> Structure:
         """Return one candidate as an object.
 
@@ -180,7 +195,10 @@ class CandidateSource(ABC):
             raise InputError(f"candidate {index} is not among the {len(self)}")
         flat = self.window(index, index + 1)
         if not len(flat.positions):
-            raise InputError(f"candidate {index} was left out of its sequence")
+            raise InputError(
+                f"candidate {index} was left out of its sequence",
+                evidence={"failure": self.failure(index)},
+            )
         return Structure(
             Lattice(flat.lattices[0]),
             [Element.from_Z(int(z)) for z in flat.numbers],
@@ -481,6 +499,15 @@ class _Substitutions(CandidateSource):
         )
         return changed if keep.all() else take_rows(changed, np.flatnonzero(keep))
 
+    def unreadable(self, start: int, stop: int) -> NDArray[np.bool_]:
+        return _spread_unreadable(self._source, len(self._new), start, stop)
+
+    def label(self, index: int) -> str | None:
+        return _spread_label(self._source, len(self._new), index)
+
+    def failure(self, index: int) -> str | None:
+        return self._source.failure(index // len(self._new))
+
     def _known(self, numbers: NDArray[np.uint8]) -> NDArray[np.float64]:
         volumes = np.asarray(self._volumes)[numbers]
         if np.isnan(volumes).any():
@@ -522,6 +549,15 @@ class _Strained(CandidateSource):
             flat.positions,
         )
 
+    def unreadable(self, start: int, stop: int) -> NDArray[np.bool_]:
+        return _spread_unreadable(self._source, len(self._deformations), start, stop)
+
+    def label(self, index: int) -> str | None:
+        return _spread_label(self._source, len(self._deformations), index)
+
+    def failure(self, index: int) -> str | None:
+        return self._source.failure(index // len(self._deformations))
+
 
 # ------------------------------------------------------------------------- private
 
@@ -543,6 +579,19 @@ def _spread(
         flat.numbers, flat.lattices, flat.frac_coords, flat.atom_start, there
     )
     return placed, indices[there] % per
+
+
+def _spread_unreadable(
+    source: CandidateSource, per: int, start: int, stop: int
+) -> NDArray[np.bool_]:
+    first = start // per
+    bad = source.unreadable(first, -(-stop // per))
+    return np.asarray(bad[np.arange(start, stop) // per - first])
+
+
+def _spread_label(source: CandidateSource, per: int, index: int) -> str | None:
+    name = source.label(index // per)
+    return None if name is None else f"{name}#{index % per}"
 
 
 def _numbers_of(names: Sequence[str]) -> NDArray[np.int64]:

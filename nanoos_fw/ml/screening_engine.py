@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHUNK = 4096
 _OPTIONAL = ("std", "half_width", "distance")
+_Answer = tuple["Predictions | None", NDArray[np.int64]]
 
 
 class ScreenSpec(BaseModel):
@@ -175,6 +176,7 @@ def screen_chunk(
     Models whose graphs are built alike share them.
     """
     status = np.full(stop - start, CandidateStatus.LEFT_OUT, dtype=np.uint8)
+    status[source.unreadable(start, stop)] = CandidateStatus.UNREADABLE
     flat = source.window(start, stop)
     judged = spec.filters.status(flat)
     status[flat.positions] = judged
@@ -197,10 +199,16 @@ def screen_chunk(
             close[places] = spec.filters.too_close(table)
             _mark(status, flat, keep & close, CandidateStatus.DISTANCE)
             keep &= ~close
-    columns = []
-    for model in models:
-        found = _predict(model, flat, keep, tables, spec)
-        columns.append(_columns(found, int(keep.sum())))
+    rows = np.flatnonzero(keep)
+    answers = [_predict(model, flat, keep, tables, spec) for model in models]
+    answered = np.ones(len(rows), dtype=bool)
+    for answer in answers:
+        answered &= _has_numbers(answer, len(rows))
+    keep[rows[~answered]] = False
+    without = np.zeros(len(keep), dtype=bool)
+    without[rows[~answered]] = True
+    _mark(status, flat, without, CandidateStatus.NO_PREDICTION)
+    columns = [_columns(answer, answered) for answer in answers]
     return ChunkResult(
         start=start,
         status=status,
@@ -319,30 +327,30 @@ def _predict(
     keep: NDArray[np.bool_],
     tables: Mapping[tuple[float, int | None], tuple[Any, NDArray[np.int64]]],
     spec: ScreenSpec,
-) -> Predictions | None:
+) -> _Answer:
+    """Return what a model says of the kept candidates, and of which of these."""
     if not keep.any():
-        return None
+        return None, np.zeros(0, dtype=np.int64)
     if _shares_tables(model):
         table: GraphTable
         table, places = tables[_kind(model)]
         chosen = np.flatnonzero(keep[places])
         if len(chosen) < len(places):
             table = table.select(chosen)
-        return model.predict_table(table, coverage=spec.coverage)  # type: ignore[attr-defined, no-any-return]
+        found = model.predict_table(table, coverage=spec.coverage)  # type: ignore[attr-defined]
+        return found, np.arange(len(chosen))
     documents = [_document(flat, row) for row in np.flatnonzero(keep).tolist()]
     if isinstance(model, LineGraphModel):
-        found, places, errors = model.predict_crystals(
-            documents, coverage=spec.coverage
-        )
-        if errors:
-            raise next(iter(errors.values()))
-        return found
-    graphs, refused = build_graphs(
+        found, places, _ = model.predict_crystals(documents, coverage=spec.coverage)
+        return found, places
+    graphs, _ = build_graphs(
         documents, cutoff_radius=spec.cutoff_radius, max_neighbors=spec.max_neighbors
     )
-    if refused:
-        raise next(iter(refused.values()))
-    return model.predict_full([g for g in graphs if g], coverage=spec.coverage)
+    there = np.array([at for at, graph in enumerate(graphs) if graph], dtype=np.int64)
+    if not len(there):
+        return None, there
+    full = model.predict_full([g for g in graphs if g], coverage=spec.coverage)
+    return full, there
 
 
 def _document(flat: CrystalArrays, row: int) -> dict[str, Any]:
@@ -364,24 +372,39 @@ def _mark(
     status[flat.positions[rows]] = reason
 
 
-def _columns(found: Predictions | None, n: int) -> ModelColumns:
-    if found is None:
+def _has_numbers(answer: _Answer, n: int) -> NDArray[np.bool_]:
+    """Tell which of ``n`` candidates a model gave finite numbers for."""
+    found, places = answer
+    good = np.zeros(n, dtype=bool)
+    if found is not None:
+        if len(found.mean) != len(places):
+            raise InputError(
+                f"a model answered {len(found.mean)} of {len(places)} candidates"
+            )
+        finite = np.isfinite(found.mean.astype(np.float32))
+        if found.std is not None:
+            finite &= np.isfinite(found.std)
+        good[places] = finite
+    return good
+
+
+def _columns(answer: _Answer, wanted: NDArray[np.bool_]) -> ModelColumns:
+    """Return the columns of the wanted candidates, all of which a model answered."""
+    found, places = answer
+    if found is None or not wanted.any():
         nothing = np.zeros(0, dtype=np.float32)
         return ModelColumns(nothing, None, None, None, np.zeros(0, dtype=bool))
-    if len(found.mean) != n:
-        raise InputError(f"a model answered {len(found.mean)} of {n} candidates")
-    if not np.isfinite(found.mean).all():
-        raise InputError("a model predicts numbers that are not finite")
+    chosen = wanted[places]
 
     def small(values: NDArray[np.float64] | None) -> NDArray[np.float32] | None:
-        return None if values is None else values.astype(np.float32)
+        return None if values is None else values[chosen].astype(np.float32)
 
     return ModelColumns(
-        mean=found.mean.astype(np.float32),
+        mean=found.mean[chosen].astype(np.float32),
         std=small(found.std),
         half_width=small(found.half_width),
         distance=small(found.distance),
-        out_of_domain=found.out_of_domain,
+        out_of_domain=found.out_of_domain[chosen],
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw import __version__
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
+from nanoos_fw.ml.candidate_filters import REASONS, CandidateStatus
 from nanoos_fw.ml.candidates import CandidateSource, open_candidates
 from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.ranking import Ranked
@@ -34,6 +35,9 @@ _MARK = "# nanoos-screen "
 _NUMBERS = ("mean", "std", "half_width", "distance")
 _AT_ONCE = 4096
 _PROVENANCE = b"nanoos-screen"
+_NAMES_OF = {False: ("candidate",), True: ("candidate", "label")}
+_LAST_FIELD = 'pbc="T T T" '
+_TEXTS = frozenset({"label", "outcome", "reason"})
 
 
 def export_screen(
@@ -51,9 +55,57 @@ def export_screen(
     ranked
         Only these candidates, in this order, with ``rank`` and ``score``; all without.
     """
+    source = open_candidates(screen.spec["candidates"])
+    if ranked is None:
+        rows = _all_rows(store, screen, source)
+    else:
+        rows = _some(store, screen, source, ranked)
+    return _write(path, provenance_of(screen), rows, _columns(screen, source), source)
+
+
+def export_refused(store: ScreenStore, screen: Screen, path: Path) -> int:
+    """Write what was not predicted, one row each with its outcome and the reason.
+
+    With the rows of :func:`export_screen` these are all candidates. ``path`` may end as
+    there, but for ``.extxyz``: what could not be read has no structure.
+    """
+    if path.suffix == ".extxyz":
+        raise InputError(
+            "candidates that were refused cannot be written as structures",
+            advice="let the name end in .csv, .jsonl or .parquet",
+        )
+    source = open_candidates(screen.spec["candidates"])
+    names = [*_NAMES_OF[source.label(0) is not None], "outcome", "reason"]
+    head = {**provenance_of(screen), "refused": True}
+    return _write(path, head, refused_rows(store, screen, source), names, source)
+
+
+def refused_rows(
+    store: ScreenStore, screen: Screen, source: CandidateSource
+) -> Iterator[Row]:
+    """Yield candidates that were not predicted: outcome and reason."""
+    for chunk in store.chunks(screen.key):
+        for place in np.flatnonzero(chunk.status).tolist():
+            index = chunk.start + place
+            status = CandidateStatus(int(chunk.status[place]))
+            reason = REASONS[status]
+            if status is CandidateStatus.UNREADABLE:
+                reason = source.failure(index) or reason
+            yield {
+                **_name_of(source, index),
+                "outcome": status.name.lower(),
+                "reason": reason,
+            }
+
+
+def _write(
+    path: Path,
+    head: Mapping[str, Any],
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    source: CandidateSource,
+) -> int:
     suffix = _suffix_of(path)
-    head = provenance_of(screen)
-    rows = _all_rows(store, screen) if ranked is None else _some(store, screen, ranked)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     count = 0
@@ -66,15 +118,14 @@ def export_screen(
 
     try:
         if suffix == ".parquet":
-            _write_parquet(temporary, head, counted(), screen)
+            _write_parquet(temporary, head, counted(), columns)
         else:
-            with temporary.open("w", newline="") as file:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
                 if suffix == ".csv":
-                    _write_csv(file, head, counted(), screen)
+                    _write_csv(file, head, counted(), columns)
                 elif suffix == ".jsonl":
                     _write_lines(file, head, counted())
                 else:
-                    source = open_candidates(screen.spec["candidates"])
                     _write_extxyz(file, head, counted(), source)
         temporary.replace(path)
     finally:
@@ -93,10 +144,10 @@ def read_export(path: Path) -> tuple[dict[str, Any], Iterator[Row]]:
     suffix = _suffix_of(path)
     if suffix == ".parquet":
         return _read_parquet(path)
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         first = file.readline()
     if suffix == ".extxyz":
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             file.readline()
             first = file.readline()
         return _head(_extxyz_field(first, "provenance"), path), _read_extxyz(path)
@@ -137,14 +188,17 @@ def prefixes_of(screen: Screen) -> list[str]:
 
 
 def rows_of(
-    chunk: ChunkResult, screen: Screen, chosen: Sequence[int] | None = None
+    chunk: ChunkResult,
+    screen: Screen,
+    source: CandidateSource,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a chunk, or those at some places among its predictions."""
     places = range(len(chunk.known)) if chosen is None else chosen
     indices = chunk.indices
     prefixes = prefixes_of(screen)
     for place in places:
-        row: Row = {"candidate": int(indices[place])}
+        row = _name_of(source, int(indices[place]))
         row["known_composition"] = bool(chunk.known[place])
         for prefix, own in zip(prefixes, chunk.models, strict=True):
             for name in _NUMBERS:
@@ -159,7 +213,7 @@ def rows_of(
 def ranked_rows(store: ScreenStore, screen: Screen, ranked: Ranked) -> list[Row]:
     """Return the rows of ranked candidates, best first, with rank, score, formula."""
     source = open_candidates(screen.spec["candidates"])
-    found = list(_some(store, screen, ranked))
+    found = list(_some(store, screen, source, ranked))
     for row in found:
         flat = source.window(row["candidate"], row["candidate"] + 1)
         row["formula"] = _formula(flat.numbers)
@@ -175,12 +229,24 @@ def _plain(value: np.float32) -> float:
     return float(str(value))
 
 
-def _all_rows(store: ScreenStore, screen: Screen) -> Iterator[Row]:
+def _name_of(source: CandidateSource, index: int) -> Row:
+    """Return the number of a candidate, and its label if it comes from a file."""
+    label = source.label(index)
+    return (
+        {"candidate": index} if label is None else {"candidate": index, "label": label}
+    )
+
+
+def _all_rows(
+    store: ScreenStore, screen: Screen, source: CandidateSource
+) -> Iterator[Row]:
     for chunk in store.chunks(screen.key):
-        yield from rows_of(chunk, screen)
+        yield from rows_of(chunk, screen, source)
 
 
-def _some(store: ScreenStore, screen: Screen, ranked: Ranked) -> Iterator[Row]:
+def _some(
+    store: ScreenStore, screen: Screen, source: CandidateSource, ranked: Ranked
+) -> Iterator[Row]:
     """Yield rows in the order of a ranking; each chunk is read once."""
     by_chunk: dict[int, list[int]] = {}
     for index in ranked.indices.tolist():
@@ -189,7 +255,7 @@ def _some(store: ScreenStore, screen: Screen, ranked: Ranked) -> Iterator[Row]:
     for members in by_chunk.values():
         chunk = store.chunk_of(screen, members[0])
         places = np.searchsorted(chunk.indices, members).tolist()
-        found.update(zip(members, rows_of(chunk, screen, places), strict=True))
+        found.update(zip(members, rows_of(chunk, screen, source, places), strict=True))
     scores = ranked.scores.tolist()
     for rank, index in enumerate(ranked.indices.tolist(), start=1):
         yield {"rank": rank, "score": scores[rank - 1], **found[index]}
@@ -203,15 +269,15 @@ def _formula(numbers: NDArray[np.uint8]) -> str:
     return "".join(f"{name}{n if n > 1 else ''}" for name, n in pairs)
 
 
-def _columns(screen: Screen) -> list[str]:
-    names = ["candidate", "known_composition"]
+def _columns(screen: Screen, source: CandidateSource) -> list[str]:
+    names = [*_NAMES_OF[source.label(0) is not None], "known_composition"]
     for prefix in prefixes_of(screen):
         names += [f"{prefix}.{name}" for name in (*_NUMBERS, "out_of_domain")]
     return names
 
 
 def _write_csv(
-    file: IO[str], head: Mapping[str, Any], rows: Iterable[Row], screen: Screen
+    file: IO[str], head: Mapping[str, Any], rows: Iterable[Row], columns: Sequence[str]
 ) -> None:
     file.write(_MARK + json.dumps(head) + "\n")
     writer: Any = None
@@ -219,16 +285,25 @@ def _write_csv(
         if writer is None:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             writer.writeheader()
-        writer.writerow({k: "" if v is None else json.dumps(v) for k, v in row.items()})
+        writer.writerow({name: _cell(name, value) for name, value in row.items()})
     if writer is None:
-        csv.writer(file, lineterminator="\n").writerow(_columns(screen))
+        csv.writer(file, lineterminator="\n").writerow(columns)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in _TEXTS:
+        return str(value)
+    return "" if value is None else json.dumps(value)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         file.readline()
         for row in csv.DictReader(file):
-            yield {k: json.loads(v) if v else None for k, v in row.items()}
+            yield {
+                k: v if k in _TEXTS else json.loads(v) if v else None
+                for k, v in row.items()
+            }
 
 
 def _write_lines(file: IO[str], head: Mapping[str, Any], rows: Iterable[Row]) -> None:
@@ -238,7 +313,7 @@ def _write_lines(file: IO[str], head: Mapping[str, Any], rows: Iterable[Row]) ->
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         file.readline()
         for line in file:
             yield json.loads(line)
@@ -251,7 +326,8 @@ def _write_extxyz(
     source: CandidateSource,
 ) -> None:
     # In every frame would be a hundred times the size; the first one tells.
-    said = f"provenance='{json.dumps(head)}' "
+    quoted = json.dumps(head).replace("'", "\\u0027")
+    said = f"provenance='{quoted}' "
     for row in rows:
         flat = source.window(row["candidate"], row["candidate"] + 1)
         lattice = flat.lattices[0]
@@ -270,29 +346,42 @@ def _write_extxyz(
 
 
 def _read_extxyz(path: Path) -> Iterator[Row]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         while line := file.readline():
             comment = file.readline()
             for _ in range(int(line)):
                 file.readline()
-            after = comment.rindex("' ") + 2 if "provenance='" in comment else None
-            start = after or comment.index('pbc="T T T" ') + len('pbc="T T T" ')
-            pairs = (field.split("=", 1) for field in comment[start:].split())
-            yield {name: json.loads(value) for name, value in pairs}
+            start = comment.index(_LAST_FIELD) + len(_LAST_FIELD)
+            if comment.startswith("provenance='", start):
+                start = comment.index("'", start + len("provenance='")) + 1
+            yield _fields(comment[start:])
+
+
+def _fields(text: str) -> Row:
+    """Return ``name=JSON`` fields with blanks between; texts may hold blanks."""
+    row: Row = {}
+    decoder = json.JSONDecoder()
+    at = 0
+    while at < len(text.rstrip()):
+        equals = text.index("=", at)
+        value, end = decoder.raw_decode(text, equals + 1)
+        row[text[at:equals].strip()] = value
+        at = end
+    return row
 
 
 def _extxyz_field(comment: str, name: str) -> str:
-    return comment.partition(f"{name}='")[2].rpartition("'")[0]
+    return comment.partition(f"{name}='")[2].partition("'")[0]
 
 
 def _write_parquet(
-    path: Path, head: Mapping[str, Any], rows: Iterable[Row], screen: Screen
+    path: Path, head: Mapping[str, Any], rows: Iterable[Row], columns: Sequence[str]
 ) -> None:
     pa, pq = _pyarrow()
     metadata = {_PROVENANCE: json.dumps(head).encode()}
     rows = iter(rows)
     first = next(rows, None)
-    names = _columns(screen) if first is None else list(first)
+    names = columns if first is None else list(first)
     schema = pa.schema([(name, _kind(pa, name)) for name in names], metadata=metadata)
     with pq.ParquetWriter(path, schema) as writer:
         waiting = [] if first is None else [first]
@@ -310,6 +399,8 @@ def _kind(pa: Any, name: str) -> pyarrow.DataType:
     }  # fmt: skip
     if name == "score":
         return pa.float64()
+    if name in _TEXTS:
+        return pa.string()
     if name.endswith(".out_of_domain"):
         return pa.bool_()
     return kinds.get(name, pa.float32)()

@@ -62,6 +62,11 @@ class Screen:
         Of the known compositions when it was made.
     created
         UTC.
+    campaign
+        That it belongs to, if any.
+    core_s_estimated
+        Seconds of one core that all candidates were expected to take when fireworks
+        were submitted, by the throughput measured then; None if they were not.
     """
 
     name: str
@@ -71,6 +76,8 @@ class Screen:
     models: tuple[dict[str, Any], ...]
     known_digest: str
     created: str
+    campaign: str | None = None
+    core_s_estimated: float | None = None
 
     @property
     def chunk(self) -> int:
@@ -132,7 +139,7 @@ class ScreenStore:
         document = {
             "key": screen.key, "spec": screen.spec, "count": screen.count,
             "models": list(screen.models), "known_digest": screen.known_digest,
-            "created": utc_now(),
+            "created": utc_now(), "campaign": screen.campaign,
         }  # fmt: skip
         with store_errors("store a screening"):
             upsert_many(
@@ -144,6 +151,16 @@ class ScreenStore:
                 f"{screen.name!r} is another screening already",
                 evidence={"key": stored.key, "key_now": screen.key},
                 advice="give this one another name; a model alias may have moved",
+            )
+        if screen.campaign not in (None, stored.campaign):
+            raise InputError(
+                f"{screen.name!r} belongs to "
+                + (
+                    f"campaign {stored.campaign!r}"
+                    if stored.campaign
+                    else "no campaign"
+                ),
+                advice="give this one another name",
             )
         return stored
 
@@ -169,12 +186,23 @@ class ScreenStore:
             models=tuple(found["models"]),
             known_digest=found["known_digest"],
             created=found["created"],
+            campaign=found.get("campaign"),
+            core_s_estimated=found.get("core_s_estimated"),
         )
 
-    def names(self) -> list[str]:
-        """Return the names of all screenings, sorted."""
+    def names(self, campaign: str | None = None) -> list[str]:
+        """Return the names of all screenings, or those of a campaign, sorted."""
+        query = {} if campaign is None else {"campaign": campaign}
         with store_errors("list screenings"):
-            return sorted(d["_id"] for d in self._screens.find({}, {"_id": 1}))
+            return sorted(d["_id"] for d in self._screens.find(query, {"_id": 1}))
+
+    def set_estimate(self, name: str, core_s: float) -> None:
+        """Note what a screening is expected to cost, unless it was noted before."""
+        with store_errors("note the estimate of a screening"):
+            self._screens.update_one(
+                {"_id": name, "core_s_estimated": {"$exists": False}},
+                {"$set": {"core_s_estimated": core_s}},
+            )
 
     def put_chunks(self, key: str, documents: Sequence[Mapping[str, Any]]) -> int:
         """Store chunks once each and return how many are new."""
@@ -292,11 +320,13 @@ class ScreenStore:
         }
 
 
-def register_screen(database: Any, name: str, spec: ScreenSpec) -> Screen:
+def register_screen(
+    database: Any, name: str, spec: ScreenSpec, *, campaign: str | None = None
+) -> Screen:
     """Store what is to be screened; again, with the same answer, if it is there.
 
     References of models become versions, and the compositions of the known set are
-    kept as they are now.
+    kept as they are now. The report of ``campaign`` shows the screening.
 
     Raises
     ------
@@ -336,6 +366,7 @@ def register_screen(database: Any, name: str, spec: ScreenSpec) -> Screen:
         ),
         known_digest=digest,
         created="",
+        campaign=campaign,
     )
     return ScreenStore(database).put(screen)
 

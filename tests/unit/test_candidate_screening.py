@@ -15,7 +15,7 @@ from nanoos_fw.crystals import encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.firetasks.screening import choose_window, run_window
 from nanoos_fw.ml.candidate_filters import CandidateFilter, is_charge_balanced
-from nanoos_fw.ml.candidate_packs import open_pack, pack_labels, read_files, write_pack
+from nanoos_fw.ml.candidate_packs import open_pack, read_files, write_pack
 from nanoos_fw.ml.candidates import open_candidates, permute
 from nanoos_fw.ml.cgcnn import Architecture, ModelCard, atom_features, save_checkpoint
 from nanoos_fw.ml.graphs import build_graph, read_arrays
@@ -181,9 +181,11 @@ def test_pack_gives_files_back_and_refuses_another_one(tmp_path, rock_salt, copp
     copper.to(filename=str(tmp_path / "cifs" / "b.cif"), fmt="cif")
     (tmp_path / "cifs" / "c.cif").write_text("data_broken\n")
     report = write_pack(read_files([tmp_path / "cifs"]), tmp_path / "pack")
-    assert (report.count, report.n_failures) == (2, 1)
-    assert pack_labels(tmp_path / "pack") == ["a", "b"]
+    assert (report.count, report.n_failures) == (3, 1)
     source = open_candidates(report.spec)
+    assert [source.label(i) for i in range(2)] == ["a", "b"]
+    assert source.unreadable(0, 3).tolist() == [False, False, True]
+    assert "c.cif" in source.label(2) or source.failure(2)
     assert StructureMatcher().fit(source.structure(0), rock_salt)
     assert [len(source.structure(i)) for i in range(2)] == [8, 4]
     other = write_pack([("x", encode_structure(copper))], tmp_path / "other")
@@ -428,7 +430,8 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
             Structure(Lattice.cubic(9), *_atoms(best[0]["formula"])).composition
         ).reduced_composition
     )
-    everything = [row for chunk in chunks for row in rows_of(chunk, screen)]
+    source = open_candidates(ALLOYS)
+    everything = [row for chunk in chunks for row in rows_of(chunk, screen, source)]
     for suffix in ("csv", "jsonl", "parquet", "extxyz"):
         if suffix == "parquet":
             pytest.importorskip("pyarrow")
