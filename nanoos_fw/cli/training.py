@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanoos_fw.cli.common import (
     add_json,
@@ -15,10 +14,6 @@ from nanoos_fw.cli.common import (
     save_if_embedded,
 )
 from nanoos_fw.errors import InputError
-
-if TYPE_CHECKING:
-    from nanoos_fw.ml.training import TrainingConfig
-    from nanoos_fw.stores.models import ModelRecord, ModelRegistry
 
 
 def add_commands(commands: Any) -> None:
@@ -102,70 +97,35 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.ml.training import check_without_parent, read_training_config
-    from nanoos_fw.operations import prepare_launchpad, submit
+    from nanoos_fw.operations.trainings import submit_training
     from nanoos_fw.settings import load_settings
-    from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.models import ModelRegistry, check_name
-    from nanoos_fw.workflows import training_workflow
 
-    values = {} if arguments.config is None else _read(arguments.config)
-    if values.setdefault("target", arguments.target) != arguments.target:
-        raise InputError(
-            f"{arguments.config} is for {values['target']!r}, not {arguments.target!r}"
-        )
-    training, parent = read_training_config(values), None
-    models = ModelRegistry(open_database(launchpad))
-    if arguments.parent is not None:
-        record = models.get(arguments.parent)
-        # An alias may move until the training begins; the version does not.
-        parent = record.reference
-        training = _with_registered(training, models, record)
-    else:
-        check_without_parent(training)
-    check_name(arguments.name, training.target)
-    root = str(load_settings().work_dir.resolve())
-    workflow = training_workflow(
-        str(arguments.dataset.resolve()),
-        _dataset_hash(arguments.dataset, training.target),
-        training,
+    root = load_settings().work_dir.resolve()
+    found = submit_training(
+        launchpad,
+        arguments.dataset,
+        arguments.target,
         arguments.name,
         root,
-        parent=parent,
+        settings={} if arguments.config is None else _read(arguments.config),
+        parent=arguments.parent,
         activate=arguments.activate,
     )
-    prepare_launchpad(launchpad)
-    added = submit(launchpad, workflow)
     save_if_embedded(launchpad)
     if arguments.json:
-        answer = {"model": arguments.name, "parent": parent, "added": added}
-        print_json({**answer, "work_root": root})
-    elif added:
+        print_json(
+            {
+                "model": found.model,
+                "parent": found.parent,
+                "added": found.added,
+                "work_root": str(root),
+            }
+        )
+    elif found.added:
         print(f"training of {arguments.name!r} is submitted; rlaunch runs it")
     else:
         print(f"this training of {arguments.name!r} is there already")
     return 0
-
-
-def _with_registered(
-    training: TrainingConfig, models: ModelRegistry, record: ModelRecord
-) -> TrainingConfig:
-    """Return a config that names a registered parent and has its sizes."""
-    from nanoos_fw.ml.training import with_parent
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = models.write_weights(record, Path(folder) / "parent")
-        return with_parent(training, path)
-
-
-def _dataset_hash(directory: Path, target: str) -> str:
-    from nanoos_fw.ml.datasets import open_dataset
-
-    dataset = open_dataset(directory, verify=False)
-    held = dataset.config.target_property
-    if held != target:
-        raise InputError(f"{directory} holds {held!r}, not {target!r}")
-    return dataset.dataset_hash
 
 
 def _read(path: Path) -> dict[str, Any]:

