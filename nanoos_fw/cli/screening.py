@@ -75,6 +75,12 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     _add_ranking(export)
 
+    report = _action(actions, "report", "write a self-contained HTML page", _report)
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: NAME.html here"
+    )
+    _add_ranking(report)
+
 
 def _action(actions: Any, name: str, words: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=words)
@@ -191,7 +197,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _submit(arguments: argparse.Namespace) -> int:
     database, _, screen, launchpad = _opened(arguments)
     from nanoos_fw.firetasks.screening import choose_window
-    from nanoos_fw.operations import submit
+    from nanoos_fw.operations import prepare_launchpad, submit
     from nanoos_fw.settings import load_settings
     from nanoos_fw.workflows import window_workflow
 
@@ -204,6 +210,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         workers=settings.ranks,
     )
     workflow = window_workflow(screen, window, str(settings.work_dir.resolve()))
+    prepare_launchpad(launchpad)
     new = submit(launchpad, workflow)
     save_if_embedded(launchpad)
     answer = {
@@ -297,6 +304,21 @@ def _export(arguments: argparse.Namespace) -> int:
         print_json({"file": str(arguments.output), "rows": count})
     else:
         print(f"{arguments.output}: {count} rows")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    database, _, screen, _ = _opened(arguments)
+    from nanoos_fw.reports import write_screen_report
+
+    if arguments.pareto:
+        raise InputError("a report ranks by one model: give --model, not --pareto")
+    path = arguments.output or Path(f"{screen.name}.html")
+    written = write_screen_report(database, screen.name, path, _ranking(arguments))
+    if arguments.json:
+        print_json({"file": str(written), "bytes": written.stat().st_size})
+    else:
+        print(written)
     return 0
 
 

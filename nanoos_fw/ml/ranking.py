@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["min", "max"]
 Acquisition = Literal["mean", "ucb", "ei", "thompson"]
+TIE_RULE = "of equal scores the lower candidate number comes first"
 _HALF = 2.0**-53
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.operations.campaign import prepare_launchpad, submit
+from nanoos_fw.operations import prepare_launchpad, submit
 from nanoos_fw.stores.database import open_database
 from nanoos_fw.stores.models import ModelRegistry, check_name
 

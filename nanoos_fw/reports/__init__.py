@@ -33,8 +33,9 @@ from nanoos_fw.reports.data import (
     VDOSCurves,
     regression_scores,
 )
-from nanoos_fw.reports.page import render_report
+from nanoos_fw.reports.page import render_report, render_screen
 from nanoos_fw.reports.pictures import structure_svg
+from nanoos_fw.reports.screen_collect import collect_screen, write_screen_report
 
 __all__ = [
     "Average",
@@ -65,8 +66,11 @@ __all__ = [
     "Training",
     "VDOSCurves",
     "collect_report",
+    "collect_screen",
     "regression_scores",
     "render_report",
+    "render_screen",
     "structure_svg",
     "write_report",
+    "write_screen_report",
 ]

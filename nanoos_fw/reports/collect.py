@@ -35,12 +35,14 @@ from nanoos_fw.reports.data import (
 )
 from nanoos_fw.reports.page import render_report
 from nanoos_fw.reports.panels import evaluation_part, md_panel, training_part
+from nanoos_fw.reports.screen_collect import collect_screen
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import get_artifact
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import FormationEnergies, formation_energies
 from nanoos_fw.stores.launches import failed_fireworks, stage_times
 from nanoos_fw.stores.models import ModelRecord, ModelRegistry, Prediction
+from nanoos_fw.stores.screens import ScreenStore
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StoredStructure, StructureStore
 
@@ -102,6 +104,10 @@ class _Collector:
                 self.plan,
                 len(self.candidates),
                 self._truth(),
+            ),
+            screens=tuple(
+                collect_screen(self.database, name)
+                for name in ScreenStore(self.database).names(self.campaign)
             ),
         )
 

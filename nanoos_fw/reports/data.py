@@ -50,6 +50,7 @@ from nanoos_fw.reports.learning_data import (
     Training,
     regression_scores,
 )
+from nanoos_fw.reports.screen_data import ScreenPart
 
 __all__ = [
     "AliasMove",
@@ -247,6 +248,8 @@ class ReportData(ReportModel):
         The campaign in the user's own words; may be empty.
     active
         The rounds of a campaign that learns actively.
+    screens
+        Screenings that belong to the campaign; shown if there are any.
     """
 
     schema_version: Literal[1] = 1
@@ -263,3 +266,4 @@ class ReportData(ReportModel):
     failures: tuple[Failure, ...] | NotAvailable
     provenance: Provenance | NotAvailable
     active: ActiveLearning | None = None
+    screens: tuple[ScreenPart, ...] = ()

@@ -36,6 +36,7 @@ from nanoos_fw.reports.formatting import (
     significant,
     with_error,
 )
+from nanoos_fw.reports.screen_data import ScreenPart
 from nanoos_fw.reports.statistics import (
     Coverage,
     agreement,
@@ -418,3 +419,30 @@ def provenance_finding(part: Provenance) -> Markup:
     if len(hours) == len(part.timings):
         text += Markup(", {} core hours").format(significant(sum(hours), 3))
     return text + Markup("; {} and {} are recorded.").format(where, what)
+
+
+def screen_finding(part: ScreenPart) -> Markup:
+    """Return how far a screening is, what it cost and what is best."""
+    if not part.screened:
+        return Markup("Of {} none is screened yet.").format(
+            plural(part.n_candidates, "candidate")
+        )
+    done = (
+        Markup("All {}").format(plural(part.n_candidates, "candidate"))
+        if part.screened == part.n_candidates
+        else Markup("{} of {}").format(
+            number(part.screened), plural(part.n_candidates, "candidate")
+        )
+    )
+    text = Markup("{} screened, {} of them predicted, in {} core-hours.").format(
+        done, number(part.predicted), significant(part.core_hours, 3)
+    )
+    if part.core_hours_estimated:
+        share = part.screened / part.n_candidates
+        text += Markup(
+            " At the throughput measured before submission these would be {}."
+        ).format(significant(part.core_hours_estimated * share, 3))
+    if part.best:
+        best = part.best[0]
+        text += Markup(" Best is {}.").format(formula(best.formula))
+    return text

@@ -24,10 +24,10 @@ from nanoos_fw.reports.candidate_figures import (
     vdos_figure,
 )
 from nanoos_fw.reports.data import (
+    CrystalPicture,
     MDPanel,
     MissingRun,
     NotAvailable,
-    RankedCandidate,
     ReportData,
     Scores,
     ThermoSeries,
@@ -41,6 +41,8 @@ from nanoos_fw.reports.learning_figures import (
     uncertainty_figure,
 )
 from nanoos_fw.reports.pictures import structure_svg
+from nanoos_fw.reports.screen_data import ScreenPart
+from nanoos_fw.reports.screen_figures import screen_figures
 from nanoos_fw.reports.statistics import discovery_result
 from nanoos_fw.templates import load_template
 
@@ -105,6 +107,19 @@ def render_run(panel: MDPanel, back: str) -> str:
     return _whole_page(title, "run.html", run=panel, back=back)
 
 
+def render_screen(part: ScreenPart, back: str = "") -> str:
+    """Return the page of one screening, self-contained like a report.
+
+    Parameters
+    ----------
+    part
+        All that is shown; as large for a million candidates as for a hundred.
+    back
+        Address that the page links back to, if any.
+    """
+    return _whole_page(f"{part.name}: screening", "screen.html", s=part, back=back)
+
+
 def _whole_page(title: str, template: str, **values: Any) -> str:
     environment = _environment()
     figures = _Figures()
@@ -117,6 +132,8 @@ def _whole_page(title: str, template: str, **values: Any) -> str:
         findings=findings,
         averages=averages,
         missing=_is_missing,
+        picture=picture,
+        section_numbers=itertools.count(1),
         **values,
     )
     return environment.get_template("report.html").render(
@@ -163,6 +180,9 @@ class _Figures:
         assert data.active is not None
         return [self._keep(figure) for figure in active.active_figures(data.active)]
 
+    def screen(self, part: ScreenPart, prefix: str) -> list[Figure]:
+        return [self._keep(figure) for figure in screen_figures(part, prefix)]
+
     def thermo(self, panel: MDPanel) -> Figure:
         return self._keep(md_figure(panel, f"md-{panel.rank}"))
 
@@ -190,20 +210,19 @@ class _Sections:
             rows.append(part.mean_predictor)
         return [*rows, *part.baselines]
 
-    def picture(self, row: RankedCandidate) -> Markup:
-        if row.structure is None:
-            return Markup('<span class="muted">no picture</span>')
-        cell = row.structure
-        try:
-            return Markup(
-                structure_svg(
-                    cell.lattice, cell.frac_coords, cell.symbols, _PICTURE_SIZE
-                )
-            )
-        except InputError as error:
-            return Markup('<span class="muted">not available: {}</span>').format(
-                error.message
-            )
+
+def picture(cell: CrystalPicture | None) -> Markup:
+    """Return the drawing of a cell, or why there is none."""
+    if cell is None:
+        return Markup('<span class="muted">no picture</span>')
+    try:
+        return Markup(
+            structure_svg(cell.lattice, cell.frac_coords, cell.symbols, _PICTURE_SIZE)
+        )
+    except InputError as error:
+        return Markup('<span class="muted">not available: {}</span>').format(
+            error.message
+        )
 
 
 def averages(panel: MDPanel) -> list[AverageRow]:
