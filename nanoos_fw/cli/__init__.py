@@ -19,6 +19,7 @@ from nanoos_fw.cli import (
     cluster,
     databases,
     datasets,
+    exporting,
     features,
     models,
     operations,
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_commands(commands)
     search.add_commands(commands)
     screening.add_commands(commands)
+    exporting.add_commands(commands)
     databases.add_commands(commands)
     potentials.add_commands(commands)
     simulations.add_commands(commands)

@@ -1,43 +1,30 @@
-"""Predictions of a screening as files, with units and provenance, and back.
+"""Predictions of a screening as files, with units and provenance.
 
-One row for each predicted candidate, in the order of their numbers or of a ranking.
-Numbers are written with the fewest digits that give the stored float32 back, so a file
-that is read again has the same rows.
+One row for each predicted candidate, in the order of their numbers or of a ranking;
+and one for each of the others, with the reason. :mod:`nanoos_fw.operations.row_files`
+reads them back.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw import __version__
-from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.ml.candidate_filters import REASONS, CandidateStatus
 from nanoos_fw.ml.candidates import CandidateSource, open_candidates
 from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.ranking import Ranked
 from nanoos_fw.ml.screening_engine import ChunkResult
+from nanoos_fw.operations.row_files import Kind, Row, plain_single, write_rows
 from nanoos_fw.provenance import utc_now
 from nanoos_fw.stores.screens import Screen, ScreenStore
 
-if TYPE_CHECKING:
-    import pyarrow
-
-Row = dict[str, Any]
-FORMATS = (".csv", ".jsonl", ".parquet", ".extxyz")
-_MARK = "# nanoos-screen "
 _NUMBERS = ("mean", "std", "half_width", "distance")
-_AT_ONCE = 4096
-_PROVENANCE = b"nanoos-screen"
-_NAMES_OF = {False: ("candidate",), True: ("candidate", "label")}
-_LAST_FIELD = 'pbc="T T T" '
-_TEXTS = frozenset({"label", "outcome", "reason"})
 
 
 def export_screen(
@@ -53,14 +40,23 @@ def export_screen(
         ``.csv``, ``.jsonl``, ``.parquet`` (needs pyarrow) or ``.extxyz``, which holds
         the structures, too. Appears when it is whole.
     ranked
-        Only these candidates, in this order, with ``rank`` and ``score``; all without.
+        Only these candidates, in this order, with ``rank`` and ``score``, of a Pareto
+        front ``score.1``, ``score.2``, ...; all without.
     """
     source = open_candidates(screen.spec["candidates"])
+    columns = _columns(screen, source)
     if ranked is None:
         rows = _all_rows(store, screen, source)
     else:
         rows = _some(store, screen, source, ranked)
-    return _write(path, provenance_of(screen), rows, _columns(screen, source), source)
+        scores: dict[str, Kind] = dict.fromkeys(_scores_of(ranked), "double")
+        columns = {"rank": "int", **scores, **columns}
+
+    def crystal_of(row: Row) -> Any:
+        flat = source.window(row["candidate"], row["candidate"] + 1)
+        return flat.numbers, flat.lattices[0], flat.frac_coords
+
+    return write_rows(path, provenance_of(screen), columns, rows, crystal_of)
 
 
 def export_refused(store: ScreenStore, screen: Screen, path: Path) -> int:
@@ -69,15 +65,12 @@ def export_refused(store: ScreenStore, screen: Screen, path: Path) -> int:
     With the rows of :func:`export_screen` these are all candidates. ``path`` may end as
     there, but for ``.extxyz``: what could not be read has no structure.
     """
-    if path.suffix == ".extxyz":
-        raise InputError(
-            "candidates that were refused cannot be written as structures",
-            advice="let the name end in .csv, .jsonl or .parquet",
-        )
     source = open_candidates(screen.spec["candidates"])
-    names = [*_NAMES_OF[source.label(0) is not None], "outcome", "reason"]
+    columns: dict[str, Kind] = {
+        **_names_of(source), "outcome": "text", "reason": "text",
+    }  # fmt: skip
     head = {**provenance_of(screen), "refused": True}
-    return _write(path, head, refused_rows(store, screen, source), names, source)
+    return write_rows(path, head, columns, refused_rows(store, screen, source))
 
 
 def refused_rows(
@@ -96,66 +89,6 @@ def refused_rows(
                 "outcome": status.name.lower(),
                 "reason": reason,
             }
-
-
-def _write(
-    path: Path,
-    head: Mapping[str, Any],
-    rows: Iterable[Row],
-    columns: Sequence[str],
-    source: CandidateSource,
-) -> int:
-    suffix = _suffix_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    count = 0
-
-    def counted() -> Iterator[Row]:
-        nonlocal count
-        for row in rows:
-            count += 1
-            yield row
-
-    try:
-        if suffix == ".parquet":
-            _write_parquet(temporary, head, counted(), columns)
-        else:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                if suffix == ".csv":
-                    _write_csv(file, head, counted(), columns)
-                elif suffix == ".jsonl":
-                    _write_lines(file, head, counted())
-                else:
-                    _write_extxyz(file, head, counted(), source)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
-
-
-def read_export(path: Path) -> tuple[dict[str, Any], Iterator[Row]]:
-    """Return provenance and rows of a file of :func:`export_screen`.
-
-    Raises
-    ------
-    CorruptArtifactError
-        If it is none.
-    """
-    suffix = _suffix_of(path)
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        first = file.readline()
-    if suffix == ".extxyz":
-        with path.open(encoding="utf-8") as file:
-            file.readline()
-            first = file.readline()
-        return _head(_extxyz_field(first, "provenance"), path), _read_extxyz(path)
-    if suffix == ".csv":
-        if not first.startswith(_MARK):
-            raise _foreign(path)
-        return _head(first.removeprefix(_MARK), path), _read_csv(path)
-    return _head(first, path), _read_lines(path)
 
 
 def provenance_of(screen: Screen) -> dict[str, Any]:
@@ -204,7 +137,7 @@ def rows_of(
             for name in _NUMBERS:
                 values: NDArray[np.float32] | None = getattr(own, name)
                 row[f"{prefix}.{name}"] = (
-                    None if values is None else _plain(values[place])
+                    None if values is None else plain_single(values[place])
                 )
             row[f"{prefix}.out_of_domain"] = bool(own.out_of_domain[place])
         yield row
@@ -222,11 +155,6 @@ def ranked_rows(store: ScreenStore, screen: Screen, ranked: Ranked) -> list[Row]
 
 
 # ------------------------------------------------------------------------- private
-
-
-def _plain(value: np.float32) -> float:
-    """Return the double with the fewest digits that rounds to a float32."""
-    return float(str(value))
 
 
 def _name_of(source: CandidateSource, index: int) -> Row:
@@ -256,9 +184,17 @@ def _some(
         chunk = store.chunk_of(screen, members[0])
         places = np.searchsorted(chunk.indices, members).tolist()
         found.update(zip(members, rows_of(chunk, screen, source, places), strict=True))
-    scores = ranked.scores.tolist()
+    names = _scores_of(ranked)
+    scores = ranked.scores.reshape(len(ranked.indices), -1).tolist()
     for rank, index in enumerate(ranked.indices.tolist(), start=1):
-        yield {"rank": rank, "score": scores[rank - 1], **found[index]}
+        own = dict(zip(names, scores[rank - 1], strict=True))
+        yield {"rank": rank, **own, **found[index]}
+
+
+def _scores_of(ranked: Ranked) -> list[str]:
+    if ranked.scores.ndim == 1:
+        return ["score"]
+    return [f"score.{number + 1}" for number in range(ranked.scores.shape[1])]
 
 
 def _formula(numbers: NDArray[np.uint8]) -> str:
@@ -269,190 +205,15 @@ def _formula(numbers: NDArray[np.uint8]) -> str:
     return "".join(f"{name}{n if n > 1 else ''}" for name, n in pairs)
 
 
-def _columns(screen: Screen, source: CandidateSource) -> list[str]:
-    names = [*_NAMES_OF[source.label(0) is not None], "known_composition"]
+def _names_of(source: CandidateSource) -> dict[str, Kind]:
+    if source.label(0) is None:
+        return {"candidate": "int"}
+    return {"candidate": "int", "label": "text"}
+
+
+def _columns(screen: Screen, source: CandidateSource) -> dict[str, Kind]:
+    columns: dict[str, Kind] = {**_names_of(source), "known_composition": "bool"}
     for prefix in prefixes_of(screen):
-        names += [f"{prefix}.{name}" for name in (*_NUMBERS, "out_of_domain")]
-    return names
-
-
-def _write_csv(
-    file: IO[str], head: Mapping[str, Any], rows: Iterable[Row], columns: Sequence[str]
-) -> None:
-    file.write(_MARK + json.dumps(head) + "\n")
-    writer: Any = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({name: _cell(name, value) for name, value in row.items()})
-    if writer is None:
-        csv.writer(file, lineterminator="\n").writerow(columns)
-
-
-def _cell(name: str, value: Any) -> str:
-    if name in _TEXTS:
-        return str(value)
-    return "" if value is None else json.dumps(value)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        file.readline()
-        for row in csv.DictReader(file):
-            yield {
-                k: v if k in _TEXTS else json.loads(v) if v else None
-                for k, v in row.items()
-            }
-
-
-def _write_lines(file: IO[str], head: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    file.write(json.dumps(head) + "\n")
-    for row in rows:
-        file.write(json.dumps(row) + "\n")
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        file.readline()
-        for line in file:
-            yield json.loads(line)
-
-
-def _write_extxyz(
-    file: IO[str],
-    head: Mapping[str, Any],
-    rows: Iterable[Row],
-    source: CandidateSource,
-) -> None:
-    # In every frame would be a hundred times the size; the first one tells.
-    quoted = json.dumps(head).replace("'", "\\u0027")
-    said = f"provenance='{quoted}' "
-    for row in rows:
-        flat = source.window(row["candidate"], row["candidate"] + 1)
-        lattice = flat.lattices[0]
-        places = flat.frac_coords @ lattice
-        vectors = " ".join(repr(float(v)) for v in lattice.ravel())
-        fields = " ".join(f"{k}={json.dumps(v)}" for k, v in row.items())
-        file.write(f"{len(places)}\n")
-        file.write(
-            f'Lattice="{vectors}" Properties=species:S:1:pos:R:3 pbc="T T T" '
-            f"{said}{fields}\n"
-        )
-        said = ""
-        for number, place in zip(flat.numbers.tolist(), places.tolist(), strict=True):
-            file.write(f"{element_symbol(number)} {place[0]!r} {place[1]!r} ")
-            file.write(f"{place[2]!r}\n")
-
-
-def _read_extxyz(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        while line := file.readline():
-            comment = file.readline()
-            for _ in range(int(line)):
-                file.readline()
-            start = comment.index(_LAST_FIELD) + len(_LAST_FIELD)
-            if comment.startswith("provenance='", start):
-                start = comment.index("'", start + len("provenance='")) + 1
-            yield _fields(comment[start:])
-
-
-def _fields(text: str) -> Row:
-    """Return ``name=JSON`` fields with blanks between; texts may hold blanks."""
-    row: Row = {}
-    decoder = json.JSONDecoder()
-    at = 0
-    while at < len(text.rstrip()):
-        equals = text.index("=", at)
-        value, end = decoder.raw_decode(text, equals + 1)
-        row[text[at:equals].strip()] = value
-        at = end
-    return row
-
-
-def _extxyz_field(comment: str, name: str) -> str:
-    return comment.partition(f"{name}='")[2].partition("'")[0]
-
-
-def _write_parquet(
-    path: Path, head: Mapping[str, Any], rows: Iterable[Row], columns: Sequence[str]
-) -> None:
-    pa, pq = _pyarrow()
-    metadata = {_PROVENANCE: json.dumps(head).encode()}
-    rows = iter(rows)
-    first = next(rows, None)
-    names = columns if first is None else list(first)
-    schema = pa.schema([(name, _kind(pa, name)) for name in names], metadata=metadata)
-    with pq.ParquetWriter(path, schema) as writer:
-        waiting = [] if first is None else [first]
-        for row in rows:
-            waiting.append(row)
-            if len(waiting) == _AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-                waiting = []
-        writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-
-
-def _kind(pa: Any, name: str) -> pyarrow.DataType:
-    kinds: dict[str, Callable[[], Any]] = {
-        "candidate": pa.int64, "rank": pa.int64, "known_composition": pa.bool_,
-    }  # fmt: skip
-    if name == "score":
-        return pa.float64()
-    if name in _TEXTS:
-        return pa.string()
-    if name.endswith(".out_of_domain"):
-        return pa.bool_()
-    return kinds.get(name, pa.float32)()
-
-
-def _read_parquet(path: Path) -> tuple[dict[str, Any], Iterator[Row]]:
-    _, pq = _pyarrow()
-    file = pq.ParquetFile(path)
-    head = (file.schema_arrow.metadata or {}).get(_PROVENANCE, b"").decode()
-    small = {f.name for f in file.schema_arrow if str(f.type) == "float"}
-
-    def rows() -> Iterator[Row]:
-        for batch in file.iter_batches(batch_size=_AT_ONCE):
-            for row in batch.to_pylist():
-                yield {
-                    k: _plain(np.float32(v)) if k in small and v is not None else v
-                    for k, v in row.items()
-                }
-
-    return _head(head, path), rows()
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Parquet needs pyarrow", advice="pip install 'nanoos_fw[tables]'"
-        ) from error
-    return pyarrow, pyarrow.parquet
-
-
-def _suffix_of(path: Path) -> str:
-    if path.suffix not in FORMATS:
-        raise InputError(
-            f"{path.name} has none of the known endings", evidence={"known": FORMATS}
-        )
-    return path.suffix
-
-
-def _head(text: str, path: Path) -> dict[str, Any]:
-    try:
-        head = json.loads(text)
-    except ValueError as error:
-        raise _foreign(path) from error
-    if not isinstance(head, dict) or "screen" not in head or "units" not in head:
-        raise _foreign(path)
-    return head
-
-
-def _foreign(path: Path) -> CorruptArtifactError:
-    return CorruptArtifactError(
-        f"{path} is no export of a screening", advice="see 'nanoos screen export'"
-    )
+        columns |= {f"{prefix}.{name}": "single" for name in _NUMBERS}
+        columns[f"{prefix}.out_of_domain"] = "bool"
+    return columns

@@ -72,6 +72,7 @@ def _histogram(model: ScreenModelPart, name: str) -> Figure:
         "barmode": "stack",
         "bargap": 0,
         "showlegend": True,
+        "legend": {"traceorder": "normal"},
         "xaxis": {"title": {"text": _axis(model)}},
         "yaxis": {"title": {"text": "Candidates"}},
     }
@@ -129,9 +130,7 @@ def _found_figure(part: ScreenPart, name: str) -> Figure:
         },
     ]
     layout = {
-        "xaxis": {
-            "title": {"text": "Candidates screened, in the order of the sequence"}
-        },
+        "xaxis": {"title": {"text": "Candidates screened"}},
         "yaxis": {
             "title": {"text": f"Of the best {k} found"},
             "range": [0, k * 1.04],

@@ -138,6 +138,12 @@ class SimulationStore:
             )
         return [_simulation(document) for document in documents]
 
+    def each(self, kind: str) -> Iterator[Simulation]:
+        """Yield all simulations of a kind in the order of their keys, one at a time."""
+        with store_errors("read simulations"):
+            for document in self._simulations.find({"kind": kind}).sort("_id", 1):
+                yield _simulation(document)
+
     def by_key(self, key: str) -> Simulation | None:
         """Return the simulation of a content key, or None."""
         with store_errors("read a simulation"):

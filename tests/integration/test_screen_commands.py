@@ -21,7 +21,7 @@ from nanoos_fw.ml.candidates import open_candidates
 from nanoos_fw.ml.cgcnn import Architecture, ModelCard, atom_features, save_checkpoint
 from nanoos_fw.ml.network import CrystalGraphNetwork
 from nanoos_fw.ml.ranking import expected_improvement, normal_of
-from nanoos_fw.operations.screen_exports import read_export
+from nanoos_fw.operations.row_files import read_rows
 from nanoos_fw.stores.database import load_launchpad, open_database
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.structures import NewStructure, StructureStore
@@ -153,7 +153,7 @@ def test_bad_inputs_lose_nothing_and_each_has_one_outcome(
         for words in ((), ("--refused",)):
             path = tmp_path / f"rows.{suffix}"
             command("export", "files", "-o", path, *words)
-            head, found = read_export(path)
+            head, found = read_rows(path)
             assert head["units"]["bandgap.mean"] == "eV"
             found = list(found)
             assert not rows.keys() & {row["candidate"] for row in found}
@@ -170,11 +170,11 @@ def test_bad_inputs_lose_nothing_and_each_has_one_outcome(
         assert by_label['it\'s "nothing"']["outcome"] == "unreadable"
         assert any("disordered" in row["reason"] for row in told)
     refused = command("export", "files", "-o", "x.extxyz", "--refused", code=1)
-    assert "as structures" in refused
+    assert "no structures" in refused
     best = command("top", "files", "-k", "1", "--all-domains", "--json")
     path = tmp_path / "best.extxyz"
     command("export", "files", "-o", path, "-k", "5", "--all-domains")
-    exported = list(read_export(path)[1])
+    exported = list(read_rows(path)[1])
     assert exported[0]["label"] == best[0]["label"]
     # Twins have equal predictions: the lower number comes first.
     twins = [row for row in exported if row["label"] == "twin"]
@@ -206,7 +206,7 @@ def test_rankings_of_the_command_line_are_those_of_the_formulas(
     command("run", "alloys", "--spec", spec, "--workers", "2")
     path = tmp_path / "all.jsonl"
     command("export", "alloys", "-o", path)
-    rows = list(read_export(path)[1])
+    rows = list(read_rows(path)[1])
     assert len(rows) == 36
     numbers = np.array([row["candidate"] for row in rows])
     columns = {

@@ -39,12 +39,8 @@ from nanoos_fw.ml.screening_engine import (
     screen_chunk,
 )
 from nanoos_fw.ml.screening_worker import ScreenJob, screen_chunks
-from nanoos_fw.operations.screen_exports import (
-    export_screen,
-    ranked_rows,
-    read_export,
-    rows_of,
-)
+from nanoos_fw.operations.row_files import read_rows
+from nanoos_fw.operations.screen_exports import export_screen, ranked_rows, rows_of
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.screens import ScreenStore, register_screen
 from nanoos_fw.stores.structures import NewStructure, StructureStore
@@ -437,19 +433,19 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
             pytest.importorskip("pyarrow")
         path = tmp_path / f"all.{suffix}"
         assert export_screen(store, screen, path) == 81
-        head, rows = read_export(path)
+        head, rows = read_rows(path)
         assert list(rows) == everything
         assert head["units"]["energy_per_atom.mean"] == "eV/atom"
         assert head["models"][1]["reference"] == "gap@1"
         export_screen(store, screen, path, ranked)
-        rows = list(read_export(path)[1])
+        rows = list(read_rows(path)[1])
         assert [r["candidate"] for r in rows] == ranked.indices.tolist()
         assert [r["score"] for r in rows] == ranked.scores.tolist()
     frames = [e.structure for e in _read_xyz(tmp_path / "all.extxyz")]
     assert StructureMatcher(scale=False).fit(frames[0], crystal)
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CorruptArtifactError, match="no export"):
-        read_export(tmp_path / "foreign.csv")
+        read_rows(tmp_path / "foreign.csv")
 
 
 def _atoms(formula):
