@@ -417,7 +417,10 @@ def train(body: TrainingRequest, request: Request) -> TrainingResponse:
 
     state = state_of(request)
     require_writing(state)
+    from nanoos_fw.ml.datasets import open_dataset
+
     with state.lock:
+        existing(lambda: open_dataset(Path(body.dataset), verify=False))
         if body.parent is not None:
             parent = body.parent
             existing(lambda: ModelRegistry(state.database).get(parent))

@@ -20,7 +20,7 @@ from nanoos_fw.errors import (
     NanoOSError,
     StoreError,
 )
-from nanoos_fw.web import api, pages
+from nanoos_fw.web import api, pages, screen_pages
 from nanoos_fw.web.access import Gate
 
 _STATUS = ((InputError, 422), (MissingDependencyError, 424), (StoreError, 503))
@@ -101,6 +101,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.include_router(api.router)
     app.include_router(pages.router)
+    app.include_router(screen_pages.router)
     return app
 
 

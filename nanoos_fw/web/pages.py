@@ -29,7 +29,7 @@ def campaigns(request: Request) -> HTMLResponse:
     with state.lock:
         names = CampaignStore(state.database).names()
         found = [campaign_status(state.database, name) for name in names]
-    return _page(request, "campaigns", campaigns=found)
+    return page(request, "campaigns", campaigns=found)
 
 
 @router.get("/campaigns/{name}")
@@ -45,7 +45,7 @@ def campaign(name: str, request: Request) -> HTMLResponse:
         status = campaign_status(state.database, name)
         failures = failed_fireworks(state.database, name)
         times, hosts = stage_times(state.database, name)
-    return _page(
+    return page(
         request,
         "campaign",
         name=name,
@@ -92,7 +92,7 @@ def models(request: Request, select: str = "") -> HTMLResponse:
         }
         for record in records
     ]
-    return _page(
+    return page(
         request,
         "models",
         models=rows,
@@ -141,7 +141,7 @@ def runs(request: Request) -> HTMLResponse:
         formulas = StructureStore(state.database).formulas(
             [simulation.structure for simulation in found]
         )
-    return _page(request, "runs", runs=found, formulas=formulas)
+    return page(request, "runs", runs=found, formulas=formulas)
 
 
 @router.get("/runs/{key}")
@@ -161,7 +161,7 @@ def run(key: str, request: Request) -> HTMLResponse:
         entry = StructureStore(state.database).get_many([simulation.structure])
         stored = entry[simulation.structure]
         if simulation.status != "done":
-            return _page(request, "run", run=simulation, formula=stored.formula)
+            return page(request, "run", run=simulation, formula=stored.formula)
         panel = md_panel(
             1, stored, simulation, lambda digest: get_artifact(state.database, digest)
         )
@@ -188,7 +188,7 @@ def features(request: Request) -> HTMLResponse:
             )
             counts = Counter(entry.state for entry in status.values())
             rows.append({"name": name, "total": len(keys), "counts": counts})
-    return _page(
+    return page(
         request,
         "features",
         sets=rows,
@@ -200,11 +200,12 @@ def features(request: Request) -> HTMLResponse:
 # ------------------------------------------------------------------------ rendering
 
 
-def _page(request: Request, page: str, /, **values: Any) -> HTMLResponse:
+def page(request: Request, name: str, /, **values: Any) -> HTMLResponse:
+    """Return a page of the templates, with a policy for exactly its script."""
     environment = _environment()
     script = load_template("web/page.js")
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template(f"{page}.html").render(
+    text = environment.get_template(f"{name}.html").render(
         path=request.url.path,
         style=load_template("web/style.css"),
         script=script,

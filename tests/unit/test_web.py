@@ -17,7 +17,10 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import OutOfMemoryError
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
+from nanoos_fw.ml.datasets import DatasetConfig, build_regression_dataset, write_dataset
 from nanoos_fw.ml.features import extract_structure_features
+from nanoos_fw.ml.graphs import build_graph
+from nanoos_fw.operations.trainings import submit_training
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database
 from nanoos_fw.stores.models import ModelRegistry
@@ -272,6 +275,60 @@ def test_predictions_are_those_of_the_model(
         assert row["uncertainty"] is None
 
 
+# ------------------------------------------------------------------------- training
+
+
+def test_a_training_is_submitted_once_by_what_the_command_line_uses(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    graphs = {
+        f"s{i}": build_graph(
+            Structure(Lattice.cubic(3 + 0.1 * i), ["Cs", "Cl"], [[0] * 3, [0.5] * 3])
+        )
+        for i in range(12)
+    }
+    config = DatasetConfig(target_property="bandgap")
+    targets = {name: float(i) for i, name in enumerate(graphs)}
+    dataset = build_regression_dataset(graphs, targets, config)
+    write_dataset(dataset, tmp_path / "dataset")
+    asked = {
+        "dataset": str(tmp_path / "dataset"),
+        "target": "bandgap",
+        "model_name": "gaps",
+        "settings": {"epochs": 3},
+    }
+    reading = client(launchpad, tmp_path).post("/api/ml/train", json=asked)
+    assert reading.status_code == 403
+    web = client(launchpad, tmp_path, may_write=True)
+    answers = [web.post("/api/ml/train", json=asked) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    assert [answer.json()["submitted"] for answer in answers] == [True, False]
+    (firework,) = launchpad.fireworks.find()
+    (task,) = firework["spec"]["_tasks"]
+    assert task["_fw_name"] == "{{nanoos_fw.firetasks.TrainModelTask}}"
+    assert (task["model_name"], task["training"]["epochs"]) == ("gaps", 3)
+    assert task["dataset_hash"] == dataset.dataset_hash
+    # The command line would make the same workflow, so it finds this one.
+    again = submit_training(
+        launchpad, tmp_path / "dataset", "bandgap", "gaps", tmp_path / "work",
+        settings={"epochs": 3},
+    )  # fmt: skip
+    assert (again.added, again.workflow) == (False, answers[0].json()["workflow"])
+    for change, status, words in (
+        ({"parent": "none@1"}, 404, "no model"),
+        ({"dataset": str(tmp_path)}, 404, "holds no dataset"),
+        ({"dataset": "x" * 5000}, 422, ""),
+        ({"target": "energy"}, 422, "bandgap"),
+        ({"settings": {"epochs": -1}}, 422, "epochs"),
+        ({"settings": {"target": "energy"}}, 422, "energy"),
+        ({"model_name": "a@b"}, 422, ""),
+    ):
+        refused = web.post("/api/ml/train", json={**asked, **change})
+        assert refused.status_code == status, refused.text
+        assert words in refused.json()["message"]
+    assert launchpad.workflows.count_documents({}) == 1
+
+
 # ---------------------------------------------------------------------------- pages
 
 
@@ -408,4 +465,5 @@ def test_the_api_does_what_its_description_says(
         "post /api/ml/features/batch",
         "post /api/ml/features/structure/{structure_id}",
         "post /api/ml/gnn/properties",
+        "post /api/ml/train",
     ]
