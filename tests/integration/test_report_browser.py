@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from nanoos_fw.provenance import write_atomic
-from nanoos_fw.reports import NotAvailable, render_report
+from nanoos_fw.reports import NotAvailable, render_report, render_screen
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
@@ -36,15 +36,28 @@ frame.addEventListener("load", () => setTimeout(() => {
   say("width", root.scrollWidth);
   say("plots", Math.max(...Array.from(
     page.querySelectorAll(".main-svg"), (svg) => svg.getBoundingClientRect().right)));
-  const ranks = () => Array.from(
-    page.querySelectorAll("table.sortable tbody tr"), (row) => row.cells[0].dataset.sort
+  const tables = page.querySelectorAll("table.sortable");
+  const ranks = (table = tables[0]) => Array.from(
+    table.querySelectorAll("tbody tr"), (row) => row.cells[0].dataset.sort
   ).join(",");
-  const heads = page.querySelectorAll("table.sortable th");
+  const heads = tables[0].querySelectorAll("thead th");
   heads[5].querySelector("button").click();
   say("lammps-up", ranks());
   heads[5].querySelector("button").click();
   say("lammps-down", ranks());
+  tables[1].querySelectorAll("thead th")[5].querySelector("button").click();
+  say("screen-up", ranks(tables[1]));
   say("aria", heads[5].getAttribute("aria-sort") + heads[0].hasAttribute("aria-sort"));
+}, 500));
+</script>"""
+
+NARROW = """<!DOCTYPE html><body><iframe id="frame" src="report.html"
+style="width: 390px; height: 900px; border: 0"></iframe><pre id="seen"></pre><script>
+const frame = document.getElementById("frame");
+frame.addEventListener("load", () => setTimeout(() => {
+  const root = frame.contentDocument.documentElement;
+  document.getElementById("seen").textContent =
+    "room=" + root.clientWidth + " width=" + root.scrollWidth;
 }, 500));
 </script>"""
 
@@ -111,7 +124,7 @@ def test_all_figures_draw_without_a_word_on_the_console(
     dom, log = browse(tmp_path, page, "--dump-dom", "--window-size=1280,1000")
     assert console(log) == []
     boxes = re.split(r'<div id="figure-', dom)[1:]
-    assert len(boxes) == 16
+    assert len(boxes) == 20
     for box in boxes:
         assert 'class="main-svg"' in box.split("<figcaption>")[0]
 
@@ -154,6 +167,9 @@ def test_report_fits_a_phone_and_sorts(tmp_path: Path, synthetic: ModuleType) ->
     assert up == rising + ends
     assert down == rising[::-1] + ends
     assert seen["aria"] == "descendingfalse"
+    gaps = {row.rank: row.predictions[1].mean for row in data.screens[0].best}
+    rising = sorted(gaps, key=lambda rank: gaps[rank])
+    assert [int(rank) for rank in seen["screen-up"].split(",")] == rising
 
 
 def test_report_prints(tmp_path: Path, synthetic: ModuleType) -> None:
@@ -174,7 +190,28 @@ def test_report_with_nothing_in_it_opens(tmp_path: Path, synthetic: ModuleType) 
         for name, field in synthetic.ReportData.model_fields.items()
         if synthetic.is_part(field)
     ]
-    data = synthetic.synthetic_report(**dict.fromkeys(parts, missing))
+    data = synthetic.synthetic_report(screens=(), **dict.fromkeys(parts, missing))
     dom, log = browse(tmp_path, write(tmp_path, render_report(data)), "--dump-dom")
     assert console(log) == []
     assert dom.count("ot available: nothing was stored") >= len(parts) - 1
+
+
+def test_a_screening_draws_fits_a_phone_and_prints(
+    tmp_path: Path, synthetic: ModuleType
+) -> None:
+    part = synthetic.synthetic_report().screens[0]
+    page = write(tmp_path, render_screen(part))
+    dom, log = browse(tmp_path, page, "--dump-dom", "--window-size=1280,1000")
+    assert console(log) == []
+    boxes = re.split(r'<div id="figure-', dom)[1:]
+    assert len(boxes) == 4
+    assert all('class="main-svg"' in box.split("<figcaption>")[0] for box in boxes)
+    narrow = tmp_path / "narrow.html"
+    write_atomic(narrow, NARROW)
+    dom, _ = browse(tmp_path, narrow, "--dump-dom", "--allow-file-access-from-files")
+    room, width = re.findall(r"room=(\d+) width=(\d+)", dom)[0]
+    assert int(width) == int(room) <= 390
+    pdf = tmp_path / "screen.pdf"
+    _, log = browse(tmp_path, page, f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
+    assert console(log) == []
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) <= 5

@@ -68,6 +68,13 @@ from nanoos_fw.reports.data import AliasMove, CalibrationCurve
 from nanoos_fw.reports.drawing import Figure
 from nanoos_fw.reports.learning_figures import labels_figure
 from nanoos_fw.reports.panels import evaluation_part
+from nanoos_fw.reports.screen_data import (
+    ScreenModelPart,
+    ScreenOutcome,
+    ScreenPart,
+    ScreenPrediction,
+    ScreenRow,
+)
 from nanoos_fw.reports.statistics import discovery_result
 
 FCC = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
@@ -98,6 +105,81 @@ CELLS: dict[str, tuple[Any, list[list[float]], list[int]]] = {
 METALS = ["Cu", "Ag", "Au", "Ni", "Pd", "Pt", "Al", "Ti", "Zr", "Mo", "Ta", "Co"]
 
 
+def synthetic_screen(rng: np.random.Generator) -> ScreenPart:
+    edges = np.linspace(-0.4, 0.3, 61)
+    values = np.clip(rng.normal(-0.05, 0.08, 40_000), -0.4, 0.3)
+    counts = np.histogram(values, edges)[0]
+    rows = tuple(
+        ScreenRow(
+            rank=rank,
+            candidate=int(rng.integers(1_000_000)),
+            label=None,
+            formula="Al4Ni12",
+            n_sites=16,
+            known_composition=rank == 2,
+            predictions=(
+                ScreenPrediction(
+                    mean=-0.4 + 0.001 * rank, std=0.02, half_width=0.1,
+                    out_of_domain=rank == 3,
+                ),
+                ScreenPrediction(
+                    mean=float(rng.random()), std=None, half_width=None,
+                    out_of_domain=False,
+                ),
+            ),
+            structure=CrystalPicture(
+                lattice=3.6 * np.eye(3),
+                frac_coords=np.array([[0, 0, 0], [0.5, 0.5, 0.5]]),
+                symbols=("Al", "Ni"),
+            ),
+        )
+        for rank in range(1, 13)
+    )  # fmt: skip
+    common: dict[str, Any] = {
+        "sha256": "ab" * 32, "edges": edges, "counts": counts, "test_mae": 0.031,
+        "outside": counts // 3, "n_test": 100,
+    }  # fmt: skip
+    levels = np.linspace(0.1, 0.9, 9)
+    return ScreenPart(
+        name="nickel alloys",
+        key="cd" * 20,
+        created="2026-03-14T09:30:00+00:00",
+        n_candidates=1_000_000,
+        outcomes=(
+            ScreenOutcome(name="predicted", reason="predicted", count=40_000),
+            ScreenOutcome(name="size", reason="fails the filter n_sites", count=12_345),
+            ScreenOutcome(name="unreadable", reason="could not be read", count=7),
+        ),
+        known=120,
+        coverage=0.9,
+        core_hours=0.0711,
+        core_hours_estimated=0.0652,
+        rates=(3100.0, 3800.0, 3940.0, 4010.0, 4100.0),
+        models=(
+            ScreenModelPart(
+                reference="energies@3", target="formation_energy_per_atom",
+                unit="eV/atom", mean_std=0.02, mean_half_width=0.1,
+                calibration=CalibrationCurve(
+                    levels=levels, observed=levels + 0.01, n_calibration=100
+                ),
+                **common,
+            ),
+            ScreenModelPart(
+                reference="gaps@1", target="bandgap", unit="eV", mean_std=None,
+                mean_half_width=None,
+                calibration=NotAvailable(reason="no held-out predictions are stored"),
+                **common,
+            ),
+        ),
+        best=rows,
+        n_ranked=30_000,
+        ranked_by="formation_energy_per_atom of energies@3: lowest first",
+        tie_rule="of equal scores the lower candidate number comes first",
+        found_at=np.sort(rng.choice(50_000, 100, replace=False)) + 1,
+        description='{"candidates": {"kind": "supercells"}}',
+    )  # fmt: skip
+
+
 def synthetic_report(**changes: Any) -> ReportData:
     """Return invented data in the shape of a real campaign."""
     rng = np.random.default_rng(7)
@@ -124,6 +206,7 @@ def synthetic_report(**changes: Any) -> ReportData:
             },
             method="LAMMPS relaxation of cell and atoms with an EAM potential",
         ),
+        "screens": (synthetic_screen(np.random.default_rng(3)),),
         "training": synthetic_training(rng),
         "evaluation": synthetic_evaluation(rng),
         "ranking": Ranking(
@@ -633,7 +716,8 @@ def test_missing_parts_say_why() -> None:
     parts = [name for name, field in ReportData.model_fields.items() if is_part(field)]
     assert len(parts) == 9
     data = synthetic_report(
-        **{part: NotAvailable(reason=f"no {part} was stored") for part in parts}
+        **{part: NotAvailable(reason=f"no {part} was stored") for part in parts},
+        screens=(),
     )
     page = Page(render_report(data))
     assert page.figures == {}
