@@ -59,7 +59,8 @@ class GraphTable:
     numbers, degrees
         ``(n_atoms,) uint8`` and ``(n_atoms,) uint16`` over all graphs.
     neighbors, distances
-        ``(n_edges,) int32``, index within its own graph, and ``float32`` in Å.
+        ``(n_edges,)``, index within its own graph, ``int32`` or, in files, ``int16``
+        where that is enough, and ``float32`` in Å.
     atom_start, edge_start
         ``(n_graphs + 1,) int64``: graph g owns ``atom_start[g]:atom_start[g + 1]``.
     cutoff_radius, max_neighbors
@@ -71,7 +72,7 @@ class GraphTable:
 
     numbers: NDArray[np.uint8]
     degrees: NDArray[np.uint16]
-    neighbors: NDArray[np.int32]
+    neighbors: NDArray[np.signedinteger]
     distances: NDArray[np.float32]
     atom_start: NDArray[np.int64]
     edge_start: NDArray[np.int64]

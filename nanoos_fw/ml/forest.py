@@ -23,6 +23,7 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
 from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.metrics import calibrate
+from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     Predictions,
@@ -31,7 +32,6 @@ from nanoos_fw.ml.uncertainty import (
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 MODEL_TYPE = "RandomForest"
-FOREST_FORMAT = "nanoos_fw.forest"
 GRAPH_SCALARS = "graph"
 """Source of features that :func:`graph_scalars` makes."""
 
@@ -71,6 +71,8 @@ class ForestCard(BaseModel):
     interval_floor
         Added to the spread before errors are divided by it, in the unit of the
         target; None for a forest without intervals.
+    mock_targets
+        The targets are made-up numbers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,6 +91,7 @@ class ForestCard(BaseModel):
     dataset_hash: str = ""
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
     interval_floor: float | None = Field(default=None, gt=0.0)
+    mock_targets: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -433,7 +436,7 @@ class ForestModel:
 
         names = (*_ARRAYS, *((_SCORES,) if len(self.scores) else ()))
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
-        text = canonical_json(self.card.model_dump(mode="json"))
+        text = card_text(self.card)
         header = {"card": text, "card_sha256": _digest(text, arrays)}
         data = save(arrays, metadata={FOREST_FORMAT: canonical_json(header)})
         write_atomic(path, data)
@@ -494,6 +497,7 @@ def fit_forest(
     max_features: float = 1 / 3,
     min_samples_leaf: int = 1,
     dataset_hash: str = "",
+    mock_targets: bool = False,
     n_jobs: int = 1,
 ) -> ForestModel:
     """Fit a random forest.
@@ -510,7 +514,7 @@ def fit_forest(
     names
         Columns to use; None takes all that occur (without ``n_sites``, which depends
         on the choice of the cell).
-    target_property, unit, dataset_hash
+    target_property, unit, dataset_hash, mock_targets
         For the card.
     n_trees, max_features, min_samples_leaf
         Trees; share of the columns tried at a split; rows of a leaf.
@@ -577,6 +581,7 @@ def fit_forest(
         n_trees=n_trees,
         seed=seed,
         dataset_hash=dataset_hash,
+        mock_targets=mock_targets,
         **fields,
     )
     trees: dict[str, Any] = _tree_arrays(forest.estimators_)

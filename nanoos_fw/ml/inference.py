@@ -298,9 +298,8 @@ def _flatten(table: GraphTable, span: tuple[int, int], pad_to: int | None) -> _F
     edges = slice(int(edge_start[0]), int(edge_start[-1]))
     degrees = np.asarray(table.degrees[atoms]).astype(np.int64)
     first = atom_start[:-1] - atom_start[0]
-    neighbors = np.asarray(table.neighbors[edges]) + np.repeat(
-        first, np.diff(edge_start)
-    ).astype(np.int32)
+    neighbors = np.repeat(first, np.diff(edge_start)).astype(np.int32)
+    neighbors += table.neighbors[edges]
     distances = np.asarray(table.distances[edges], dtype=np.float32)
     if pad_to is not None and (degrees < pad_to).any():
         missing = np.maximum(pad_to - degrees, 0)

@@ -21,14 +21,16 @@ from nanoos_fw.ml.uncertainty import Uncertainty, UncertaintyCard
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 NETWORK_FORMAT = "nanoos_fw.cgcnn"
-"""Entry of a file's metadata by which it is known."""
+FOREST_FORMAT = "nanoos_fw.forest"
+"""Entries of a file's metadata by which networks and forests are known."""
 
+_MOCK = "mock_targets"
 ATOM_TABLE, REFERENCE = "atom_table", "element_reference"
 FETCH = (
     "weights are read from safetensors files only, since unpickling a file can run "
     "code; fetch or train the model again"
 )
-_CARD, _DIGEST = "card", "card_sha256"
+_CARD, _DIGEST, _MOCK = "card", "card_sha256", "mock_targets"
 _N_BINS = 10
 _BINNED = (
     "electronegativity",
@@ -167,6 +169,9 @@ class ModelCard(BaseModel):
         them: the crystal's first atom at cutoff_radius + 1 Å.
     origin
         Where imported weights come from; empty for our own.
+    mock_targets
+        The weights come from made-up numbers, or began as weights that do: the
+        registry makes no alias point to them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -189,6 +194,33 @@ class ModelCard(BaseModel):
     classes: tuple[str, ...] = ()
     pad_neighbors: bool = False
     origin: dict[str, str | float | int | None] = Field(default_factory=dict)
+    mock_targets: bool = False
+
+
+def card_text(card: BaseModel) -> str:
+    """Return the card as the text that a file holds and its digest covers."""
+    fields = card.model_dump(mode="json")
+    if not fields[_MOCK]:
+        # Came later: files of real targets have the bytes they had before.
+        del fields[_MOCK]
+    return canonical_json(fields)
+
+
+def says_mock_targets(path: Path) -> bool:
+    """Tell whether a file of weights says that it comes from made-up numbers."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                return False
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+        for name in (NETWORK_FORMAT, FOREST_FORMAT):
+            if name in metadata:
+                card = json.loads(json.loads(metadata[name])[_CARD])
+                return bool(card.get(_MOCK))
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass
+    return False
 
 
 def atom_features() -> NDArray[np.float32]:
@@ -254,7 +286,7 @@ def save_checkpoint(
     for index, state in enumerate(members):
         for name, tensor in state.items():
             arrays[f"members.{index}.{name}"] = _array(tensor)
-    text = canonical_json(card.model_dump(mode="json"))
+    text = card_text(card)
     # Safetensors checks no content: the digest covers card and tensors. One entry
     # only, since the file format leaves the order of several to chance.
     header = {_CARD: text, _DIGEST: _digest(text, arrays)}

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.cgcnn import CGCNNModel
-from nanoos_fw.ml.forest import FOREST_FORMAT, load_forest
+from nanoos_fw.ml.forest import load_forest
 from nanoos_fw.ml.line_graph_model import LineGraphModel
 from nanoos_fw.ml.model_files import (
     FETCH,
+    FOREST_FORMAT,
     NETWORK_FORMAT,
     LineGraphArchitecture,
     read_checkpoint,

@@ -39,6 +39,8 @@ PART_NAMES = ("train", "val", "test", "outlier")
 _HEADER_BYTES = 128
 _PARTIAL = ".partial"
 _ROWS_AT_ONCE = 10_000
+_NUMBERS_AT_ONCE = 1_000_000
+_NARROW, _WIDE = np.dtype(np.int16), np.dtype(np.int32)
 
 
 class MappedText(Sequence[str]):
@@ -191,8 +193,9 @@ class ShardWriter:
             )
         first = self._how is None
         self._how = how
-        for name in GRAPH_COLUMNS[:4]:
+        for name in ("numbers", "degrees", "distances"):
             self.column(name, getattr(table, name))
+        self._append_neighbors(table)
         if table.vectors is not None:
             self.column("vectors", table.vectors)
         for name, before in (("atom_start", self._atoms), ("edge_start", self._edges)):
@@ -200,6 +203,28 @@ class ShardWriter:
             self.column(name, (starts if first else starts[1:]) + before)
         self._atoms += int(table.atom_start[-1])
         self._edges += int(table.edge_start[-1])
+
+    def _append_neighbors(self, table: GraphTable) -> None:
+        """Append neighbours as 2 bytes each, or 4 if one crystal needs them."""
+        wide = table.graph_sizes.max(initial=0) > np.iinfo(_NARROW).max
+        if self._dtypes.get("neighbors", _NARROW) != _NARROW:
+            wide = True
+        elif wide and "neighbors" in self._files:
+            self._widen_neighbors()
+        dtype = _WIDE if wide else _NARROW
+        self.column("neighbors", table.neighbors.astype(dtype, copy=False))
+
+    def _widen_neighbors(self) -> None:
+        """Write what is there of the neighbours anew: a crystal is too large for it."""
+        narrow, length = self._files.pop("neighbors"), self._lengths.pop("neighbors")
+        with narrow:
+            # What is open can be written to, and no longer has a name.
+            self._partial("neighbors").unlink()
+            narrow.seek(_HEADER_BYTES)
+            for begin in range(0, length, _NUMBERS_AT_ONCE):
+                count = min(_NUMBERS_AT_ONCE, length - begin)
+                some = np.frombuffer(narrow.read(count * _NARROW.itemsize), _NARROW)
+                self.column("neighbors", some.astype(_WIDE))
 
     def column(self, name: str, values: NDArray[Any]) -> None:
         """Append values to a column; those of a row may be several."""

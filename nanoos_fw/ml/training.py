@@ -351,10 +351,11 @@ def _plan(
         atom_table, _ = published_element_vectors()
     architecture = _architecture(training, table.cutoff_radius)
     scale: tuple[float, float] | None = None
-    arrays, members = None, 0
+    arrays, members, mock = None, 0, dataset.mock_targets
     if parent is not None:
         card, arrays, _ = _read_parent(parent)
         _check_parent(training, card, table, parent)
+        mock = mock or card.mock_targets
         atom_table, members = arrays[ATOM_TABLE], card.n_members
         # Expansion and dropout come with the weights; all else was compared.
         architecture = card.architecture.model_copy(
@@ -381,6 +382,7 @@ def _plan(
         n_train=len(data.train),
         precision="float64" if training.precision == "float64" else "float32",
         classes=training.classes,
+        mock_targets=mock,
     )
     return _Plan(
         data, card, atom_table, reference, composition, fractions, arrays, members
@@ -668,6 +670,7 @@ def _baselines(
             target_property=training.target,
             unit=dataset.unit,
             dataset_hash=dataset.dataset_hash,
+            mock_targets=dataset.mock_targets,
         )
         said, std = forest.predict_features(graph_scalars(table))
         half_width = forest.half_width(std)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +15,6 @@ from nanoos_fw.ml.datasets import (
     Dataset,
     DatasetConfig,
     TrainValSplit,
-    build_regression_dataset,
-    check_leakage,
     open_dataset,
     split_train_val,
     write_regression_dataset,
@@ -120,7 +120,8 @@ def build_train_val_datasets(
         were relaxed by it.
     directory
         Write the dataset there while its graphs are read, a few hundred at a time,
-        and return it memory-mapped. None builds it in memory.
+        and return it memory-mapped. None takes a temporary one (``TMPDIR``), which is
+        gone from the disk when nothing uses the dataset any more.
     on_progress
         Called with the numbers of graphs read, and of all.
     **config
@@ -250,15 +251,16 @@ def build_from_targets(
                 on_progress(number, len(usable))
         on_progress(len(usable), len(usable))
 
-    if directory is None:
-        dataset = build_regression_dataset(
-            dict(graphs()), targets, settings, times=times
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            # The pages stay mapped, and their space taken, as long as the dataset is
+            # in use; the names of the files are not needed for that.
+            folder = tempfile.TemporaryDirectory(prefix="nanoos-dataset-")
+            directory = Path(stack.enter_context(folder))
+        _, leakage = write_regression_dataset(
+            graphs(), targets, settings, directory, times=times
         )
-        return dataset, without, check_leakage(dataset)
-    _, leakage = write_regression_dataset(
-        graphs(), targets, settings, directory, times=times
-    )
-    return open_dataset(directory, verify=False), without, leakage
+        return open_dataset(directory, verify=False), without, leakage
 
 
 # ------------------------------------------------------------------------- private

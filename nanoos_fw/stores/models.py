@@ -107,15 +107,23 @@ class ModelRegistry:
             Content key of all that decided the weights.
         training_config, metrics, dataset_info, environment
             How, how well, on what (``dataset_hash`` of the manifest) and where.
+            That the weights or a parent come from mock targets is added.
             Who registered it is added to the environment.
         details
             Artifact with learning curves and predictions.
         parent
             Version that the training began with.
         """
+        from nanoos_fw.ml.model_files import says_mock_targets
+
         check_name(name, target)
+        mock = says_mock_targets(weights)
         if parent is not None:
-            parent = self.get(parent).reference
+            older = self.get(parent)
+            parent, mock = older.reference, mock or older.has_mock_targets
+        if mock:
+            # Whoever registers may not know it, or forget it.
+            dataset_info = {**dataset_info, MOCK_TARGETS: True}
         digest = sha256_file(weights)
         environment = {
             **environment,

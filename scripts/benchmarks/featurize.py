@@ -46,6 +46,7 @@ from nanoos_fw.ml.cgcnn_format import (
 from nanoos_fw.ml.features import element_table
 from nanoos_fw.ml.graphs import build_graph, build_graphs, pack_graph, unpack_graph
 from nanoos_fw.ml.neighbors import is_compiled, list_nearest, list_neighbors
+from nanoos_fw.ml.shards import GRAPH_COLUMNS, ShardWriter, map_column
 
 PARTS = ("ratios", "processes", "storage")
 RADIUS = 8.0
@@ -398,14 +399,12 @@ def storage(crystals: list[Structure], repeats: int) -> dict[str, float]:
     table = GraphTable.from_graphs(kept)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        mapped: dict[str, np.ndarray] = {}
-        for name in ("numbers", "degrees", "neighbors", "distances"):
-            np.save(Path(folder) / f"{name}.npy", getattr(table, name))
-            mapped[name] = np.load(Path(folder) / f"{name}.npy", mmap_mode="r")
+        with ShardWriter(Path(folder)) as writer:
+            writer.append(table)
+            written = writer.finish()
+        columns = {n: map_column(Path(folder) / f"{n}.npy") for n in GRAPH_COLUMNS}
         shards = GraphTable(
-            **mapped,
-            atom_start=table.atom_start,
-            edge_start=table.edge_start,
+            **columns,
             cutoff_radius=RADIUS,
             max_neighbors=K,
         )
@@ -438,6 +437,8 @@ def storage(crystals: list[Structure], repeats: int) -> dict[str, float]:
     return {
         **{f"{name}_us": value / n * 1e6 for name, value in times.items()},
         "bytes_per_site": sum(map(len, blobs)) / sum(g.n_atoms for g in kept),
+        "shard_bytes_per_site": sum(file["bytes"] for file in written.values())
+        / len(table.numbers),
         "worst_bytes_per_site_from_6_sites": max(large_enough),
     }
 

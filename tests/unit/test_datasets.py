@@ -10,6 +10,7 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml import datasets
+from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.datasets import (
     OUTLIER,
     PARTS,
@@ -27,7 +28,8 @@ from nanoos_fw.ml.exports import (
     export_dataset,
     export_dataset_to_pandas,
 )
-from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.ml.graphs import CrystalGraph, build_graph, pack_graph
+from nanoos_fw.ml.shards import ShardWriter
 from nanoos_fw.provenance import content_key, sha256_bytes
 
 N = 40
@@ -176,6 +178,31 @@ def test_written_datasets_open_as_they_were(tmp_path):
     written = files(tmp_path)
     write_dataset(back, tmp_path / "again")
     assert files(tmp_path / "again") == written
+
+
+@pytest.mark.parametrize("order", ["small", "small large", "large small small"])
+def test_neighbors_take_two_bytes_unless_a_crystal_is_too_large(
+    tmp_path, monkeypatch, order
+):
+    monkeypatch.setattr("nanoos_fw.ml.shards._NUMBERS_AT_ONCE", 7)
+    n = 40_000
+    ring = np.stack([np.arange(n), np.roll(np.arange(n), 1)]).astype(np.int32)
+    tables = {
+        "small": GraphTable.from_graphs([GRAPHS["s00"], GRAPHS["s01"]]),
+        "large": GraphTable.from_graphs(
+            [CrystalGraph(np.full(n, 29, "u1"), ring, np.full(n, 2.0), 8.0, 12)]
+        ),
+    }
+    chosen = [tables[name] for name in order.split()]
+    with ShardWriter(tmp_path) as writer:
+        for table in chosen:
+            writer.append(table)
+        files = writer.finish()
+    written = np.load(tmp_path / "neighbors.npy")
+    assert written.dtype == (np.int32 if "large" in order else np.int16)
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+    expected = np.concatenate([table.neighbors for table in chosen])
+    np.testing.assert_array_equal(written, expected)
 
 
 @pytest.mark.parametrize("name", ["distances.npy", "numbers.npy", "manifest.json"])

@@ -506,7 +506,8 @@ def crystals() -> list[Any]:
     ]
 
 
-def test_a_model_comes_back_ready_to_predict(database: Any, tmp_path: Path) -> None:
+def small_network(path: Path, **changes: Any) -> Path:
+    """Write weights of a small network and return where."""
     import torch
 
     from nanoos_fw.ml.cgcnn import (
@@ -523,10 +524,14 @@ def test_a_model_comes_back_ready_to_predict(database: Any, tmp_path: Path) -> N
     card = ModelCard(
         target_property=TARGET, unit="eV/atom", target_mean=0.0, target_std=1.0,
         n_members=1, architecture=architecture, cutoff_radius=8.0, max_neighbors=12,
-        elements=(13, 29), dataset_hash="a" * 40, n_train=7,
+        elements=(13, 29), dataset_hash="a" * 40, n_train=7, **changes,
     )  # fmt: skip
-    path = tmp_path / "model.safetensors"
     save_checkpoint(path, card, [network.state_dict()], atom_features(), np.zeros(119))
+    return path
+
+
+def test_a_model_comes_back_ready_to_predict(database: Any, tmp_path: Path) -> None:
+    path = small_network(tmp_path / "model.safetensors")
     model = CGCNNModel("alloys", TARGET).load_from_checkpoint(path)
     record = register_model(model, path, metrics={"val": {"mae": 1}}, database=database)
     assert (record.reference, record.unit) == ("alloys@1", "eV/atom")
@@ -541,6 +546,36 @@ def test_a_model_comes_back_ready_to_predict(database: Any, tmp_path: Path) -> N
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(InputError, match="does not hold the weights"):
         register_model(model, path, database=database)
+
+
+@pytest.mark.parametrize("kind", ["network", "forest", "parent", "real"])
+def test_weights_say_themselves_that_their_targets_were_made_up(
+    registry: ModelRegistry, database: Any, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    if kind == "forest":
+        scalars = graph_scalars(GraphTable.from_graphs(crystals()))
+        values = np.linspace(-1.0, 1.0, 8)
+        fit_forest(
+            scalars, values, n_trees=2, target_property=TARGET, mock_targets=True
+        ).save(path)
+        record = register(registry, path, "k", name="alloys")
+    else:
+        path = small_network(path, mock_targets=kind == "network")
+        parent = None
+        if kind == "parent":
+            old = small_network(tmp_path / "old.safetensors", mock_targets=True)
+            parent = register(registry, old, "k", name="alloys").reference
+        model = CGCNNModel("alloys", TARGET).load_from_checkpoint(path)
+        record = register_model(model, path, parent=parent, database=database)
+    assert record.has_mock_targets is (kind != "real")
+    assert registry.get(record.reference).has_mock_targets is (kind != "real")
+    if kind == "real":
+        assert b"mock_targets" not in path.read_bytes()
+        registry.activate(record.reference, reason="r")
+    else:
+        with pytest.raises(InputError, match="mock targets"):
+            registry.activate(record.reference, reason="r")
 
 
 def test_a_forest_comes_back_ready_to_predict(

@@ -28,6 +28,7 @@ from nanoos_fw.ml.datasets import (
 from nanoos_fw.ml.exports import export_dataset
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.graphs import build_graph, pack_graph
+from nanoos_fw.ml.model_files import says_mock_targets
 from nanoos_fw.ml.splits import reduced_formulas
 from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.settings import load_settings
@@ -280,9 +281,16 @@ def test_what_gives_no_dataset_is_told_with_the_next_step(database: Any) -> None
         build(keys=["a"])
 
 
-def test_a_dataset_is_written_while_it_is_read(database: Any, tmp_path: Path) -> None:
+def test_a_dataset_is_written_while_it_is_read(
+    database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments: dict[str, Any] = {"in_set": "all", "features": FEATURES, "iqr_factor": 1}
+    (tmp_path / "passing").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "passing"))
     memory = build_train_val_datasets(database, "energy", 0.6, **arguments)
+    # Without a folder: mapped all the same, and nothing is left lying about.
+    assert isinstance(memory.dataset.graphs.distances, np.memmap)
+    assert list((tmp_path / "passing").iterdir()) == []
     write_dataset(memory.dataset, tmp_path / "memory")
     steps: list[tuple[int, int]] = []
     written = build_train_val_datasets(
@@ -443,6 +451,7 @@ def test_a_model_trained_on_a_mock_dataset_is_kept_and_not_activated(
     (record,) = [r for r in place.models.list_models() if r.name == "made_up"]
     assert record.has_weights
     assert record.dataset_info["mock_targets"] is True
+    assert says_mock_targets(Path(record.checkpoint_path))
     assert not record.is_active
     assert place.models.history("made_up") == []
 
