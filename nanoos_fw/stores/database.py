@@ -399,14 +399,6 @@ def get_artifact(database: Any, digest: str) -> bytes:
     return data
 
 
-def has_artifact(database: Any, digest: str) -> bool:
-    """Tell whether an artifact is there, without reading it."""
-    import gridfs
-
-    with store_errors(f"look for artifact {digest[:12]}"):
-        return bool(gridfs.GridFS(database, ARTIFACTS).exists(filename=digest))
-
-
 def artifact_sizes(database: Any, digests: Sequence[str]) -> dict[str, int]:
     """Return the bytes of those artifacts that are there."""
     with store_errors("measure artifacts"):

@@ -157,16 +157,6 @@ class SimulationStore:
                 {"_id": simulation.key}, {"$set": {f"result.analyses.{name}": result}}
             )
 
-    def forget_failed(self, structures: Sequence[str], method: str) -> int:
-        """Delete failed results so that a rerun tries again; return how many."""
-        query = {
-            "structure": {"$in": list(structures)},
-            "method": method,
-            "status": "failed",
-        }
-        with store_errors("delete failed simulations"):
-            return int(self._simulations.delete_many(query).deleted_count)
-
 
 def _simulation(document: Mapping[str, Any]) -> Simulation:
     return Simulation(

@@ -120,8 +120,8 @@ def test_simulation_under_srun_is_that_of_mpiexec(
 
     _, output = run_job(
         f"{sys.executable} parent.py {inputs} {there}",
-        "--nodes=1",
-        "--ntasks=2",
+        "--nodes=2",
+        "--ntasks-per-node=1",
     )
 
     assert output.splitlines()[-1] == "2", output

@@ -25,7 +25,7 @@ from nanoos_fw.ml.forest import fit_forest, graph_scalars
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.stores import aliases, model_upkeep
 from nanoos_fw.stores.campaigns import CampaignStore
-from nanoos_fw.stores.database import ensure_indexes, has_artifact, open_database
+from nanoos_fw.stores.database import ensure_indexes, get_artifact, open_database
 from nanoos_fw.stores.model_upkeep import (
     collect_garbage,
     export_model,
@@ -144,7 +144,8 @@ def test_weights_in_a_file_stay_there_and_are_verified(
     record = registry.get("energies@1")
     path = tmp_path / "weights1"
     assert record.checkpoint_path == str(path)
-    assert not has_artifact(database, str(record.sha256))
+    with pytest.raises(StoreError, match="not in the database"):
+        get_artifact(database, str(record.sha256))
     assert registry.read_weights(record) == b"weights 1"
     path.write_bytes(b"weights x")
     with pytest.raises(CorruptArtifactError, match="energies@1"):

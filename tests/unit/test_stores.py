@@ -113,8 +113,6 @@ def test_a_simulation_is_written_once(database: Any) -> None:
     assert list(found) == ["t", "s"]
     assert found["s"].result == {"energy_ev": -1.0}
     assert store.find(["s"], "other") == {}
-    assert store.forget_failed(["s", "t"], "m") == 1
-    assert list(store.find(["s", "t"], "m")) == ["s"]
 
 
 def test_formation_energies_are_relative_to_the_elements(database: Any) -> None:
