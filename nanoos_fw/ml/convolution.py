@@ -1,4 +1,4 @@
-"""The gated convolution on edges with its batch normalization, as one operation.
+"""The gated convolution on edges with both batch normalizations, as one operation.
 
 Importing this module imports torch. On the CPU the passes over the edges are compiled
 by numba where it is installed (``pip install 'nanoos_fw[fast]'``); elsewhere
@@ -122,15 +122,25 @@ def plan_edges(
     return EdgePlan(starts, neighbors, first, gaussians, pieces, n_centers)
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and variance ``(channels,) float64`` over the rows of all ranks."""
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+
 def convolve_edges(
     own: Tensor,
     other: Tensor,
     edge_weight: Tensor,
     plan: EdgePlan,
-    norm: tuple[Tensor, Tensor],
+    edge_norm: tuple[Tensor, Tensor],
+    atom_norm: tuple[Tensor, Tensor],
     comm: Communicator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum gate times message over the edges of each atom, with batch normalization.
+) -> tuple[Tensor, Moments, Moments]:
+    """Sum gate times message over the edges of each atom, both normalized.
 
     Parameters
     ----------
@@ -141,22 +151,23 @@ def convolve_edges(
         ``(2 h, n_centers)``.
     plan
         The edges.
-    norm
-        Weight and bias of the normalization, ``(2 h,)`` each.
+    edge_norm, atom_norm
+        Weight and bias of the normalization of z, ``(2 h,)`` each, and of the sums
+        over edges, ``(h,)`` each.
     comm
-        Ranks over whose edges the moments run; all of them must take part, edges or
-        not.
+        Ranks over whose edges and atoms the moments run; all of them must take part,
+        edges or not.
 
     Returns
     -------
-    summed, mean, variance, count
-        ``(n_atoms, h)``; of z over all ranks, ``(2 h,) float64``; edges of all ranks.
+    normalized, edge_moments, atom_moments
+        ``(n_atoms, h)``; moments of z and of the sums over edges.
     """
     apply: Any = _EdgeConvolution.apply
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = apply(
-        own, other, edge_weight, *norm, plan, comm
+    normalized, *moments = apply(
+        own, other, edge_weight, *edge_norm, *atom_norm, plan, comm
     )
-    return result
+    return normalized, Moments(*moments[:3]), Moments(*moments[3:])
 
 
 def convolve_edges_fixed(
@@ -170,7 +181,7 @@ def convolve_edges_fixed(
     """Do the same with mean and variance that are given, and without gradients."""
     mean, variance = moments
     inverse = torch.rsqrt(variance.double() + EPSILON)
-    out, _ = _forward(
+    passed = _forward(
         own - mean,
         other,
         _padded(edge_weight, plan),
@@ -179,7 +190,7 @@ def convolve_edges_fixed(
         norm[1],
         derive=False,
     )
-    return torch.from_numpy(out)
+    return torch.from_numpy(passed.out)
 
 
 # ------------------------------------------------------------------------- private
@@ -194,62 +205,102 @@ class _EdgeConvolution(torch.autograd.Function):
         own: Tensor,
         other: Tensor,
         edge_weight: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        edge_scale: Tensor,
+        edge_bias: Tensor,
+        atom_scale: Tensor,
+        atom_bias: Tensor,
         plan: EdgePlan,
         comm: Communicator,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         table = _padded(edge_weight, plan)
-        two = own.shape[1]
-        moments = torch.empty(2 * two + 1, dtype=torch.float64)
-        moments[:-1] = torch.from_numpy(_moments(own, other, table, plan)).flatten()
-        moments[-1] = plan.n_edges
-        sum_tensor(moments, comm)
-        count = moments[-1]
-        mean = moments[:two] / count.clamp(min=1)
-        # In double precision, where the squares of floats are exact: a mean of 1e6
-        # standard deviations still leaves the variance four digits.
-        variance = moments[two:-1] / count.clamp(min=1) - mean * mean
-        variance.clamp_(min=0.0)
-        inverse = torch.rsqrt(variance + EPSILON)
-        centred = own.detach() - mean.to(own.dtype)
-        scale = (weight.detach() * inverse).to(own.dtype)
-        out, slopes = _forward(centred, other, table, plan, scale, bias, derive=True)
-        ctx.save_for_backward(centred, other, scale, bias, inverse, count)
-        ctx.table, ctx.slopes, ctx.plan, ctx.comm = table, slopes, plan, comm
-        ctx.mark_non_differentiable(mean, variance, count)
-        return torch.from_numpy(out), mean, variance, count
+        edges = _total(_moments(own, other, table, plan), plan.n_edges, comm)
+        inverse = torch.rsqrt(edges.variance + EPSILON)
+        centred = own.detach() - edges.mean.to(own.dtype)
+        scale = (edge_scale.detach() * inverse).to(own.dtype)
+        passed = _forward(centred, other, table, plan, scale, edge_bias, derive=True)
+        atoms = _total(passed.node_sums, len(own), comm)
+        spread = torch.rsqrt(atoms.variance + EPSILON)
+        normal = torch.from_numpy(passed.out)
+        normal.sub_(atoms.mean.to(own.dtype)).mul_(spread.to(own.dtype))
+        ctx.save_for_backward(
+            centred, other, scale, edge_bias, inverse, normal, atom_scale, spread,
+            atoms.mean, edges.count, atoms.count,
+        )  # fmt: skip
+        ctx.table, ctx.passed, ctx.plan, ctx.comm = table, passed, plan, comm
+        moments = (*vars(edges).values(), *vars(atoms).values())
+        ctx.mark_non_differentiable(*moments)
+        return torch.addcmul(atom_bias, normal, atom_scale), *moments
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        centred, other, scale, bias, inverse, count = ctx.saved_tensors
+        (
+            centred, other, scale, edge_bias, inverse, normal, atom_scale, spread,
+            atom_mean, edge_count, atom_count,
+        ) = ctx.saved_tensors  # fmt: skip
         plan: EdgePlan = ctx.plan
-        upstream = gradients[0].contiguous()
-        double = torch.cat([upstream, upstream], dim=1)
-        slopes = torch.from_numpy(ctx.slopes)
-        bias_gradient = (double * slopes[0]).sum(0)
-        weight_gradient = (double * slopes[1]).sum(0) * inverse
-        two = centred.shape[1]
-        sums = torch.cat([bias_gradient.double(), weight_gradient.double()])
-        sum_tensor(sums, ctx.comm)
-        means = sums / count.clamp(min=1)
-        shift = (scale * means[:two]).to(centred.dtype)
-        slant = (scale * inverse * means[two:]).to(centred.dtype)
-        own_gradient, other_gradient, table_gradient = _backward(
-            centred, other, ctx.table, plan, scale, bias, upstream, shift, slant
+        gradient = gradients[0].contiguous()
+        dtype = gradient.dtype
+        nodes, products = _gradient_sums(gradient, normal, ctx.passed.slopes, plan)
+        slopes = torch.from_numpy(ctx.passed.slope_sums)
+        # Of the sums over edges times slopes to the normalized ones.
+        by_normal = _twice(spread) * (slopes[2:] - _twice(atom_mean) * slopes[:2])
+        mine = torch.cat([nodes, products, slopes[:2].flatten(), by_normal.flatten()])
+        total = mine.clone()
+        sum_tensor(total, ctx.comm)
+        h = gradient.shape[1]
+        means = total[: 2 * h].view(2, h) / atom_count.clamp(min=1)
+        factor = atom_scale * spread
+
+        def by_edges(sums: Tensor) -> tuple[Tensor, Tensor]:
+            """Return the gradients by bias and weight of the edges' normalization."""
+            upward, plain, normal = sums[2 * h :].view(3, 2, 2 * h)
+            left = upward - _twice(means[0]) * plain - _twice(means[1]) * normal
+            bias, weight = _twice(factor) * left
+            return bias, weight * inverse
+
+        of_all = torch.stack(by_edges(total)) / edge_count.clamp(min=1)
+        shift = (scale * of_all[0]).to(dtype)
+        slant = (scale * inverse * of_all[1]).to(dtype)
+        upstream = gradient - torch.addcmul(
+            means[0].to(dtype), normal, means[1].to(dtype)
         )
+        own_gradient, other_gradient, table_gradient = _backward(
+            centred, other, ctx.table, plan, scale, edge_bias,
+            upstream.mul_(factor.to(dtype)), shift, slant,
+        )  # fmt: skip
         rows = plan.gaussians.shape[1]
         edge_gradient = table_gradient[rows : rows + plan.n_centers].T
+        bias_gradient, weight_gradient = by_edges(mine)
         return (
             torch.from_numpy(own_gradient),
             torch.from_numpy(other_gradient),
             torch.from_numpy(edge_gradient),
-            weight_gradient.to(centred.dtype),
-            bias_gradient,
+            weight_gradient.to(dtype),
+            bias_gradient.to(dtype),
+            nodes[h:].to(dtype),
+            nodes[:h].to(dtype),
             None,
             None,
         )
+
+
+def _total(sums: NDArray[np.float64], rows: int, comm: Communicator) -> Moments:
+    """Return the moments over all ranks from this rank's sums, of x and x²."""
+    message = torch.empty(sums.size + 1, dtype=torch.float64)
+    message[:-1] = torch.from_numpy(sums).flatten()
+    message[-1] = rows
+    sum_tensor(message, comm)
+    count = message[-1]
+    # In double precision, where the squares of floats are exact: a mean of 1e6
+    # standard deviations still leaves the variance four digits.
+    mean, squares = message[:-1].view(2, -1) / count.clamp(min=1)
+    return Moments(mean, (squares - mean * mean).clamp_(min=0.0), count)
+
+
+def _twice(vector: Tensor) -> Tensor:
+    """Return what belongs to atoms for gate and core."""
+    return torch.cat([vector, vector])
 
 
 def _moments(
@@ -267,6 +318,16 @@ def _moments(
     return np.asarray(sums.sum(axis=0))
 
 
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """What the second pass over the edges gives; see the kernel ``forward``."""
+
+    out: NDArray[Any]
+    slopes: NDArray[Any]
+    node_sums: NDArray[np.float64]
+    slope_sums: NDArray[np.float64]
+
+
 def _forward(
     centred: Tensor,
     other: Tensor,
@@ -276,7 +337,7 @@ def _forward(
     bias: Tensor,
     *,
     derive: bool,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> _Passed:
     """Return each atom's sum, and the sums of derivatives if they are wanted."""
     passes = _kernels().forward
     n_atoms, two = centred.shape
@@ -284,12 +345,34 @@ def _forward(
     out = np.empty((n_atoms, two // 2), dtype=table.dtype)
     slopes = np.empty((2, n_atoms if derive else 0, two), dtype=table.dtype)
     numbers = (_array(scale), _array(bias))
+    count = len(plan.pieces) - 1
+    node_sums, slope_sums = np.zeros((count, 2, two // 2)), np.zeros((count, 4, two))
 
     def run(piece: int) -> None:
-        passes(*_span(plan, piece), *edges, *numbers, out, slopes)
+        span, sums = _span(plan, piece), (node_sums[piece], slope_sums[piece])
+        passes(*span, *edges, *numbers, out, slopes, *sums)
 
-    _run_pieces(run, len(plan.pieces) - 1)
-    return out, slopes
+    _run_pieces(run, count)
+    return _Passed(out, slopes, node_sums.sum(axis=0), slope_sums.sum(axis=0))
+
+
+def _gradient_sums(
+    gradient: Tensor, normal: Tensor, slopes: NDArray[Any], plan: EdgePlan
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of the gradient and what it is multiplied by, flat."""
+    passes = _kernels().gradient_sums
+    arrays = (_array(gradient), _array(normal), slopes)
+    h, count = gradient.shape[1], len(plan.pieces) - 1
+    nodes, products = np.zeros((count, 2, h)), np.zeros((count, 2, 2 * h))
+
+    def run(piece: int) -> None:
+        passes(*_span(plan, piece), *arrays, nodes[piece], products[piece])
+
+    _run_pieces(run, count)
+    return (
+        torch.from_numpy(nodes.sum(axis=0)).flatten(),
+        torch.from_numpy(products.sum(axis=0)).flatten(),
+    )
 
 
 def _backward(

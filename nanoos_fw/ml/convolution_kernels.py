@@ -231,7 +231,21 @@ def moments(begin, end, own, other, table, starts, neighbors, first, g, sums):
 
 @_jit
 def forward(
-    begin, end, own, other, table, starts, neighbors, first, g, scale, bias, out, slopes
+    begin,
+    end,
+    own,
+    other,
+    table,
+    starts,
+    neighbors,
+    first,
+    g,
+    scale,
+    bias,
+    out,
+    slopes,
+    node_sums,
+    slope_sums,
 ):
     """Write the sum over the edges of each atom of sigmoid(gate) * softplus(core).
 
@@ -245,13 +259,21 @@ def forward(
         ``(n_atoms, h)``, written.
     slopes
         ``(2, n_atoms, 2 h)``, written: sums over the edges of the derivatives by gate
-        and core, and of the derivatives times z. Without rows they are not wanted.
+        and core, and of the derivatives times z. Without rows they are not wanted,
+        nor is what follows.
+    node_sums
+        ``(2, h) float64``, written: sums over these atoms of ``out`` and its square.
+    slope_sums
+        ``(4, 2 h) float64``, written: sums over these atoms of both ``slopes``, then
+        of both times ``out``.
     """
     h = out.shape[1]
     zero, one = own.dtype.type(0), own.dtype.type(1)
     z, total = np.empty(2 * h, own.dtype), np.empty(h, own.dtype)
     plain, times = np.empty(2 * h, own.dtype), np.empty(2 * h, own.dtype)
     derive = slopes.shape[1] > 0
+    node_sums[:] = 0.0
+    slope_sums[:] = 0.0
     for i in range(begin, end):
         total[:] = zero
         plain[:] = zero
@@ -288,6 +310,48 @@ def forward(
             for c in range(2 * h):
                 slopes[0, i, c] = plain[c]
                 slopes[1, i, c] = times[c]
+                slope_sums[0, c] += np.float64(plain[c])
+                slope_sums[1, c] += np.float64(times[c])
+            for c in range(h):
+                o = np.float64(total[c])
+                node_sums[0, c] += o
+                node_sums[1, c] += o * o
+                slope_sums[2, c] += o * np.float64(plain[c])
+                slope_sums[2, h + c] += o * np.float64(plain[h + c])
+                slope_sums[3, c] += o * np.float64(times[c])
+                slope_sums[3, h + c] += o * np.float64(times[h + c])
+
+
+@_jit
+def gradient_sums(begin, end, gradient, normal, slopes, node_sums, slope_sums):
+    """Write what normalization has to know of the gradient of some atoms.
+
+    Parameters
+    ----------
+    begin, end
+        The atoms.
+    gradient, normal
+        ``(n_atoms, h)``, by the normalized sums over edges, and those themselves
+        before weight and bias.
+    slopes
+        Of :func:`forward`.
+    node_sums
+        ``(2, h) float64``, written: sums of ``gradient``, and times ``normal``.
+    slope_sums
+        ``(2, 2 h) float64``, written: sums of ``gradient`` times both ``slopes``.
+    """
+    h = gradient.shape[1]
+    node_sums[:] = 0.0
+    slope_sums[:] = 0.0
+    for i in range(begin, end):
+        for c in range(h):
+            u = np.float64(gradient[i, c])
+            node_sums[0, c] += u
+            node_sums[1, c] += u * np.float64(normal[i, c])
+            slope_sums[0, c] += u * np.float64(slopes[0, i, c])
+            slope_sums[0, h + c] += u * np.float64(slopes[0, i, h + c])
+            slope_sums[1, c] += u * np.float64(slopes[1, i, c])
+            slope_sums[1, h + c] += u * np.float64(slopes[1, i, h + c])
 
 
 @_jit

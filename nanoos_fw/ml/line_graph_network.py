@@ -29,6 +29,7 @@ from nanoos_fw.ml.network import (
     GlobalBatchNorm,
     Network,
     TensorBatch,
+    normalize_together,
 )
 
 _SMALLEST_SUM = 1e-3  # of the gates of a node: fewer count as no message
@@ -63,8 +64,8 @@ class EdgeGatedConvolution(nn.Module):
         sums = torch.zeros_like(nodes).index_add(0, centre, messages)
         weights = torch.zeros_like(nodes).index_add(0, centre, gates)
         update = self.own(nodes) + sums / (weights + _SMALLEST_SUM)
-        nodes = nodes + functional.silu(self.node_norm(update))
-        return nodes, edges + functional.silu(self.edge_norm(z))
+        update, z = normalize_together((self.node_norm, update), (self.edge_norm, z))
+        return nodes + functional.silu(update), edges + functional.silu(z)
 
 
 class LineGraphNetwork(Network):

@@ -5,6 +5,7 @@ Method: T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -104,48 +105,95 @@ def _angles(batch: GraphBatch, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class _GlobalNormalization(torch.autograd.Function):
-    """Batch normalization whose moments run over the rows of all ranks.
+    """Batch normalizations whose moments run over the rows of all ranks.
 
     ``torch.nn.SyncBatchNorm`` refuses the CPU. Rows may be spread in any way, ranks
-    without rows included; every rank must take part in forward and backward.
+    without rows included; every rank must take part in forward and backward. What is
+    normalized together needs one message each way.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, comm: Communicator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        channels = x.shape[1]
-        sums = torch.empty(channels + 1, dtype=torch.float64, device=x.device)
-        sums[:channels] = x.sum(0)
-        sums[channels] = x.shape[0]
+    def forward(ctx: Any, comm: Communicator, *tensors: Tensor) -> tuple[Tensor, ...]:
+        triples = _grouped(tensors, 3)
+        centered, parts = [], []
+        for x, *_ in triples:
+            n = x.shape[0]
+            # Around this rank's mean, since E[x²] - E[x]² cancels in float32.
+            origin = x.sum(0) / max(n, 1)
+            rest = x - origin
+            first = rest.sum(0).double()
+            second = (rest * rest).sum(0).double()
+            shift = origin.double()
+            parts += [
+                first + n * shift,
+                second + shift * (2.0 * first + n * shift),
+                first.new_full((1,), n),
+            ]
+            centered.append((rest, shift))
+        sums = torch.cat(parts)
         sum_tensor(sums, comm)
-        count = sums[channels]
-        mean = sums[:channels] / count
-        # Around the mean, since E[x²] - E[x]² cancels in float32.
-        centered = x - mean.to(x.dtype)
-        squares = (centered * centered).sum(0).double()
-        sum_tensor(squares, comm)
-        variance = squares / count
-        inverse = torch.rsqrt(variance + EPSILON).to(x.dtype)
-        normal = centered.mul_(inverse)
-        ctx.save_for_backward(normal, weight, inverse)
-        ctx.comm, ctx.count = comm, count
-        ctx.mark_non_differentiable(mean, variance, count)
-        return torch.addcmul(bias, normal, weight), mean, variance, count
+        answers: list[Tensor] = []
+        moments: list[Tensor] = []
+        saved: list[Tensor] = []
+        totals = sums.split([len(part) for part in parts])
+        for place, (_, weight, bias) in enumerate(triples):
+            first, second, count = totals[3 * place : 3 * place + 3]
+            rest, shift = centered[place]
+            mean = first / count
+            variance = (second / count - mean * mean).clamp_(min=0.0)
+            inverse = torch.rsqrt(variance + EPSILON).to(rest.dtype)
+            normal = rest.sub_((mean - shift).to(rest.dtype)).mul_(inverse)
+            answers.append(torch.addcmul(bias, normal, weight))
+            moments += [mean, variance, count[0]]
+            saved += [normal, weight, inverse, count]
+        ctx.save_for_backward(*saved)
+        ctx.comm = comm
+        ctx.mark_non_differentiable(*moments)
+        return *answers, *moments
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        normal, weight, inverse = ctx.saved_tensors
-        gradient = gradients[0]
-        channels = gradient.shape[1]
-        bias_gradient = gradient.sum(0)
-        weight_gradient = (gradient * normal).sum(0)
-        sums = torch.cat([bias_gradient, weight_gradient]).double()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        quadruples = _grouped(ctx.saved_tensors, 4)
+        mine = []
+        for gradient, (normal, *_) in zip(gradients, quadruples, strict=False):
+            mine += [gradient.sum(0), (gradient * normal).sum(0)]
+        sums = torch.cat(mine).double()
         sum_tensor(sums, ctx.comm)
-        means = (sums / ctx.count).to(gradient.dtype)
-        scale = weight * inverse
-        x_gradient = scale * (gradient - means[:channels] - normal * means[channels:])
-        return x_gradient, weight_gradient, bias_gradient, None
+        totals = sums.split([len(part) for part in mine])
+        answers: list[Tensor | None] = [None]
+        for place, (normal, weight, inverse, count) in enumerate(quadruples):
+            gradient = gradients[place]
+            bias_gradient, weight_gradient = mine[2 * place : 2 * place + 2]
+            first, second = (
+                (total / count).to(gradient.dtype)
+                for total in totals[2 * place : 2 * place + 2]
+            )
+            x_gradient = weight * inverse * (gradient - first - normal * second)
+            answers += [x_gradient, weight_gradient, bias_gradient]
+        return tuple(answers)
+
+
+def normalize_together(*pairs: tuple[GlobalBatchNorm, Tensor]) -> list[Tensor]:
+    """Normalize several inputs, by one message over the ranks each way.
+
+    Parameters
+    ----------
+    pairs
+        Normalizations and what they normalize, ``(rows, channels)``; of the same
+        ranks.
+    """
+    comm = pairs[0][0].comm
+    if comm.size == 1 or not all(norm.training for norm, _ in pairs):
+        return [norm(x) for norm, x in pairs]
+    tensors = [t for norm, x in pairs for t in (x, norm.weight, norm.bias)]
+    found = cast(Any, _GlobalNormalization).apply(comm, *tensors)
+    for (norm, _), moments in zip(pairs, _grouped(found[len(pairs) :], 3), strict=True):
+        norm.update(*moments)
+    return list(found[: len(pairs)])
+
+
+def _grouped(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [tensors[i : i + size] for i in range(0, len(tensors), size)]
 
 
 class GlobalBatchNorm(nn.Module):
@@ -188,11 +236,7 @@ class GlobalBatchNorm(nn.Module):
                 _MOMENTUM,
                 EPSILON,
             )
-        normalize = cast(Any, _GlobalNormalization).apply
-        y: Tensor
-        y, mean, variance, count = normalize(x, self.weight, self.bias, self.comm)
-        self.update(mean, variance, count)
-        return y
+        return normalize_together((self, x))[0]
 
     @torch.no_grad()
     def update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -265,15 +309,14 @@ class GatedConvolution(nn.Module):
         own = self._product(self.centre, atoms)
         other = self._product(self.neighbor, atoms)
         if isinstance(edges, EdgePlan):
-            summed = self._compiled(own, other, edges)
-        else:
-            batch, gaussians = edges
-            z = self.edge(gaussians).to(atoms)
-            z = z + own.index_select(0, batch.centre)
-            z = z + other.index_select(0, batch.neighbor)
-            gate, core = self.edge_norm(z).chunk(2, dim=1)
-            messages = torch.sigmoid(gate) * functional.softplus(core)
-            summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
+            return functional.softplus(atoms + self._compiled(own, other, edges))
+        batch, gaussians = edges
+        z = self.edge(gaussians).to(atoms)
+        z = z + own.index_select(0, batch.centre)
+        z = z + other.index_select(0, batch.neighbor)
+        gate, core = self.edge_norm(z).chunk(2, dim=1)
+        messages = torch.sigmoid(gate) * functional.softplus(core)
+        summed = torch.zeros_like(atoms).index_add(0, batch.centre, messages)
         return functional.softplus(atoms + self.atom_norm(summed))
 
     def _product(self, layer: nn.Linear, atoms: Tensor) -> Tensor:
@@ -289,14 +332,17 @@ class GatedConvolution(nn.Module):
         weights = (norm.weight, norm.bias)
         if not self.training:
             moments = (norm.running_mean, norm.running_var)
-            return convolve_edges_fixed(
+            summed = convolve_edges_fixed(
                 own, other, self.edge.weight, plan, weights, moments
             )
-        summed, mean, variance, count = convolve_edges(
-            own, other, self.edge.weight, plan, weights, norm.comm
+            return cast(Tensor, self.atom_norm(summed))
+        atom_weights = (self.atom_norm.weight, self.atom_norm.bias)
+        normalized, of_edges, of_atoms = convolve_edges(
+            own, other, self.edge.weight, plan, weights, atom_weights, norm.comm
         )
-        norm.update(mean, variance, count)
-        return summed
+        norm.update(*vars(of_edges).values())
+        self.atom_norm.update(*vars(of_atoms).values())
+        return normalized
 
 
 class Network(nn.Module):
@@ -396,8 +442,12 @@ class CrystalGraphNetwork(Network):
         """Tell whether the compiled passes can give the gradients that are wanted.
 
         A convolution in evaluation has none, which does not matter below all that is
-        trained.
+        trained. Neither do they know of a convolution of which a part is frozen.
         """
+        for convolution in self.convolutions:
+            parts = (convolution, convolution.edge_norm, convolution.atom_norm)
+            if len({part.training for part in parts}) > 1:
+                return False
         if not torch.is_grad_enabled():
             return True
         frozen = not any(p.requires_grad for p in self.embedding.parameters())

@@ -100,6 +100,11 @@ def test_compiled_evaluation_equals_torch(dtype):
     torch.testing.assert_close(*answers, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def unit(channels, dtype=torch.float64):
+    """Weight and bias of a normalization that does nothing more."""
+    return torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+
+
 def plan_of(graphs, dtype=torch.float64, n_centers=41):
     batch = TensorBatch.from_batch(graphs.batch(np.arange(len(graphs))), dtype)
     return convolution.plan_edges(
@@ -124,10 +129,11 @@ def test_gradients_equal_differences():
         return made.requires_grad_()
 
     inputs = (random(n, 4), random(n, 4), random(4, 41), random(4), random(4))
+    inputs += (random(2), random(2))
 
-    def ours(own, other, edge, weight, bias):
+    def ours(own, other, edge, weight, bias, *of_atoms):
         return convolution.convolve_edges(
-            own, other, edge, plan, (weight, bias), Communicator()
+            own, other, edge, plan, (weight, bias), of_atoms, Communicator()
         )[0]
 
     assert torch.autograd.gradcheck(ours, inputs)
@@ -141,14 +147,17 @@ def test_moments_are_those_of_the_edges_far_from_zero():
     own = torch.randn(n, 6, generator=rng) + 3e3
     other = torch.randn(n, 6, generator=rng) - 1e2
     zero = torch.zeros(6, 41)
-    _, mean, variance, count = convolution.convolve_edges(
-        own, other, zero, plan, (torch.ones(6), torch.zeros(6)), Communicator()
-    )
+    _, found, of_atoms = convolution.convolve_edges(
+        own, other, zero, plan, unit(6, torch.float32), unit(3, torch.float32),
+        Communicator(),
+    )  # fmt: skip
     centre = np.repeat(np.arange(n), np.diff(plan.starts))
     z = (own[centre] + other[plan.neighbors]).double()
-    assert int(count) == len(z)
-    torch.testing.assert_close(mean, z.mean(0), rtol=1e-7, atol=0)
-    torch.testing.assert_close(variance, z.var(0, correction=0), rtol=1e-3, atol=0)
+    assert int(found.count) == len(z)
+    assert int(of_atoms.count) == n
+    torch.testing.assert_close(found.mean, z.mean(0), rtol=1e-7, atol=0)
+    variance = z.var(0, correction=0)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-3, atol=0)
 
 
 class Share(Communicator):
@@ -193,12 +202,11 @@ def test_threads_and_pieces_change_nothing_but_rounding():
     answers = []
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        answers.append(
-            convolution.convolve_edges(
-                own, own, own[:41].T.contiguous(), plan, (own[0], own[1]),
-                Communicator(),
-            )
+        summed, *moments = convolution.convolve_edges(
+            own, own, own[:41].T.contiguous(), plan, (own[0], own[1]), unit(4),
+            Communicator(),
         )  # fmt: skip
+        answers.append([summed, *(v for one in moments for v in vars(one).values())])
     torch.set_num_threads(threads)
     for other in answers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
@@ -213,32 +221,42 @@ def test_a_rank_without_edges_takes_part():
     rng = torch.Generator().manual_seed(4)
     own = torch.randn(len(plan.starts) - 1, 4, generator=rng, dtype=torch.float64)
     edge = torch.randn(4, 41, generator=rng, dtype=torch.float64)
-    norm = (torch.ones(4).double(), torch.zeros(4).double())
     alone = Record()
-    *_, mean, variance, count = convolution.convolve_edges(
-        own, own, edge, plan, norm, alone
+    _, *expected = convolution.convolve_edges(
+        own, own, edge, plan, unit(4), unit(2), alone
     )
     own_none = torch.zeros(len(none.starts) - 1, 4, dtype=torch.float64)
     own_none.requires_grad_()
-    summed, *moments = convolution.convolve_edges(
-        own_none, own_none, edge, none, norm, Share([alone.sums[0], np.ones(8)])
+    # Its atoms have no edges, so their sums are zero.
+    atoms = [2.0, 3.0, 5.0, 7.0, 11.0]
+    share = Share([alone.sums[0], np.array(atoms), np.ones(28)])
+    normalized, of_edges, of_atoms = convolution.convolve_edges(
+        own_none, own_none, edge, none, unit(4), unit(2), share
     )
-    assert torch.equal(summed, torch.zeros_like(summed))
-    for found, expected in zip(moments, (mean, variance, count), strict=True):
-        assert torch.equal(found, expected)
-    summed.sum().backward()
+    assert vars(of_edges).keys() == vars(expected[0]).keys()
+    for name, value in vars(expected[0]).items():
+        assert torch.equal(getattr(of_edges, name), value)
+    count = 11.0 + len(own_none)
+    mean = torch.tensor([2.0, 3.0]).double() / count
+    variance = torch.tensor([5.0, 7.0]).double() / count - mean**2
+    torch.testing.assert_close(of_atoms.mean, mean)
+    torch.testing.assert_close(of_atoms.variance, variance)
+    assert float(of_atoms.count) == count
+    zero = -mean / torch.sqrt(variance + convolution.EPSILON)
+    torch.testing.assert_close(normalized, zero.expand(len(own_none), 2))
+    normalized.sum().backward()
     assert torch.equal(own_none.grad, torch.zeros_like(own_none))
+    assert not share.sums
 
 
 def test_an_empty_batch_has_no_moments():
     none = plan_of(table(2, degrees=(0, 1)))
     own = torch.zeros(len(none.starts) - 1, 4, dtype=torch.float64)
-    unit = (torch.ones(4).double(), torch.zeros(4).double())
-    summed, mean, variance, count = convolution.convolve_edges(
-        own, own, torch.zeros(4, 41).double(), none, unit, Communicator()
+    summed, of_edges, of_atoms = convolution.convolve_edges(
+        own, own, torch.zeros(4, 41).double(), none, unit(4), unit(2), Communicator()
     )
-    assert float(count) == 0.0
-    for tensor in (summed, mean, variance):
+    assert float(of_edges.count) == 0.0
+    for tensor in (summed, *vars(of_edges).values(), *vars(of_atoms).values()):
         assert torch.isfinite(tensor).all()
 
 
@@ -248,8 +266,8 @@ def test_not_a_number_stays_visible():
     busiest = int(np.argmax(np.diff(plan.starts)))
     own[busiest, 1] = math.nan
     summed, *_ = convolution.convolve_edges(
-        own, torch.zeros_like(own), torch.zeros(4, 41), plan,
-        (torch.ones(4), torch.zeros(4)), Communicator(),
+        own, torch.zeros_like(own), torch.zeros(4, 41), plan, unit(4, torch.float32),
+        unit(2, torch.float32), Communicator(),
     )  # fmt: skip
     assert torch.isnan(summed[busiest]).any()
 

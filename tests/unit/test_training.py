@@ -397,19 +397,30 @@ def test_more_ranks_than_rows_leave_some_without():
 
 def test_global_normalization_equals_torch_and_its_gradients():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(9, 4, generator=generator, dtype=torch.float64) * 3 + 100
-    weight = torch.randn(4, generator=generator, dtype=torch.float64)
-    bias = torch.randn(4, generator=generator, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Two inputs, of other lengths and widths, in one message each way.
+    tensors = [random(9, 4) * 3 + 100, random(4), random(4)]
+    tensors += [random(6, 3) - 7, random(3), random(3)]
+    inputs = [t.requires_grad_() for t in tensors]
 
     def ours(*tensors):
-        return _GlobalNormalization.apply(*tensors, Communicator())[0]
+        comm = Record()
+        found = _GlobalNormalization.apply(comm, *tensors)[:2]
+        assert comm.calls == 1
+        return found
 
-    def theirs(x, weight, bias):
-        return functional.batch_norm(x, None, None, weight, bias, training=True)
+    def theirs(*tensors):
+        return tuple(
+            functional.batch_norm(x, None, None, weight, bias, training=True)
+            for x, weight, bias in (tensors[:3], tensors[3:])
+        )
 
-    torch.testing.assert_close(ours(*inputs), theirs(*inputs))
-    outward = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    outward = [random(9, 4), random(6, 3)]
+    for mine, reference in zip(ours(*inputs), theirs(*inputs), strict=True):
+        torch.testing.assert_close(mine, reference)
     for mine, reference in zip(
         torch.autograd.grad(ours(*inputs), inputs, outward),
         torch.autograd.grad(theirs(*inputs), inputs, outward),
@@ -419,10 +430,19 @@ def test_global_normalization_equals_torch_and_its_gradients():
     assert torch.autograd.gradcheck(ours, inputs)
 
 
+class Record(Communicator):
+    """One rank that counts its sums."""
+
+    calls = 0
+
+    def sum_in_place(self, array):
+        self.calls += 1
+
+
 def test_global_normalization_is_exact_far_from_zero():
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1)) + 1e4
     unit, zero = torch.ones(3), torch.zeros(3)
-    found = _GlobalNormalization.apply(x, unit, zero, Communicator())[0].double()
+    found = _GlobalNormalization.apply(Communicator(), x, unit, zero)[0].double()
     double = x.double()
     exact = (double - double.mean(0)) / double.std(0, correction=0)
     torch.testing.assert_close(found, exact, atol=2e-3, rtol=0)
