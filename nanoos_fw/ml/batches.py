@@ -195,6 +195,14 @@ class GraphTable:
         """Atoms of each graph, ``(n_graphs,) int64``."""
         return np.diff(self.atom_start)
 
+    def loads(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how much work some graphs are to a network, ``(n,) int64``.
+
+        Counted in edges; an atom takes as long as about two.
+        """
+        edges = self.edge_start[rows + 1] - self.edge_start[rows]
+        return edges + 2 * (self.atom_start[rows + 1] - self.atom_start[rows])
+
     def batch(self, rows: NDArray[np.int64] | Sequence[int]) -> GraphBatch:
         """Return some graphs as one batch, in the order of ``rows``."""
         wanted = np.asarray(rows, dtype=np.int64)

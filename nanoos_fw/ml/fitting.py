@@ -26,13 +26,13 @@ from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.gradients import FlatParameters
 from nanoos_fw.ml.network import (
     CountedDropout,
     GatedConvolution,
     TensorBatch,
     build_network,
 )
-from nanoos_fw.ml.process_groups import sum_tensor
 from nanoos_fw.parallel import Communicator
 
 if TYPE_CHECKING:
@@ -335,32 +335,15 @@ class Fit:
         return tensor.to(device, copy=True)
 
     def _flatten(self) -> None:
-        """Lay weights, gradients and running moments out in one buffer each.
-
-        One message then carries all gradients, and the optimizer makes one pass.
-        Weight matrices come first: they decay, biases and normalization do not.
-        """
-        parameters = sorted(
-            (p for p in self.network.parameters() if p.requires_grad),
-            key=lambda p: p.ndim < 2,
-        )
-        self._weights = torch.cat([p.detach().reshape(-1) for p in parameters])
+        """Lay weights, gradients and running moments out in one buffer each."""
         # Losses and errors travel with the gradients.
-        self._message = torch.zeros(
-            len(self._weights) + _N_SUMS, dtype=self.dtype, device=self.device
-        )
-        self._gradients = self._message[: len(self._weights)]
-        position = 0
-        for parameter in parameters:
-            span = slice(position, position + parameter.numel())
-            parameter.data = self._weights[span].view_as(parameter)
-            parameter.grad = self._gradients[span].view_as(parameter)
-            position = span.stop
-        n_decayed = sum(p.numel() for p in parameters if p.ndim >= 2)
+        self._flat = FlatParameters(self.network, _N_SUMS, self.comm)
+        self._weights = self._flat.weights
+        n_decayed = self._flat.n_decayed
         self._decayed = nn.Parameter(self._weights[:n_decayed])
         self._rest = nn.Parameter(self._weights[n_decayed:])
-        self._decayed.grad = self._gradients[:n_decayed]
-        self._rest.grad = self._gradients[n_decayed:]
+        self._decayed.grad = self._flat.gradients[:n_decayed]
+        self._rest.grad = self._flat.gradients[n_decayed:]
         norms = [
             (module, name)
             for module in self.network.modules()
@@ -382,10 +365,10 @@ class Fit:
         self, rows: NDArray[np.int64], number: int, rate: float
     ) -> tuple[float, ...]:
         """Make one step on a global batch; return its sums over all ranks."""
-        places = share(self.data.table.graph_sizes[rows], self.comm)
+        places = share(self.data.table.loads(rows), self.comm)
         mine = rows[places]
         self._draw_dropout(len(rows), places, number)
-        self._message.zero_()
+        self._flat.clear()
         with self._autocast():
             output = self.network(self._batch(mine))
         targets = self._targets[torch.from_numpy(mine)].to(self.device)
@@ -394,16 +377,16 @@ class Fit:
         with torch.no_grad():
             error = self._values(output.detach().to(self.dtype)) - targets
             sums = [loss.detach(), (error * error).sum(), error.abs().sum()]
-            self._message[-_N_SUMS:] = torch.stack(sums)
-        sum_tensor(self._message, self.comm)
+            self._flat.sums.copy_(torch.stack(sums))
+        self._flat.sum()
         if self.config.clip_norm is not None:
             # Of the sum over the ranks: alike on all of them, and on one.
-            norm = torch.linalg.vector_norm(self._gradients)
-            self._gradients.mul_((self.config.clip_norm / norm).clamp(max=1.0))
+            norm = torch.linalg.vector_norm(self._flat.gradients)
+            self._flat.gradients.mul_((self.config.clip_norm / norm).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return tuple(self._message[-_N_SUMS:].tolist())
+        return tuple(self._flat.sums.tolist())
 
     def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
         if self.classes:
@@ -506,15 +489,15 @@ class Fit:
 
 
 def share(sizes: NDArray[np.int64], comm: Communicator) -> NDArray[np.int64]:
-    """Return this rank's places in a batch, atoms spread as evenly as greed allows.
+    """Return this rank's places in a batch, work spread as evenly as greed allows.
 
-    The largest graphs are dealt first, each to the rank with the fewest atoms so
-    far; ranks may come out empty.
+    The largest graphs are dealt first, each to the rank with the least work so far;
+    ranks may come out empty.
 
     Parameters
     ----------
     sizes
-        ``(n,)``, atoms of each graph of the batch.
+        ``(n,)``, work of each graph of the batch.
     comm
         The ranks.
     """

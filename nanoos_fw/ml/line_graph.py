@@ -75,6 +75,21 @@ class LineGraphTable(GraphTable):
         plain = super().select(rows)
         return LineGraphTable(**vars(plain), angle_cutoff=self.angle_cutoff)
 
+    def loads(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how much work some graphs are to a network, ``(n,) int64``.
+
+        Counted in angles, each in both orders; an edge takes as long as about two.
+        """
+        loads = []
+        for row in rows:
+            edges = slice(self.edge_start[row], self.edge_start[row + 1])
+            atoms = slice(self.atom_start[row], self.atom_start[row + 1])
+            ends = np.cumsum(self.degrees[atoms].astype(np.int64))
+            short = np.cumsum(self.distances[edges] <= self.angle_cutoff)
+            counts = np.diff(np.append(0, short)[np.append(0, ends)])
+            loads.append((counts * (counts - 1)).sum() + 2 * len(short))
+        return np.array(loads, dtype=np.int64)
+
     @property
     def _vectors(self) -> NDArray[np.float32]:
         if self.vectors is None:

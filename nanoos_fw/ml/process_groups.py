@@ -9,6 +9,7 @@ the CPU go through MPI as they are, others by way of the host.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -50,6 +51,15 @@ class GroupCommunicator(Communicator):
         """Sum a tensor over the ranks, in place."""
         self._group.allreduce(tensor).wait()
 
+    def start_sum_tensor(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum a tensor over the ranks; see :func:`start_sum`."""
+        work = self._group.allreduce(tensor)
+
+        def finish() -> None:
+            work.wait()
+
+        return finish
+
     def close(self) -> None:
         """Leave the group; a rank that ends without this is noticed by the others."""
         shutdown = getattr(self._group, "shutdown", None)
@@ -67,6 +77,24 @@ def sum_tensor(tensor: Tensor, comm: Communicator) -> None:
         host = tensor.cpu()
         comm.sum_in_place(host.numpy())
         tensor.copy_(host)
+
+
+def start_sum(tensor: Tensor, comm: Communicator) -> Callable[[], object]:
+    """Begin to sum a contiguous tensor over the ranks, in place.
+
+    Returns
+    -------
+    callable
+        Waits for the sum; until then nobody may touch the tensor. All ranks must
+        begin and wait in the same order. Without a process group a sum of what is on
+        a GPU is over before it is begun.
+    """
+    if isinstance(comm, GroupCommunicator):
+        return comm.start_sum_tensor(tensor)
+    if tensor.device.type == "cpu":
+        return comm.start_sum_in_place(tensor.numpy())
+    sum_tensor(tensor, comm)
+    return lambda: None
 
 
 def choose_device(wanted: str, comm: Communicator) -> torch.device:

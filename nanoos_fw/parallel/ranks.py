@@ -62,6 +62,21 @@ class Communicator:
 
             self._comm.Allreduce(MPI.IN_PLACE, array, op=MPI.SUM)
 
+    def start_sum_in_place(self, array: NDArray[Any]) -> Callable[[], object]:
+        """Begin to sum a contiguous array (``MPI_Iallreduce``); the answer waits.
+
+        Nobody may touch the array until then. All ranks begin their sums in the same
+        order.
+        """
+        if self.size == 1:
+            return lambda: None
+        from mpi4py import MPI
+
+        wait: Callable[[], object] = self._comm.Iallreduce(
+            MPI.IN_PLACE, array, op=MPI.SUM
+        ).Wait
+        return wait
+
     def any(self, flag: bool) -> bool:
         """Return True on all ranks if the flag is True on at least one."""
         buffer = np.array([int(flag)], dtype=np.int64)

@@ -11,11 +11,16 @@ Four ways to make the same number of steps on the same global batches:
 - ``everything``: what a training does.
 
 ``everything`` against ``local moments`` is the cost of synchronized batch
-normalization. The share of communication is the time of the slowest rank inside
-``Communicator.sum_in_place``, which includes waiting for the others. Ways take turns,
-the time of a step is the median over the rounds of wall time over steps, between
-barriers. On a node whose cores do other work the numbers mean little: the load average
-goes with them.
+normalization.
+
+The time inside a sum is talking and waiting. The last rank to come waits for nobody:
+the shortest time of a sum over the ranks is what talking takes, and what the others
+spend beyond is waiting, for ranks whose share was more work or whose core did something
+else. Both are told: talking, and the waiting of a rank in the mean.
+
+Ways take turns, the time of a step is the median over the rounds of wall time over
+steps, between barriers. On a node whose cores do other work the numbers mean little:
+the load average goes with them.
 """
 
 from __future__ import annotations
@@ -28,11 +33,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,17 +67,41 @@ class Timed(Communicator):
 
     def __init__(self, comm: Communicator, *, silent: bool) -> None:
         super().__init__(comm.mpi)
-        self.silent, self.seconds, self.calls, self.bytes = silent, 0.0, 0, 0
+        self.silent = silent
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the sums so far."""
+        # Of each sum, or of each half where one was begun and waited for.
+        self.seconds: list[float] = []
+        self.calls, self.bytes = 0, 0
 
     def sum_in_place(self, array: NDArray[Any]) -> None:
         """Sum over the ranks, and count."""
         if self.silent:
             return
-        begin = time.perf_counter()
-        super().sum_in_place(array)
-        self.seconds += time.perf_counter() - begin
+        self._count(array)
+        self._timed(lambda: super(Timed, self).sum_in_place(array))
+
+    def start_sum_in_place(self, array: NDArray[Any]) -> Callable[[], object]:
+        """Begin to sum over the ranks, and count."""
+        if self.silent:
+            return lambda: None
+        self._count(array)
+        finish: Callable[[], object] = self._timed(
+            lambda: super(Timed, self).start_sum_in_place(array)
+        )
+        return lambda: self._timed(finish)
+
+    def _count(self, array: NDArray[Any]) -> None:
         self.calls += 1
         self.bytes += array.nbytes
+
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        answer = call()
+        self.seconds.append(time.perf_counter() - begin)
+        return answer
 
 
 @dataclass
@@ -79,7 +109,8 @@ class Measured:
     """What a way of stepping took: one entry per round, seconds per step."""
 
     step_s: list[float] = field(default_factory=list)
-    sum_s: list[float] = field(default_factory=list)
+    talk_s: list[float] = field(default_factory=list)
+    wait_s: list[float] = field(default_factory=list)
     calls: float = 0.0
     bytes: float = 0.0
 
@@ -117,8 +148,9 @@ def program(
         for way in order(turn):
             one = step_time(fits[way], talks[way], config["steps"], comm, turn, way)
             if turn:
-                measured[way].step_s.append(one.step_s[0])
-                measured[way].sum_s.append(one.sum_s[0])
+                measured[way].step_s += one.step_s
+                measured[way].talk_s += one.talk_s
+                measured[way].wait_s += one.wait_s
                 measured[way].calls, measured[way].bytes = one.calls, one.bytes
     return {
         "ways": {way: vars(found) for way, found in measured.items()},
@@ -140,18 +172,23 @@ def step_time(
     """Make some steps and return the seconds of one, those of the slowest rank."""
     batches = [rows for epoch in range(steps) for rows in fit.batches(epoch)][:steps]
     fit.network.train()
-    talk.seconds, talk.calls, talk.bytes = 0.0, 0, 0
+    talk.clear()
     comm.barrier()
     begin = time.perf_counter()
     if way != ALONE or comm.rank == 0:
         for number, rows in enumerate(batches):
             fit._step(rows, turn * steps + number, 1e-3)
-    own = (time.perf_counter() - begin, talk.seconds)
+    step_s = time.perf_counter() - begin
     wait_asleep(comm)
-    gathered = comm.gather(own)
-    slowest = comm.broadcast(gathered and [max(v) for v in zip(*gathered, strict=True)])
+    gathered = comm.broadcast(comm.gather((step_s, talk.seconds)))
+    slowest = max(step_s for step_s, _ in gathered)
+    talked = waited = 0.0
+    if talk.seconds:
+        sums = np.array([seconds for _, seconds in gathered])  # ranks, sums
+        talked = float(sums.min(axis=0).sum())
+        waited = float(sums.sum(axis=1).mean()) - talked
     return Measured(
-        [slowest[0] / steps], [slowest[1] / steps], talk.calls / steps,
+        [slowest / steps], [talked / steps], [waited / steps], talk.calls / steps,
         talk.bytes / steps,
     )  # fmt: skip
 
@@ -168,12 +205,13 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     median = {
         way: statistics.median(one["step_s"]) for way, one in found["ways"].items()
     }
-    shares = [
-        talked / whole
-        for talked, whole in zip(
-            found["ways"][FULL]["sum_s"], found["ways"][FULL]["step_s"], strict=True
+    full = found["ways"][FULL]
+    talked, waited = (
+        statistics.median(
+            part / whole for part, whole in zip(full[name], full["step_s"], strict=True)
         )
-    ]
+        for name in ("talk_s", "wait_s")
+    )
     normalization = [
         full / local - 1.0
         for full, local in zip(
@@ -185,7 +223,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "speedup": {way: median[ALONE] / median[way] for way in WAYS},
         "efficiency": median[ALONE] / median[FULL] / found["ranks"],
         "share_of_ceiling": median[SILENT] / median[FULL],
-        "communication_share": statistics.median(shares),
+        "talking_share": talked,
+        "waiting_share": waited,
         "synchronized_moments_cost": statistics.median(normalization),
     }
 
@@ -256,9 +295,10 @@ def print_table(answer: dict[str, Any]) -> None:
         print(f"{way:18} {1e3 * answer['step_s'][way]:9.2f} "
               f"{answer['speedup'][way]:9.2f} {one['calls']:10.0f} "
               f"{one['bytes'] / 1e3:9.1f}")  # fmt: skip
-    print(f"communication: {100 * answer['communication_share']:.1f} % of a step; "
-          f"synchronized moments: {100 * answer['synchronized_moments_cost']:+.1f} %; "
-          f"{100 * answer['share_of_ceiling']:.0f} % of the ceiling")  # fmt: skip
+    print(f"talking: {100 * answer['talking_share']:.2f} % of a step; waiting: "
+          f"{100 * answer['waiting_share']:.1f} %; synchronized moments: "
+          f"{100 * answer['synchronized_moments_cost']:+.1f} %; "
+          f"{100 * answer['share_of_ceiling']:.1f} % of the ceiling")  # fmt: skip
     if answer["load_average"][0] > answer["cores"]:
         print("the machine was busy: measure again when it is not")
 
