@@ -7,7 +7,9 @@ sum begins while it goes on to the layers before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +87,8 @@ class FlatParameters:
         stop, size = self.n_decayed, 0
         for parameter, end in reversed(list(zip(matrices, ends, strict=True))):
             number = len(self._parts)
-            parameter.register_post_accumulate_grad_hook(
-                lambda _, number=number: self._arrived(number)
-            )
+            listen: Any = parameter.register_post_accumulate_grad_hook
+            listen(functools.partial(self._arrived, number))
             start, size = end - parameter.numel(), size + 1
             enough = (stop - start) * self.weights.element_size() >= _BYTES_OF_A_MESSAGE
             if enough or start == 0:
@@ -96,7 +97,7 @@ class FlatParameters:
                 stop, size = start, 0
         self._missing = list(self._sizes)
 
-    def _arrived(self, number: int) -> None:
+    def _arrived(self, number: int, _: Tensor) -> None:
         """Begin the sums of the parts that are whole, in their order on all ranks."""
         self._missing[number] -= 1
         while (place := len(self._pending)) < len(self._parts):

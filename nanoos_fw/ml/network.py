@@ -135,7 +135,7 @@ class _GlobalNormalization(torch.autograd.Function):
         answers: list[Tensor] = []
         moments: list[Tensor] = []
         saved: list[Tensor] = []
-        totals = sums.split([len(part) for part in parts])
+        totals = torch.split(sums, [len(part) for part in parts])
         for place, (_, weight, bias) in enumerate(triples):
             first, second, count = totals[3 * place : 3 * place + 3]
             rest, shift = centered[place]
@@ -159,7 +159,7 @@ class _GlobalNormalization(torch.autograd.Function):
             mine += [gradient.sum(0), (gradient * normal).sum(0)]
         sums = torch.cat(mine).double()
         sum_tensor(sums, ctx.comm)
-        totals = sums.split([len(part) for part in mine])
+        totals = torch.split(sums, [len(part) for part in mine])
         answers: list[Tensor | None] = [None]
         for place, (normal, weight, inverse, count) in enumerate(quadruples):
             gradient = gradients[place]
@@ -445,8 +445,8 @@ class CrystalGraphNetwork(Network):
         trained. Neither do they know of a convolution of which a part is frozen.
         """
         for convolution in self.convolutions:
-            parts = (convolution, convolution.edge_norm, convolution.atom_norm)
-            if len({part.training for part in parts}) > 1:
+            norms = (m for m in convolution.modules() if isinstance(m, GlobalBatchNorm))
+            if any(norm.training != convolution.training for norm in norms):
                 return False
         if not torch.is_grad_enabled():
             return True

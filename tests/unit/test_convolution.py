@@ -100,6 +100,20 @@ def test_compiled_evaluation_equals_torch(dtype):
     torch.testing.assert_close(*answers, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("part", ["edge_norm", "atom_norm"])
+def test_the_moments_of_a_frozen_normalization_stand_still(part):
+    net = network(torch.float64)
+    batch = TensorBatch.from_batch(table().batch(np.arange(9)), torch.float64)
+    net.train()
+    norm = getattr(net.convolutions[0], part)
+    norm.eval()
+    net(batch).sum().backward()
+    assert float(norm.running_mean.abs().max()) == 0.0
+    for layer in net.convolutions:
+        for one in (layer.edge_norm, layer.atom_norm):
+            assert (float(one.running_mean.abs().max()) == 0.0) == (one is norm)
+
+
 def unit(channels, dtype=torch.float64):
     """Weight and bias of a normalization that does nothing more."""
     return torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
