@@ -1,4 +1,8 @@
-"""Compiled passes of the gated convolution in training; see :mod:`.convolution`.
+"""Compiled passes of the gated convolution, in training and for predictions.
+
+See :mod:`nanoos_fw.ml.convolution` and :mod:`nanoos_fw.ml.inference`. All are in one
+file: numba finds its machine code on disk by the file of the function that was called,
+and would not notice a change of what that calls in another file.
 
 The pre-activation of an edge from j to i is ``z = C_i + N_j + sum_k g_k W_k``: what
 atom i adds as the centre, what j adds as the neighbour, and the Gaussians of the
@@ -69,6 +73,12 @@ def _inner(function: _F) -> _F:
     return cast("_F", numba.njit(**_INNER)(function))
 
 
+def _inlined(function: _F) -> _F:
+    # Before types are known: calls that are left to the compiler of machine code keep
+    # loops from being vectorized where several numbers come back.
+    return cast("_F", numba.njit(inline="always")(function))
+
+
 @intrinsic
 def _power_of_two(typingctx, rounded):
     """Return 2**n of the float32 n + 1.5 * 2**23."""
@@ -121,6 +131,32 @@ def _log1p_overload(t):
         return t * ((((p * t + _L3) * t + _L2) * t + _L1) * t + _L0)
 
     return log1p
+
+
+@_inlined
+def _gated(x, y, zero, one):
+    """Return sigmoid(x), softplus(y), and the derivatives of their product."""
+    t, u = _decay(x), _decay(y)
+    soft = (y if y > zero else zero) + _log1p(u)
+    p, q = one + t, one + u
+    inverse = one / (p * q)
+    r = q * inverse
+    sigmoid = (one if x > zero else t) * r
+    by_gate = t * r * r * soft
+    by_core = sigmoid * ((one if y > zero else u) * (p * inverse))
+    return sigmoid, soft, by_gate, by_core
+
+
+@_inlined
+def _message(x, y, zero, one):
+    """Return sigmoid(x) softplus(y)."""
+    t = _decay(x)
+    return (one if x > zero else t) / (one + t) * _softplus(y, zero)
+
+
+@_inlined
+def _softplus(y, zero):
+    return (y if y > zero else zero) + _log1p(_decay(y))
 
 
 @_jit
@@ -284,21 +320,12 @@ def forward(
                 for c in range(h):
                     x = scale[c] * z[c] + bias[c]
                     y = scale[h + c] * z[h + c] + bias[h + c]
-                    t, u = _decay(x), _decay(y)
-                    soft = (y if y > zero else zero) + _log1p(u)
-                    total[c] += (one if x > zero else t) / (one + t) * soft
+                    total[c] += _message(x, y, zero, one)
                 continue
             for c in range(h):
                 x = scale[c] * z[c] + bias[c]
                 y = scale[h + c] * z[h + c] + bias[h + c]
-                t, u = _decay(x), _decay(y)
-                soft = (y if y > zero else zero) + _log1p(u)
-                p, q = one + t, one + u
-                inverse = one / (p * q)
-                r = q * inverse
-                sigmoid = (one if x > zero else t) * r
-                by_gate = t * r * r * soft
-                by_core = sigmoid * ((one if y > zero else u) * (p * inverse))
+                sigmoid, soft, by_gate, by_core = _gated(x, y, zero, one)
                 total[c] += sigmoid * soft
                 plain[c] += by_gate
                 plain[h + c] += by_core
@@ -404,14 +431,7 @@ def backward(
             for c in range(h):
                 x = scale[c] * z[c] + bias[c]
                 y = scale[h + c] * z[h + c] + bias[h + c]
-                t, u = _decay(x), _decay(y)
-                soft = (y if y > zero else zero) + _log1p(u)
-                p, q = one + t, one + u
-                inverse = one / (p * q)
-                r = q * inverse
-                sigmoid = (one if x > zero else t) * r
-                by_gate = t * r * r * soft
-                by_core = sigmoid * ((one if y > zero else u) * (p * inverse))
+                _, _, by_gate, by_core = _gated(x, y, zero, one)
                 up = upstream[i, c]
                 dx = scale[c] * (up * by_gate) - (shift[c] + slant[c] * z[c])
                 dy = scale[h + c] * (up * by_core) - (
@@ -429,3 +449,40 @@ def backward(
                     table_gradient[row + k, c] += value * z[c]
         for c in range(two):
             own_gradient[i, c] = total[c]
+
+
+@_jit
+def convolve(projected, edge_matrix, starts, neighbors, first, g, scale, shift, atoms):
+    """Do one gated convolution for predictions, in place in ``atoms``.
+
+    Parameters
+    ----------
+    projected
+        ``(n_atoms, 4 h)``: what each atom adds to its own edges as their centre (gate,
+        core), and as a neighbour (gate, core); normalization is folded in.
+    edge_matrix
+        ``(rows, 2 h)``, W with padding.
+    starts
+        ``(n_atoms + 1,)``, edges of each atom.
+    neighbors, first, g
+        Of the edges; see :func:`spread_gaussians`.
+    scale, shift
+        ``(h,)``, normalization of the sum.
+    atoms
+        ``(n_atoms, h)``.
+    """
+    n_atoms, h = atoms.shape
+    two = 2 * h
+    zero, one = _ZERO, _ONE
+    z, summed = np.empty(two, np.float32), np.empty(h, np.float32)
+    for i in range(n_atoms):
+        own = projected[i]
+        summed[:] = zero
+        for e in range(starts[i], starts[i + 1]):
+            other = projected[neighbors[e], two:]
+            _pre_activation(z, own, other, edge_matrix, first[e], g[e])
+            for c in range(h):
+                summed[c] += _message(z[c], z[h + c], zero, one)
+        for c in range(h):
+            x = atoms[i, c] + (summed[c] * scale[c] + shift[c])
+            atoms[i, c] = _softplus(x, zero)

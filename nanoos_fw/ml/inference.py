@@ -33,7 +33,7 @@ Engine = Literal["auto", "numba", "numpy"]
 _EPSILON = 1e-5  # of batch normalization
 _ATOMS_AT_ONCE = 2048  # their projections stay in the cache
 _EDGES_AT_ONCE = 8192  # of the numpy path, whose arrays hold all channels of an edge
-_KERNEL_ROWS = 8
+_KERNEL_ROWS = 9
 # Gaussians below exp(-16) = 1.1e-7 of the nearest are left out, in float32 only.
 _REACH = {np.dtype(np.float32): 4.0, np.dtype(np.float64): 6.5}
 
@@ -251,9 +251,9 @@ def _inner_layers(weights: Mapping[str, Any]) -> list[str]:
 def _import_kernels() -> ModuleType | None:
     if not is_compiled():
         return None
-    from nanoos_fw.ml import inference_kernels
+    from nanoos_fw.ml import convolution_kernels
 
-    return inference_kernels
+    return convolution_kernels
 
 
 def _kernels(engine: Engine, dtype: np.dtype[Any]) -> ModuleType | None:
@@ -368,7 +368,6 @@ def _expand(
         network.gaussian_step,
         network.gaussian_width,
         network.n_gaussians,
-        network.window,
         first,
         values,
     )

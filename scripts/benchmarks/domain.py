@@ -12,8 +12,10 @@ energy is known.
 
 Distances: ``descriptors``, which the models use (mean distance to the nearest training
 structures in composition and coordination), and beside it ``latent``, the Mahalanobis
-distance in the pooled vectors of all members, and ``either``; all with the same
-conformal threshold on the validation part.
+distance in the pooled vectors of all members, and ``either``: the larger of both, each
+over what a twentieth of the training part is beyond. All have a conformal threshold on
+the validation part, so that each flags at most a twentieth of structures like those of
+the training: a rule that flags more of the others is better, not only freer.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ from nanoos_fw.ml.metrics import element_fractions, fit_element_reference
 from nanoos_fw.ml.model_files import Architecture, atom_features
 from nanoos_fw.ml.network import Network, TensorBatch
 from nanoos_fw.ml.training import TrainingConfig
-from nanoos_fw.ml.uncertainty import conformal_quantile, fit_uncertainty
+from nanoos_fw.ml.uncertainty import (
+    conformal_quantile,
+    fit_uncertainty,
+    nearest_distance,
+)
 from nanoos_fw.parallel import Communicator
 from nanoos_fw.provenance import package_versions
 from nanoos_fw.structure_files import EntryFailure, read_structures
@@ -156,27 +162,28 @@ def judge(
     )
     vectors = np.concatenate(inner, axis=1)
     latent = mahalanobis(vectors[train])
-    limits = {
-        "descriptors": domain.card.domain_threshold,
-        "latent": conformal_quantile(np.sort(latent(vectors[val])), SHARE),
-    }
-    assert limits["latent"] is not None, "too few validation rows"
-    flags = {
-        "descriptors": domain.distance(table) > limits["descriptors"],
-        "latent": latent(vectors) > limits["latent"],
-    }
-    flags["either"] = flags["descriptors"] | flags["latent"]
-    moved = {
-        strain: {
-            "descriptors": domain.distance(strained[strain].select(test))
-            > limits["descriptors"],
-            "latent": latent(np.concatenate(strained_inner[strain], axis=1))
-            > limits["latent"],
-        }
-        for strain in strained
-    }
-    for found in moved.values():
-        found["either"] = found["descriptors"] | found["latent"]
+    within = nearest_distance(
+        domain.references, domain.references, domain.card.domain_neighbors,
+        skip_self=True,
+    )  # fmt: skip
+    usual = (np.quantile(within, SHARE), np.quantile(latent(vectors[train]), SHARE))
+
+    def distances(graphs: GraphTable, pooled: Floats) -> dict[str, Floats]:
+        both = {"descriptors": domain.distance(graphs), "latent": latent(pooled)}
+        ratios = [d / one for d, one in zip(both.values(), usual, strict=True)]
+        return {**both, "either": np.maximum(*ratios)}
+
+    whole = distances(table, vectors)
+    limits = {}
+    for kind, found in whole.items():
+        limit = conformal_quantile(np.sort(found[val]), SHARE)
+        assert limit is not None, "too few validation rows"
+        limits[kind] = limit
+    flags = {kind: found > limits[kind] for kind, found in whole.items()}
+    moved = {}
+    for strain, pooled in strained_inner.items():
+        there = distances(strained[strain].select(test), np.concatenate(pooled, axis=1))
+        moved[strain] = {kind: found > limits[kind] for kind, found in there.items()}
     seen = (fractions[train] > 0).any(axis=0)
     unseen = (fractions[:, ~seen] > 0).any(axis=1)
     rows = {"left_out": np.flatnonzero(out), "test": test}
