@@ -11,8 +11,10 @@ with the reason in ``spec.nanoos.parked``, and the loop goes on. What is wrong w
 
 from __future__ import annotations
 
+import functools
 import getpass
 import logging
+import math
 import re
 import shlex
 import time
@@ -23,9 +25,16 @@ from typing import Any
 
 from fireworks.queue.queue_adapter import QueueAdapterBase
 from fireworks.utilities.fw_serializers import serialize_fw
+from pymongo.errors import PyMongoError
 
 from nanoos_fw.errors import InputError, LaunchError, NanoOSError
-from nanoos_fw.slurm import SlurmRequest, batch_script, run_slurm, slurm_request
+from nanoos_fw.slurm import (
+    SlurmRequest,
+    batch_script,
+    run_slurm,
+    slurm_request,
+    walltime_seconds,
+)
 from nanoos_fw.stores.launches import PARKED as PARKED_KEY
 from nanoos_fw.stores.launches import SPEC_KEY
 
@@ -95,13 +104,35 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
     def get_script_str(self, launch_dir: str) -> str:
         """Return the batch script; of a refused firework a comment that says why."""
         try:
-            return batch_script(self.request, launch_dir)
+            return batch_script(self._sized(self.request), launch_dir)
         except InputError as error:
             if self._reserved() is None:
                 raise
             self._refused = error
             lines = str(error).replace("\n", " ")
             return f"#!/bin/bash\n# not submitted: {lines}\nexit 1\n"
+
+    def _sized(self, request: SlurmRequest) -> SlurmRequest:
+        """Ask for no more than a reserved firework can make use of.
+
+        What it needs was estimated when it was submitted (``operations.estimates``);
+        what somebody has written into its ``_queueadapter`` is left alone.
+        """
+        fw_id = self._reserved()
+        if fw_id is None:
+            return request
+        try:
+            firework = self._launchpad().fireworks.find_one(
+                {"fw_id": fw_id}, {f"spec.{SPEC_KEY}.needs": 1, "spec._queueadapter": 1}
+            )
+        except (NanoOSError, PyMongoError) as error:
+            logger.warning(
+                "firework %d is asked for as the file says: %s", fw_id, error
+            )
+            return request
+        spec = (firework or {}).get("spec") or {}
+        needs = (spec.get(SPEC_KEY) or {}).get("needs") or {}
+        return sized_request(request, needs, spec.get("_queueadapter") or {})
 
     def submit_to_queue(self, script_file: str) -> int | str:
         """Submit the script and return the job's number.
@@ -143,11 +174,9 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
 
     def _launchpad(self) -> Any:
         """Return the launchpad that the jobs use: the one qlaunch has reserved in."""
-        from nanoos_fw.stores.database import load_launchpad
-
         words = shlex.split(str(self.get("rocket_launch") or ""))
         named = "-l" in words[:-1]
-        return load_launchpad(Path(words[words.index("-l") + 1]) if named else None)
+        return _open_launchpad(Path(words[words.index("-l") + 1]) if named else None)
 
     def _park(self, error: NanoOSError) -> str:
         """Pause the firework with the reason, unless the fault is the file's."""
@@ -200,6 +229,47 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         if self.request.queue:
             command.append(f"--partition={self.request.queue}")
         return len(run_slurm(command).split())
+
+
+@functools.lru_cache(maxsize=4)  # one connection for all jobs of a qlaunch
+def _open_launchpad(path: Path | None) -> Any:
+    from nanoos_fw.stores.database import load_launchpad
+
+    return load_launchpad(path)
+
+
+def sized_request(
+    request: SlurmRequest, needs: Mapping[str, Any], own: Mapping[str, Any]
+) -> SlurmRequest:
+    """Return a request of no more walltime, tasks and nodes than a firework needs.
+
+    Parameters
+    ----------
+    request
+        Of the file and the firework's own fields.
+    needs
+        See ``operations.estimates``.
+    own
+        Fields that the firework has itself; they are not changed.
+    """
+    changes: dict[str, Any] = {}
+    enough = needs.get("walltime")
+    if enough is not None and own.get("walltime") is None:
+        least = walltime_seconds(request.time_min) if request.time_min else 0.0
+        had = walltime_seconds(request.walltime) if request.walltime else math.inf
+        if least <= walltime_seconds(enough) < had:
+            changes["walltime"] = enough
+    tasks = needs.get("ntasks")
+    fixed = {"nodes", "ntasks", "ntasks_per_node", "exclusive", "mem", "nodelist"}
+    if tasks is not None and tasks < request.tasks and not fixed & own.keys():
+        nodes = request.nodes or 1
+        on_each = request.ntasks_per_node or math.ceil(request.tasks / nodes)
+        changes["ntasks"] = tasks
+        if request.nodes is not None:
+            changes["nodes"] = math.ceil(tasks / on_each)
+        if request.ntasks_per_node is not None:
+            changes["ntasks_per_node"] = min(tasks, on_each)
+    return request.with_overrides(changes) if changes else request
 
 
 def _file_is_refused() -> bool:

@@ -123,6 +123,7 @@ def _create(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
     from nanoos_fw.errors import InputError
     from nanoos_fw.operations import prepare_launchpad
+    from nanoos_fw.operations.estimates import sized_plan
     from nanoos_fw.stores.campaigns import CampaignStore
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
@@ -143,6 +144,8 @@ def _create(arguments: argparse.Namespace) -> int:
                 f"set {given!r} has no structures",
                 advice=f"nanoos import FILES --set {given}",
             )
+    every = sorted({key for keys in found.values() for key in keys})
+    plan = sized_plan(database, plan, plan.model_fields_set, every)
     CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
     for name, keys in found.items():
         store.add_to_set(keys, name)

@@ -13,7 +13,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import LaunchError, MissingDependencyError
+from nanoos_fw.operations.estimates import NEEDS, set_needs
 from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.launches import SPEC_KEY
 
 if TYPE_CHECKING:
     from fireworks import Workflow
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BATCH = 500
+# Work that takes so long without a stop may not fit a partition: it is looked at.
+_LONG_S = 3600.0
 
 
 def submit_many(
@@ -71,6 +75,7 @@ def submit_many(
                 )
             }
         fresh = [w for key, w in keyed.items() if key not in there]
+        set_needs(launchpad.db, fresh)
         check_resources(fresh, limits)
         with store_errors("submit workflows"):
             _insert(launchpad, fresh)
@@ -173,16 +178,29 @@ def check_resources(workflows: Iterable[Workflow], limits: ClusterLimits) -> Non
     from nanoos_fw.slurm import check_request, slurm_request
 
     asked = {}  # thousands of fireworks may ask for the same
+    longest, name = _LONG_S, None
     for workflow in workflows:
         for firework in workflow.fws:
+            needs = (firework.spec.get(SPEC_KEY) or {}).get(NEEDS) or {}
+            if needs.get("minimum_s", 0.0) > longest:
+                longest, name = needs["minimum_s"], firework.name
             fields = firework.spec.get("_queueadapter")
             if fields:
                 where = f"_queueadapter of firework {firework.name!r}"
                 what = repr(sorted(fields.items()))
                 if what not in asked:
                     asked[what] = where, slurm_request(fields, where)
-    if not asked or limits.cluster is None:
+    if not (asked or name) or limits.cluster is None:
         return
+    most = max((p.max_time_s for p in limits.cluster.partitions if p.up), default=0.0)
+    if name and longest > most:
+        logger.warning(
+            "firework %r needs about %.1f h at once, and no partition gives more than "
+            "%.1f h; smaller chunks would do",
+            name,
+            longest / 3600,
+            most / 3600,
+        )
     up = ",".join(part.name for part in limits.cluster.partitions if part.up)
     for where, request in asked.values():
         anywhere = {"queue": request.queue or up or None}
