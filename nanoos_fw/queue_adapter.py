@@ -27,12 +27,20 @@ from fireworks.queue.queue_adapter import QueueAdapterBase
 from fireworks.utilities.fw_serializers import serialize_fw
 from pymongo.errors import PyMongoError
 
-from nanoos_fw.errors import InputError, LaunchError, NanoOSError
+from nanoos_fw.errors import (
+    InputError,
+    LaunchError,
+    MissingDependencyError,
+    NanoOSError,
+)
 from nanoos_fw.slurm import (
     SlurmRequest,
+    SubmitLimit,
     batch_script,
+    jobs_of,
     run_slurm,
     slurm_request,
+    submit_limits,
     walltime_seconds,
 )
 from nanoos_fw.stores.launches import PARKED as PARKED_KEY
@@ -44,6 +52,10 @@ _SUBMIT_TIMEOUT_S = 120.0
 _SUBMIT_WAITS_S = (2.0, 10.0, 30.0, 60.0, 120.0)
 # Longer than this no firework stays reserved without a job: reconcile would release it.
 _LONGEST_SUBMISSION_S = 600.0
+# A user's limit: how often room is looked for, and how long a reservation waits for it.
+_ROOM_POLL_S, _LONGEST_WAIT_S, _LIMITS_KEPT_S = 20.0, 300.0, 600.0
+# Of my_qadapter.yaml, not of the job: the most jobs of the user in its partition.
+MAX_JOBS = "max_jobs"
 # What qlaunch gets in place of a job's number, so that its loop goes on.
 PARKED, GIVEN_BACK = "parked", "given back"
 # Refusals that pass: the controller is busy, or one of the user's limits is reached.
@@ -91,7 +103,7 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         InputError
             If a field is unknown or has a bad value.
         """
-        given = {k: v for k, v in _fields(self).items() if v is not None}
+        given = {k: v for k, v in _request_fields(self).items() if v is not None}
         memory = [name for name in given if name in {"mem", "mem_per_cpu"}]
         # The one of a firework's _queueadapter comes after, and replaces, the file's.
         for name in memory[:-1]:
@@ -150,6 +162,9 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         if refused is not None:
             return self._park(refused)
         began = time.monotonic()
+        full = self._wait_for_room(began)
+        if full is not None:
+            return self._give_back(full)
         for wait_s in (*_SUBMIT_WAITS_S, None):
             try:
                 answer = run_slurm(
@@ -219,16 +234,68 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
 
     def get_njobs_in_queue(self, username: str | None = None) -> int:
         """Return the number of the user's jobs in the partition; tasks count."""
-        command = [
-            "squeue",
-            "--noheader",
-            "--array",
-            "--format=%A",
-            f"--user={username or getpass.getuser()}",
-        ]
-        if self.request.queue:
-            command.append(f"--partition={self.request.queue}")
-        return len(run_slurm(command).split())
+        return jobs_of(username or getpass.getuser(), self.request.queue)
+
+    def _wait_for_room(self, began: float) -> LaunchError | None:
+        """Wait while the user has as many jobs as may be; with a reservation, minutes.
+
+        The limit is ``max_jobs`` of the file, for its partition, and what SLURM
+        enforces. Without a limit nothing is asked but that, once in ten minutes.
+        """
+        while full := self._full():
+            late = time.monotonic() - began > _LONGEST_WAIT_S
+            if late and self._reserved() is not None:
+                return LaunchError(
+                    f"no room in the queue: {full}",
+                    advice="it is tried again later; max_jobs in my_qadapter.yaml, or "
+                    "the site, sets the limit",
+                )
+            logger.info("waiting for room in the queue: %s", full)
+            time.sleep(_ROOM_POLL_S)
+        return None
+
+    def _full(self) -> str:
+        """Return why no job can be submitted now; empty if one can."""
+        request, user = self.request, getpass.getuser()
+        limits = [*_known_limits(request.queue, request.account, request.qos, user)]
+        if self.get(MAX_JOBS) is not None:
+            most = _max_jobs(self[MAX_JOBS])
+            limits.append(SubmitLimit(most, request.queue, "my_qadapter.yaml"))
+        counts: dict[str | None, int] = {}
+        for limit in limits:
+            if limit.partition not in counts:
+                counts[limit.partition] = jobs_of(user, limit.partition)
+            if counts[limit.partition] >= limit.jobs:
+                return (
+                    f"{counts[limit.partition]} of {limit.jobs} jobs ({limit.source})"
+                )
+        return ""
+
+
+def _max_jobs(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"max_jobs must be a number from 1, not {value!r}")
+    return value
+
+
+_asked: dict[tuple[str | None, ...], tuple[float, list[SubmitLimit]]] = {}
+
+
+def _known_limits(
+    queue: str | None, account: str | None, qos: str | None, user: str
+) -> list[SubmitLimit]:
+    """Return what SLURM enforces, asked not too often; nothing if it does not say."""
+    key = (queue, account, qos, user)
+    if key not in _asked or time.monotonic() - _asked[key][0] > _LIMITS_KEPT_S:
+        fields = {"queue": queue, "account": account, "qos": qos}
+        try:
+            request = slurm_request({k: v for k, v in fields.items() if v})
+            limits = submit_limits(request, user)
+        except (LaunchError, MissingDependencyError) as error:
+            logger.warning("limits of the queue are not known: %s", error)
+            limits = []
+        _asked[key] = time.monotonic(), limits
+    return _asked[key][1]
 
 
 @functools.lru_cache(maxsize=4)  # one connection for all jobs of a qlaunch
@@ -294,3 +361,7 @@ def _fields(m_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v for k, v in m_dict.items() if not k.startswith("_fw_") and k != "logdir"
     }
+
+
+def _request_fields(m_dict: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in _fields(m_dict).items() if k != MAX_JOBS}

@@ -26,6 +26,7 @@ from nanoos_fw.slurm.jobs import (
     parse_scontrol_jobs,
     queued_jobs,
 )
+from nanoos_fw.slurm.limits import SubmitLimit, jobs_of, submit_limits
 from nanoos_fw.slurm.request import (
     SlurmRequest,
     batch_script,
@@ -41,12 +42,14 @@ __all__ = [
     "Partition",
     "QueuedJob",
     "SlurmRequest",
+    "SubmitLimit",
     "allocation_deadline",
     "allocation_times",
     "batch_script",
     "check_request",
     "ended_jobs",
     "has_accounting",
+    "jobs_of",
     "memory_mib",
     "parse_cluster",
     "parse_sacct",
@@ -57,5 +60,6 @@ __all__ = [
     "run_slurm",
     "slurm_request",
     "slurm_time",
+    "submit_limits",
     "walltime_seconds",
 ]

@@ -204,6 +204,7 @@ def test_what_passes_is_waited_for_and_what_does_not_is_told(
 
     waits: list[float] = []
     monkeypatch.setattr(queue_adapter, "run_slurm", run_slurm)
+    monkeypatch.setattr(queue_adapter, "submit_limits", lambda *_: [])
     monkeypatch.setattr(queue_adapter.time, "sleep", waits.append)
     adapter = SlurmAdapter({})
     assert adapter.submit_to_queue("FW_submit.script") == 4711
@@ -231,6 +232,7 @@ def test_a_reserved_firework_is_given_back_while_slurm_takes_no_job(
 
     waits: list[float] = []
     monkeypatch.setattr(queue_adapter, "run_slurm", run_slurm)
+    monkeypatch.setattr(queue_adapter, "submit_limits", lambda *_: [])
     monkeypatch.setattr(queue_adapter.time, "sleep", waits.append)
     monkeypatch.setattr(SlurmAdapter, "_launchpad", lambda _self: Launchpad())
     adapter = SlurmAdapter({"rocket_launch": "rlaunch singleshot --fw_id 7"})

@@ -12,6 +12,7 @@ import pytest
 from fireworks import Firework, PyTask
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.operations import slots
 from nanoos_fw.operations.slots import Slot, SlotConfig, fitting_query
 from nanoos_fw.operations.workers import (
     Share,
@@ -131,6 +132,39 @@ def test_a_slot_runs_what_fits_then_idles_and_leaves_the_rest(
     assert list(tmp_path.glob("launcher_*")) == []
 
 
+def test_a_slot_sorts_once_for_many_and_keeps_to_the_priorities(
+    launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two at a time; another worker takes one of them in between."""
+    for number in range(5):
+        spec = {"_priority": number}
+        launchpad.add_wf(Firework([task()], spec=spec, name=f"p{number}"))
+    monkeypatch.setattr(slots, "_CANDIDATES", 2)
+    asked: list[list[int]] = []
+    ask = Slot._candidates
+
+    def candidates(self: Slot, query: Any) -> list[int]:
+        before = self._known[1]
+        found = ask(self, query)
+        if found is not before:
+            asked.append(list(found))
+            if len(asked) == 2:  # just then another takes the first of them
+                launchpad.fireworks.update_one(
+                    {"fw_id": found[0]}, {"$set": {"state": "RUNNING"}}
+                )
+        return found
+
+    monkeypatch.setattr(Slot, "_candidates", candidates)
+    reason, events, _ = run_slot(launchpad, tmp_path, None)
+
+    ended = [e["name"] for e in events if e["event"] == "ended"]
+    assert ended == ["p4", "p3", "p1", "p0"]
+    assert reason == "idle"
+    ids = {d["fw_id"]: d["name"] for d in launchpad.fireworks.find()}
+    names = [[ids[n] for n in part] for part in asked if part]
+    assert names == [["p4", "p3"], ["p2", "p1"], ["p0"]]
+
+
 @pytest.mark.parametrize("why", ["time", "drain", "signal"])
 def test_a_slot_that_has_to_stop_takes_nothing(
     launchpad: Any, tmp_path: Path, why: str
@@ -184,9 +218,9 @@ def test_an_allocation_is_divided_without_overlap() -> None:
     unbound = shares(2, in_job, range(64))
     assert [len(s.cpus) for s in unbound] == [4, 4]
     assert not any(s.bound for s in unbound)
-    for slots in (0, 9):
+    for number in (0, 9):
         with pytest.raises(InputError, match="processors"):
-            shares(slots, in_job, range(8))
+            shares(number, in_job, range(8))
 
 
 def test_the_environment_of_a_slot() -> None:
