@@ -73,7 +73,10 @@ _PASSING = (
 
 
 class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
-    """Submit to SLURM. The keys are the fields of ``slurm.SlurmRequest``."""
+    """Submit to SLURM. The keys are the fields of ``slurm.SlurmRequest``.
+
+    And ``max_jobs``: the most jobs that the user may have in the partition.
+    """
 
     _fw_name = "{{nanoos_fw.queue_adapter.SlurmAdapter}}"
     template_file = "slurm/job.sh of nanoos_fw"
@@ -103,6 +106,8 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         InputError
             If a field is unknown or has a bad value.
         """
+        if self.get(MAX_JOBS) is not None:
+            _max_jobs(self[MAX_JOBS])
         given = {k: v for k, v in _request_fields(self).items() if v is not None}
         memory = [name for name in given if name in {"mem", "mem_per_cpu"}]
         # The one of a firework's _queueadapter comes after, and replaces, the file's.

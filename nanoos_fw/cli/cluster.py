@@ -73,6 +73,13 @@ def add_commands(commands: Any) -> None:
         metavar="LINE",
         help="line of shell that jobs run first; may be given several times",
     )
+    init.add_argument(
+        "--max-jobs",
+        type=int,
+        metavar="N",
+        help="the most jobs of yours that qlaunch puts into a partition (default: what "
+        "SLURM's accounting allows you)",
+    )
     init.add_argument("--mpi-launcher", help="see NANO_OS_MPI_LAUNCHER")
     init.add_argument("--work-dir", type=Path, help="see NANO_OS_WORK_DIR")
     init.add_argument(
@@ -115,6 +122,8 @@ def _init(arguments: argparse.Namespace) -> int:
     from nanoos_fw.slurm import read_cluster
     from nanoos_fw.stores.database import load_launchpad, open_database
 
+    if arguments.max_jobs is not None and arguments.max_jobs < 1:
+        raise InputError(f"--max-jobs must be at least 1, not {arguments.max_jobs}")
     folder = arguments.dir.resolve()
     existing = arguments.launchpad or folder / LAUNCHPAD_FILE
     if arguments.mongodb:
@@ -141,6 +150,7 @@ def _init(arguments: argparse.Namespace) -> int:
             pre_rocket=tuple(arguments.pre_rocket),
             mpi_launcher=arguments.mpi_launcher,
             work_dir=arguments.work_dir.resolve() if arguments.work_dir else None,
+            max_jobs=arguments.max_jobs,
         ),
         force=arguments.force,
     )

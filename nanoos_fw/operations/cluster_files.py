@@ -44,6 +44,7 @@ CATEGORIES = ("prep", "train", "infer", "md")
 _WALLTIME_H = {"prep": 4, "train": 24, "infer": 4, "md": 24}
 _MAX_RANKS = {"train": 4, "md": 4}
 _MAX_THREADS = 4
+MAX_JOBS = "max_jobs"  # for the queue adapter, not for SLURM
 LAUNCHPAD_FILE, FWORKER_FILE = "my_launchpad.yaml", "my_fworker.yaml"
 QADAPTER_FILE, CONFIG_FILE = "my_qadapter.yaml", "FW_config.yaml"
 WORK_SCRIPT, GPU_WORK_SCRIPT, WORK_DIR = "work.sh", "work-gpu.sh", "work"
@@ -68,6 +69,8 @@ class ClusterChoices:
         Further lines of shell before the work.
     mpi_launcher
         See the setting of this name.
+    max_jobs
+        The most jobs of the user in a partition, as qlaunch counts them.
     """
 
     partition: str | None = None
@@ -79,6 +82,7 @@ class ClusterChoices:
     pre_rocket: tuple[str, ...] = ()
     mpi_launcher: str | None = None
     work_dir: Path | None = None
+    max_jobs: int | None = None
 
 
 @dataclass
@@ -143,8 +147,9 @@ def default_request(
             f"partition {partition.name!r} has no nodes",
             advice="choose another one with --partition",
         )
-    cpus = min(node.cpus for node in partition.nodes)
-    share = min(node.memory_mib // node.cpus for node in partition.nodes)
+    cpus = min(node.cpus for node in partition.usable)
+    # A node without a configured memory has 1 MiB: what jobs get is not limited by it.
+    share = min(node.memory_mib // node.cpus for node in partition.usable)
     hours = min(_WALLTIME_H[category] * 3600.0, partition.max_time_s)
     request: dict[str, Any] = {
         "queue": partition.name,
@@ -153,7 +158,7 @@ def default_request(
         "nodes": 1,
         "ntasks": min(cpus, _MAX_RANKS.get(category, 1)),
         "cpus_per_task": min(cpus, _MAX_THREADS) if category == "infer" else 1,
-        "mem_per_cpu": f"{share}M",
+        "mem_per_cpu": f"{share}M" if share > 1 else None,
         "gpus_per_node": 1 if on_gpu else None,
         "walltime": _walltime(hours),
         "requeue": False,
@@ -211,6 +216,8 @@ def write_cluster_files(
             cluster,
             f"category {category!r}",
         )
+        if choices.max_jobs is not None:
+            request = {**request, MAX_JOBS: choices.max_jobs}
         texts[place / QADAPTER_FILE] = render_template(
             "config/my_qadapter.yaml",
             fields="\n".join(f"{k}: {json.dumps(v)}" for k, v in request.items()),
@@ -233,10 +240,10 @@ def _work_script(
     """Return the batch script of an array of packed workers, each with a whole node."""
     request = default_request(categories[0], cluster, choices)
     partition = cluster.partition(request["queue"])
-    cpus = min(node.cpus for node in partition.nodes)
+    cpus = min(node.cpus for node in partition.usable)
     gpus = None
     if categories[0] in choices.gpu:
-        gpus = min(node.gpus for node in partition.nodes) or 1
+        gpus = min(node.gpus for node in partition.usable) or 1
     # As many slots as fit with the ranks that a job of its own would have.
     slots = gpus or max(1, cpus // max(_MAX_RANKS.values()))
     request |= {

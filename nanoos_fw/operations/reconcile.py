@@ -42,6 +42,7 @@ UNNUMBERED_EXPIRES = timedelta(minutes=15)
 LOCK_EXPIRES = timedelta(minutes=10)
 # Jobs of one firework that ended before it began, after which it is paused.
 MAX_UNSTARTED = 3
+_UNSTARTED = f"spec.{SPEC_KEY}.unstarted"
 _OWN_FAULTS = frozenset({"code", "oom", "timeout", "completed"})
 # Clocks of nodes, and SLURM's full seconds.
 _CLOCK_DIFFERENCE_S = 60.0
@@ -65,6 +66,8 @@ class OpenLaunch:
         Last sign of life: heartbeat of the task or of FireWorks.
     death
         How its process ended, if the worker that had started it saw that.
+    unstarted
+        How many jobs of its firework have ended before it began.
     """
 
     launch_id: int
@@ -77,6 +80,7 @@ class OpenLaunch:
     since: datetime
     seen: datetime
     death: str | None = None
+    unstarted: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ def open_launches(database: Any) -> tuple[list[OpenLaunch], list[int]]:
         fireworks = list(
             database["fireworks"].find(
                 {"state": {"$in": ["RUNNING", "RESERVED"]}},
-                {"fw_id": 1, "name": 1, "launches": 1, "state": 1},
+                {"fw_id": 1, "name": 1, "launches": 1, "state": 1, _UNSTARTED: 1},
             )
         )
         ids = [fw["launches"][-1] for fw in fireworks if fw.get("launches")]
@@ -296,7 +300,13 @@ def _open_launch(
         since=utc(last["created_on"]),
         seen=max(seen, place.beat) if place else seen,
         death=place.death if place else None,
+        unstarted=_unstarted(firework),
     )
+
+
+def _unstarted(firework: Mapping[str, Any]) -> int:
+    nanoos = (firework.get("spec") or {}).get(SPEC_KEY) or {}
+    return int(nanoos.get("unstarted", 0))
 
 
 def reconcile(
@@ -394,20 +404,17 @@ def _release(
         if not dry_run:
             _fizzle(launchpad, verdict)
         return
-    key = f"spec.{SPEC_KEY}.unstarted"
+    own_fault = verdict.cause in _OWN_FAULTS
+    pause = own_fault and launch.unstarted + 1 >= MAX_UNSTARTED
+    (report.paused if pause else report.unreserved).append(verdict)
+    if dry_run:
+        return
     with store_errors("release a reservation"):
-        firework = launchpad.fireworks.find_one({"fw_id": launch.fw_id}, {key: 1})
-        before = ((firework or {}).get("spec", {}).get(SPEC_KEY) or {}).get(
-            "unstarted", 0
-        )
-        own_fault = verdict.cause in _OWN_FAULTS
-        pause = own_fault and before + 1 >= MAX_UNSTARTED
-        (report.paused if pause else report.unreserved).append(verdict)
-        if dry_run:
-            return
         launchpad.cancel_reservation(launch.launch_id)
         if own_fault:
-            launchpad.fireworks.update_one({"fw_id": launch.fw_id}, {"$inc": {key: 1}})
+            launchpad.fireworks.update_one(
+                {"fw_id": launch.fw_id}, {"$inc": {_UNSTARTED: 1}}
+            )
         if pause:
             launchpad.pause_fw(launch.fw_id)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.slurm.commands import run_slurm
@@ -13,13 +14,20 @@ from nanoos_fw.slurm.request import SlurmRequest, memory_mib, walltime_seconds
 
 @dataclass(frozen=True)
 class Node:
-    """A node as ``sinfo`` describes it; ``memory_mib`` is what jobs may ask for."""
+    """A node as ``sinfo`` describes it, and as a partition lets jobs use it.
+
+    ``memory_mib`` is what jobs may ask for; 1 where the site has not configured it.
+    """
 
     name: str
     cpus: int
     memory_mib: int
     gpus: int
     state: str
+
+
+# States of nodes that do not take jobs, perhaps for good.
+_AWAY = ("down", "drain", "fail", "maint", "powered_down", "unknown", "future")
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,12 @@ class Partition:
     max_time_s: float
     max_nodes: float
     nodes: tuple[Node, ...]
+
+    @property
+    def usable(self) -> tuple[Node, ...]:
+        """Nodes that take jobs; all of them if none does at the moment."""
+        found = tuple(n for n in self.nodes if not n.state.lower().startswith(_AWAY))
+        return found or self.nodes
 
     @property
     def cpus(self) -> int:
@@ -119,7 +133,7 @@ def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
                 up=fields.get("State", "UP") == "UP",
                 max_time_s=walltime_seconds(fields.get("MaxTime", "UNLIMITED")),
                 max_nodes=_limit(fields.get("MaxNodes", "UNLIMITED")),
-                nodes=tuple(by_partition.get(name, ())),
+                nodes=tuple(_as_allowed(n, fields) for n in by_partition.get(name, ())),
             )
         )
     return Cluster(
@@ -129,6 +143,19 @@ def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
         accounting=settings.get("AccountingStorageType", "").strip()
         not in {"", "accounting_storage/none", "(null)"},
         partitions=tuple(found),
+    )
+
+
+def _as_allowed(node: Node, fields: Mapping[str, str]) -> Node:
+    """Return a node with what the partition gives of it to a job."""
+    cpus, memory = (
+        _limit(fields.get(name, "UNLIMITED"))
+        for name in ("MaxCPUsPerNode", "MaxMemPerNode")
+    )
+    return replace(
+        node,
+        cpus=int(min(node.cpus, cpus or math.inf)),
+        memory_mib=int(min(node.memory_mib, memory or math.inf)),
     )
 
 

@@ -45,8 +45,39 @@ def write(folder: Path, cluster: Cluster = CLUSTER, **choices: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    ("limits", "nodes", "expected", "worker"),
+    [
+        # One that is down, and tiny, is not what jobs have to fit.
+        ("", "a|n1|16|64000|(null)|idle\na|n2|1|1|(null)|down*\n", (4, "4000M"), 16),
+        ("", "a|n1|16|64000|(null)|drained\n", (4, "4000M"), 16),
+        ("MaxCPUsPerNode=2 MaxMemPerNode=6000",
+         "a|n1|16|64000|(null)|mixed\n", (2, "3000M"), 2),
+        # Sites that do not share memory out leave it at SLURM's default of 1.
+        ("", "a|n1|16|1|(null)|idle\n", (4, None), 16),
+        ("MaxCPUsPerNode=UNLIMITED MaxMemPerNode=UNLIMITED",
+         "a|n1|64|64000|(null)|idle\na|n2|8|512000|(null)|mixed\n", (4, "1000M"), 8),
+    ],
+)  # fmt: skip
+def test_files_for_odd_clusters(
+    tmp_path: Path, limits: str, nodes: str, expected: Any, worker: int
+) -> None:
+    partition = f"PartitionName=a Default=YES MaxTime=1-00:00:00 State=UP {limits}\n"
+    write(tmp_path, parse_cluster(partition, nodes, "ClusterName = odd\n"))
+    fields = load_yaml(tmp_path / "md" / "my_qadapter.yaml")
+    assert (fields["ntasks"], fields.get("mem_per_cpu")) == expected
+    script = (tmp_path / "work.sh").read_text()
+    assert f"#SBATCH --ntasks={worker}\n" in script
+
+
 def test_fireworks_loads_the_files_it_is_given(tmp_path: Path) -> None:
-    write(tmp_path, account="mat-42", modules=("mpi/4 (new)",), gpu=("train",))
+    write(
+        tmp_path,
+        account="mat-42",
+        modules=("mpi/4 (new)",),
+        gpu=("train",),
+        max_jobs=40,
+    )
 
     for category in CATEGORIES:
         fworker = FWorker.from_file(str(tmp_path / category / "my_fworker.yaml"))
@@ -54,10 +85,12 @@ def test_fireworks_loads_the_files_it_is_given(tmp_path: Path) -> None:
         adapter = load_object_from_file(str(tmp_path / category / "my_qadapter.yaml"))
         assert type(adapter) is SlurmAdapter
         assert adapter["account"] == "mat-42"
+        assert adapter["max_jobs"] == 40
         assert "singleshot" in adapter["rocket_launch"]
         check_request(adapter.request, CLUSTER, category)
         script = adapter.get_script_str(str(tmp_path / "launcher_1"))
         assert "module load 'mpi/4 (new)'\n" in script
+        assert "max_jobs" not in script
         config = load_yaml(tmp_path / category / "FW_config.yaml")
         for key in ("LAUNCHPAD_LOC", "FWORKER_LOC", "QUEUEADAPTER_LOC"):
             assert Path(config[key]).is_file()
