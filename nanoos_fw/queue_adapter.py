@@ -247,6 +247,7 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         The limit is ``max_jobs`` of the file, for its partition, and what SLURM
         enforces. Without a limit nothing is asked but that, once in ten minutes.
         """
+        said = ""
         while full := self._full():
             late = time.monotonic() - began > _LONGEST_WAIT_S
             if late and self._reserved() is not None:
@@ -255,7 +256,9 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
                     advice="it is tried again later; max_jobs in my_qadapter.yaml, or "
                     "the site, sets the limit",
                 )
-            logger.info("waiting for room in the queue: %s", full)
+            if full != said:  # a loop that says nothing looks as if it hung
+                logger.warning("waiting for room in the queue: %s", full)
+            said = full
             time.sleep(_ROOM_POLL_S)
         return None
 
