@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from pathlib import Path
 from typing import Any
-
-from fireworks.core.firework import FiretaskBase
 
 from nanoos_fw.firetasks.labelling import LabelTask
 
@@ -22,23 +17,12 @@ def label_of(structure: Any) -> float:
 
 
 class ToyLabelTask(LabelTask):
-    """Labels by ``label_of``; options: elements to fail on, a file that kills once."""
+    """Labels by ``label_of``; option ``fail``: letters of formulas to fail on."""
 
     _fw_name = "{{active_labels.ToyLabelTask}}"
 
     def label(self, key: str, stored: Any, place: Any) -> float:
         options = self.parameters.options
-        calls = options.get("calls")
-        if calls:
-            with Path(calls).open("a") as log:
-                log.write(f"{key}\n")
-        fatal = options.get("kill")
-        if fatal and Path(fatal).exists():
-            left = int(Path(fatal).read_text()) - 1
-            Path(fatal).write_text(str(left))
-            if left == 0:
-                Path(fatal).unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
         if set(options.get("fail", ())) & set(stored.formula):
             raise ValueError(f"cannot label {stored.formula}")
         return label_of(stored.structure)
@@ -54,9 +38,3 @@ class NoTask:
     @classmethod
     def from_dict(cls, _values: Any) -> NoTask:
         return cls()
-
-
-class Plain(FiretaskBase):
-    """A firetask that keeps the contract without the base class."""
-
-    _fw_name = "{{active_labels.Plain}}"
