@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli.common import (
     add_json,
-    add_launchpad,
+    finish,
     launchpad_of,
     print_json,
     save_if_embedded,
@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
         description="FILE is YAML; 'nanoos active template' prints one.",
     )
     submit.add_argument("file", type=Path, metavar="FILE")
-    _finish(submit, _submit)
+    finish(submit, _submit)
 
     status = _action(actions, "status", "show the rounds so far", _status)
     status.add_argument("--batch", type=int, metavar="N", help="list a round's batch")
@@ -89,14 +89,8 @@ def add_commands(commands: Any) -> None:
 def _action(actions: Any, name: str, words: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=words)
     parser.add_argument("campaign")
-    _finish(parser, run)
+    finish(parser, run)
     return parser
-
-
-def _finish(parser: argparse.ArgumentParser, run: Any) -> None:
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=run)
 
 
 # ------------------------------------------------------------------------- commands

@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    open_launchpad,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, open_launchpad, print_json, save_if_embedded
 
 
 def add_command(actions: Any) -> None:
@@ -31,9 +25,7 @@ def add_command(actions: Any) -> None:
     parser.add_argument(
         "--dataset", type=Path, required=True, metavar="DIR", help="its directory"
     )
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=_calibrate)
+    finish(parser, _calibrate)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

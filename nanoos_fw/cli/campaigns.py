@@ -9,13 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.campaigns import Changed
@@ -51,7 +45,7 @@ def add_commands(commands: Any) -> None:
     create.add_argument("plan", type=Path)
     create.add_argument("--candidates", metavar="SET", required=True)
     create.add_argument("--references", metavar="SET", required=True)
-    _finish(create, _create)
+    finish(create, _create)
 
     submit = actions.add_parser(
         "submit", help="submit what is not submitted yet; again is harmless"
@@ -60,7 +54,7 @@ def add_commands(commands: Any) -> None:
     submit.add_argument(
         "--verify", action="store_true", help="also relax all candidates"
     )
-    _finish(submit, _submit)
+    finish(submit, _submit)
 
     status = actions.add_parser("status", help="the same as 'nanoos status'")
     status.add_argument("campaign")
@@ -72,7 +66,7 @@ def add_commands(commands: Any) -> None:
     ):
         parser = actions.add_parser(name, help=text)
         parser.add_argument("campaign")
-        _finish(parser, command)
+        finish(parser, command)
 
     resume = actions.add_parser("resume", help="let a paused campaign go on")
     resume.add_argument("campaign")
@@ -81,7 +75,7 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help="also fireworks that were parked because SLURM refused their jobs",
     )
-    _finish(resume, _resume)
+    finish(resume, _resume)
 
     archive = actions.add_parser(
         "archive",
@@ -94,7 +88,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         help="file to write (default: CAMPAIGN.jsonl.gz)",
     )
-    _finish(archive, _archive)
+    finish(archive, _archive)
 
 
 def _finish_status(parser: argparse.ArgumentParser) -> None:
@@ -110,13 +104,7 @@ def _finish_status(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="show it anew every S seconds until all is finished (default: 5)",
     )
-    _finish(parser, _status)
-
-
-def _finish(parser: argparse.ArgumentParser, command: Any) -> None:
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=command)
+    finish(parser, _status)
 
 
 def _create(arguments: argparse.Namespace) -> int:

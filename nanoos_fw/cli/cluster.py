@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import add_json, add_launchpad, open_launchpad, print_json
+from nanoos_fw.cli.common import add_json, finish, open_launchpad, print_json
 
 _FOLDER = Path("nanoos-cluster")
 
@@ -103,9 +103,7 @@ def add_commands(commands: Any) -> None:
         nargs="?",
         help="folder of 'nanoos init': its database, and its files against the cluster",
     )
-    add_json(check)
-    add_launchpad(check)
-    check.set_defaults(command=_preflight)
+    finish(check, _preflight)
 
 
 def _init(arguments: argparse.Namespace) -> int:

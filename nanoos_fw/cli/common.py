@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def finish(parser: argparse.ArgumentParser, command: Callable[..., int]) -> None:
+    """Add the options of a command that works on a database, and what it runs."""
+    add_json(parser)
+    add_launchpad(parser)
+    parser.set_defaults(command=command)
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
@@ -49,6 +57,14 @@ def launchpad_of(arguments: argparse.Namespace) -> Any:
     from nanoos_fw.settings import load_settings
 
     return open_launchpad(arguments, load_settings())
+
+
+def database_of(arguments: argparse.Namespace) -> Any:
+    """Return the database of the launchpad, for commands that only read."""
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.stores.database import open_database
+
+    return open_database(launchpad)
 
 
 def save_if_embedded(launchpad: Any) -> None:

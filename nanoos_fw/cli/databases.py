@@ -5,13 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 
 def add_commands(commands: Any) -> None:
@@ -20,9 +14,7 @@ def add_commands(commands: Any) -> None:
     actions = group.add_subparsers(title="actions", required=True, metavar="ACTION")
 
     status = actions.add_parser("status", help="schema, documents, missing indexes")
-    add_json(status)
-    add_launchpad(status)
-    status.set_defaults(command=_status)
+    finish(status, _status)
 
     move = actions.add_parser(
         "migrate",
@@ -38,9 +30,7 @@ def add_commands(commands: Any) -> None:
     move.add_argument(
         "--dry-run", action="store_true", help="say what would change, change nothing"
     )
-    add_json(move)
-    add_launchpad(move)
-    move.set_defaults(command=_migrate)
+    finish(move, _migrate)
 
 
 def _status(arguments: argparse.Namespace) -> int:

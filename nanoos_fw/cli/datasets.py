@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import add_json, add_launchpad, launchpad_of, print_json
+from nanoos_fw.cli.common import add_json, finish, launchpad_of, print_json
 from nanoos_fw.cli.features import (
     add_parameters,
     add_selection,
@@ -91,9 +91,7 @@ def add_commands(commands: Any) -> None:
     )
     build.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     add_parameters(build)
-    add_json(build)
-    add_launchpad(build)
-    build.set_defaults(command=_build)
+    finish(build, _build)
 
     show = actions.add_parser("show", help="show what a dataset holds")
     show.add_argument("directory", type=Path, metavar="DIR")

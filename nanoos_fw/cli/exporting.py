@@ -9,6 +9,8 @@ from typing import Any
 from nanoos_fw.cli.common import (
     add_json,
     add_launchpad,
+    database_of,
+    finish,
     launchpad_of,
     print_json,
     save_if_embedded,
@@ -40,9 +42,7 @@ def add_commands(commands: Any) -> None:
         "import-results", help="bring exported predictions or simulations in"
     )
     back.add_argument("file", type=Path, metavar="FILE")
-    add_json(back)
-    add_launchpad(back)
-    back.set_defaults(command=_import)
+    finish(back, _import)
 
 
 def _action(actions: Any, name: str, words: str) -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def _predictions(arguments: argparse.Namespace) -> int:
     return _written(
         arguments,
         export_predictions(
-            _database(arguments), arguments.model, arguments.output, arguments.in_set
+            database_of(arguments), arguments.model, arguments.output, arguments.in_set
         ),
     )
 
@@ -72,7 +72,7 @@ def _simulations(arguments: argparse.Namespace) -> int:
 
     return _written(
         arguments,
-        export_simulations(_database(arguments), arguments.kind, arguments.output),
+        export_simulations(database_of(arguments), arguments.kind, arguments.output),
     )
 
 
@@ -96,10 +96,3 @@ def _import(arguments: argparse.Namespace) -> int:
     else:
         print(f"{found.rows} {found.kind}: {found.added} are new")
     return 0
-
-
-def _database(arguments: argparse.Namespace) -> Any:
-    launchpad = launchpad_of(arguments)
-    from nanoos_fw.stores.database import open_database
-
-    return open_database(launchpad)

@@ -7,13 +7,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 from nanoos_fw.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,24 +49,18 @@ def add_commands(commands: Any) -> None:
     compute.add_argument(
         "--memory", type=int, metavar="MIB", help="MiB for one structure"
     )
-    add_json(compute)
-    add_launchpad(compute)
-    compute.set_defaults(command=_compute)
+    finish(compute, _compute)
 
     status = actions.add_parser(
         "status", help="count hit, stale, quarantined and missing structures"
     )
     add_selection(status)
     add_parameters(status)
-    add_json(status)
-    add_launchpad(status)
-    status.set_defaults(command=_status)
+    finish(status, _status)
 
     show = actions.add_parser("show", help="show the features of one structure")
     show.add_argument("structure", metavar="ID", help="key, its beginning, or label")
-    add_json(show)
-    add_launchpad(show)
-    show.set_defaults(command=_show)
+    finish(show, _show)
 
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:

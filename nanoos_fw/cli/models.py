@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli import calibrate, import_cgcnn
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 if TYPE_CHECKING:
     from nanoos_fw.stores.models import ModelRecord
@@ -88,9 +82,7 @@ def add_commands(commands: Any) -> None:
 
 def _action(actions: Any, name: str, words: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=words)
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=run)
+    finish(parser, run)
     return parser
 
 

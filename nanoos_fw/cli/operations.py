@@ -7,13 +7,7 @@ import shutil
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.reconcile import Verdict
@@ -50,9 +44,7 @@ def add_commands(commands: Any) -> None:
         help="age at which the lock of a workflow is removed, counted from the first "
         "reconcile that saw it (default: %(default)g)",
     )
-    add_json(reconcile)
-    add_launchpad(reconcile)
-    reconcile.set_defaults(command=_reconcile)
+    finish(reconcile, _reconcile)
 
     rerun = commands.add_parser(
         "rerun",
@@ -84,9 +76,7 @@ def add_commands(commands: Any) -> None:
     )
     rerun.add_argument("--campaign", help="only fireworks of this campaign")
     rerun.add_argument("--dry-run", action="store_true", help="say what would be done")
-    add_json(rerun)
-    add_launchpad(rerun)
-    rerun.set_defaults(command=_rerun)
+    finish(rerun, _rerun)
 
 
 def _reconcile(arguments: argparse.Namespace) -> int:

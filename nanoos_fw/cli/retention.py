@@ -6,13 +6,7 @@ import argparse
 from datetime import timedelta
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 _SHOWN = 20
 
@@ -54,9 +48,7 @@ def add_commands(commands: Any) -> None:
         help="launches, artifacts, parts, actions or features; may be given several "
         "times (default: all)",
     )
-    add_json(collect)
-    add_launchpad(collect)
-    collect.set_defaults(command=_gc)
+    finish(collect, _gc)
 
 
 def _gc(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli.common import (
-    add_json,
     add_launchpad,
+    finish,
     launchpad_of,
     print_json,
     save_if_embedded,
@@ -85,9 +85,7 @@ def add_commands(commands: Any) -> None:
 def _action(actions: Any, name: str, words: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=words)
     parser.add_argument("name", help="of the screening")
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=run)
+    finish(parser, run)
     return parser
 
 

@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 
 def add_commands(commands: Any) -> None:
@@ -32,27 +26,27 @@ def add_commands(commands: Any) -> None:
     )
     created.add_argument("file", type=Path, metavar="FILE")
     _add_workers(created)
-    _finish(created, _create)
+    finish(created, _create)
 
     resumed = actions.add_parser(
         "resume", help="submit more workers, also to a stopped search"
     )
     resumed.add_argument("name")
     _add_workers(resumed)
-    _finish(resumed, _resume)
+    finish(resumed, _resume)
 
     status = actions.add_parser("status", help="show how far a search is")
     status.add_argument("name", nargs="?", help="without it: list the searches")
     status.add_argument("--table", action="store_true", help="show every trial")
-    _finish(status, _status)
+    finish(status, _status)
 
     best = actions.add_parser("best", help="show the best configuration so far")
     best.add_argument("name")
-    _finish(best, _best)
+    finish(best, _best)
 
     stop = actions.add_parser("stop", help="begin no more trials")
     stop.add_argument("name")
-    _finish(stop, _stop)
+    finish(stop, _stop)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +57,6 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fireworks that work on it at the same time (default: %(default)s)",
     )
-
-
-def _finish(parser: argparse.ArgumentParser, run: Any) -> None:
-    add_json(parser)
-    add_launchpad(parser)
-    parser.set_defaults(command=run)
 
 
 # ------------------------------------------------------------------------- commands

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nanoos_fw.cli import trajectories
 from nanoos_fw.cli.common import (
     add_json,
-    add_launchpad,
+    finish,
     launchpad_of,
     print_json,
     save_if_embedded,
@@ -114,9 +114,7 @@ def _add_submit(actions: Any) -> None:
         metavar="N",
         help="tries with other parameters after a failure (default: %(default)s)",
     )
-    add_json(submit)
-    add_launchpad(submit)
-    submit.set_defaults(command=_submit)
+    finish(submit, _submit)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

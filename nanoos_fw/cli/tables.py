@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.cli.common import (
-    add_json,
-    add_launchpad,
-    launchpad_of,
-    print_json,
-    save_if_embedded,
-)
+from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
 
 _SHOWN = 20
 
@@ -55,9 +49,7 @@ def add_commands(commands: Any) -> None:
     table.add_argument(
         "--replace", action="store_true", help="write over values that differ"
     )
-    add_json(table)
-    add_launchpad(table)
-    table.set_defaults(command=_import_table)
+    finish(table, _import_table)
 
 
 def _import_table(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoos_fw.cli.common import (
     add_json,
-    add_launchpad,
+    finish,
     launchpad_of,
     print_json,
     save_if_embedded,
@@ -60,9 +60,7 @@ def add_commands(commands: Any) -> None:
     submit.add_argument(
         "--activate", action="store_true", help="make it the active version"
     )
-    add_json(submit)
-    add_launchpad(submit)
-    submit.set_defaults(command=_submit)
+    finish(submit, _submit)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import add_json, add_launchpad, print_json
+from nanoos_fw.cli.common import finish, print_json
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.workers import WorkSummary
@@ -69,9 +69,7 @@ def add_commands(commands: Any) -> None:
         default=Path("work"),
         help="folder for logs and launch directories (default: %(default)s)",
     )
-    add_json(work)
-    add_launchpad(work)
-    work.set_defaults(command=_work)
+    finish(work, _work)
 
 
 def _work(arguments: argparse.Namespace) -> int:
