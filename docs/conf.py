@@ -22,7 +22,7 @@ import nanoos_fw  # noqa: E402
 import nanoos_fw.web  # noqa: E402  autodoc would import fastapi as type checkers see it
 
 project = "nanoos_fw"
-copyright = "the authors of nanoos_fw"  # noqa: A001  (Sphinx wants this name)
+copyright = "the authors of nanoos_fw"
 version = release = nanoos_fw.__version__
 extensions = [
     "myst_parser",
@@ -45,7 +45,7 @@ html_copy_source = False
 html_show_sphinx = False
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signature has them, and numpydoc the words
+autodoc_typehints = "none"  # the signature has them, and the docstrings the words
 autodoc_mock_imports: list[str] = []
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72

@@ -211,7 +211,8 @@ def _run(
     if block.elsewhere:
         command = f"bash -n {path}"
     elif block.language == "python":
-        command = f". {_quoted(str(state.resolve()))}; python {path}"
+        # From the input, as in a notebook: what lies in the folder can be imported.
+        command = f". {_quoted(str(state.resolve()))}; python - < {path}"
     else:
         saved = _quoted(str(state.resolve()))
         command = (

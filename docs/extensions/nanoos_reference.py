@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from docutils import nodes
-from docutils.parsers.rst import directives
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from sphinx.application import Sphinx
@@ -164,7 +163,6 @@ class Parameters(Generated):
     """The fields of a pydantic model: ``.. parameters:: module:Class``."""
 
     required_arguments = 1
-    option_spec = {"title": directives.unchanged}
 
     def lines(self) -> Iterator[str]:
         """Yield the text of the model and a list of its fields."""
@@ -194,7 +192,8 @@ def parameters_of(model: type[BaseModel]) -> Iterator[str]:
 
 def annotation(kind: Any) -> str:
     """Return a type in words short enough for a page."""
-    text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    plain_type = isinstance(kind, type) and not hasattr(kind, "__args__")
+    text = kind.__name__ if plain_type else str(kind)
     text = re.sub(r"\b(?:[a-z_0-9]+\.)+([A-Za-z_]+)", r"\1", text)
     return text.replace("NoneType", "None").replace(" | None", " or None")
 
@@ -202,7 +201,9 @@ def annotation(kind: Any) -> str:
 # --------------------------------------------------------------------------- tables
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]], widths: str) -> Iterator[str]:
+def table(
+    header: tuple[str, ...], rows: list[tuple[str, ...]], widths: str
+) -> Iterator[str]:
     """Yield a table; the cells are reStructuredText."""
     yield from (".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", "")
     for row in (header, *rows):
@@ -263,8 +264,12 @@ class Errors(Generated):
                     continue
                 about = (inspect.getdoc(cls) or "").splitlines()[0]
                 rows.append(
-                    (literal(cls.__name__), literal(kind), plain(about),
-                     literal(failure_class(cls("x"))))
+                    (
+                        literal(cls.__name__),
+                        literal(kind),
+                        plain(about),
+                        literal(failure_class(cls("x"))),
+                    )
                 )
             yield from table(
                 ("Class", "kind", "Meaning", "Class of failure"), rows, "25 20 35 20"
@@ -282,7 +287,9 @@ class Errors(Generated):
                 for f in FAILURES
             ]
             yield from table(
-                ("evidence.class", "LAMMPS says (in part)", "Next step"), rows, "20 40 40"
+                ("evidence.class", "LAMMPS says (in part)", "Next step"),
+                rows,
+                "20 40 40",
             )
 
 
@@ -305,8 +312,8 @@ def unique_footnotes(
     del app, what, obj, options
     label = name.replace(".", "-").lower()
     for number, line in enumerate(lines):
-        line = re.sub(r"\[(\d+)\]_", rf"[#{label}-\1]_", line)
-        lines[number] = re.sub(r"^(\s*\.\. )\[(\d+)\]", rf"\1[#{label}-\2]", line)
+        used = re.sub(r"\[(\d+)\]_", rf"[#{label}-\1]_", line)
+        lines[number] = re.sub(r"^(\s*\.\. )\[(\d+)\]", rf"\1[#{label}-\2]", used)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

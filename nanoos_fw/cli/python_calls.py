@@ -6,12 +6,14 @@ options, makes this call, and prints the answer.
 
 from __future__ import annotations
 
+import argparse
+
 # Command -> module:function, or module:Class.method.
 PYTHON_CALLS: dict[str, str] = {
     "demo": "nanoos_fw.demo:run",
     "import": "nanoos_fw.operations:import_structures",
     "import-table": "nanoos_fw.operations:import_property_table",
-    "status": "nanoos_fw.operations.campaigns:campaign_status",
+    "status": "nanoos_fw.operations.status:campaign_status",
     "report": "nanoos_fw.reports:write_report",
     "features compute": "nanoos_fw.firetasks.featurization:compute_features",
     "features status": "nanoos_fw.stores.features:FeatureStore.status",
@@ -62,13 +64,38 @@ PYTHON_CALLS: dict[str, str] = {
     "reconcile": "nanoos_fw.operations.reconcile:reconcile",
     "rerun": "nanoos_fw.operations.rerun:rerun_failed_fireworks",
     "campaign create": "nanoos_fw.stores.campaigns:CampaignStore.create",
-    "campaign submit": "nanoos_fw.operations.campaigns:submit_many",
-    "campaign status": "nanoos_fw.operations.campaigns:campaign_status",
+    "campaign submit": "nanoos_fw.operations.submission:submit_many",
+    "campaign status": "nanoos_fw.operations.status:campaign_status",
     "campaign pause": "nanoos_fw.operations.campaigns:pause",
     "campaign resume": "nanoos_fw.operations.campaigns:resume",
     "campaign cancel": "nanoos_fw.operations.campaigns:cancel",
     "campaign archive": "nanoos_fw.operations.campaigns:archive",
+    "gc": "nanoos_fw.operations.retention:collect_waste",
     "db status": "nanoos_fw.stores.migrations:database_status",
     "db migrate": "nanoos_fw.stores.migrations:migrate",
     "serve": "nanoos_fw.web:serve",
 }
+
+
+def commands(
+    parser: argparse.ArgumentParser | None = None, words: str = ""
+) -> dict[str, argparse.ArgumentParser]:
+    """Return all commands that do something, with their parsers.
+
+    Parameters
+    ----------
+    parser
+        Whose commands; None for that of the whole command line.
+    words
+        The command of this parser.
+    """
+    if parser is None:
+        from nanoos_fw.cli import _parser
+
+        parser = _parser()
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                found.update(commands(below, f"{words} {name}".strip()))
+    return found or {words: parser}

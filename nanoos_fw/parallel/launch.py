@@ -154,6 +154,7 @@ def launch_ranks(
     NanoOSError
         Whatever error a rank reported.
     """
+    config = config.resolve()  # the ranks start in another directory
     work_dir = config.parent
     clear_messages(work_dir)
     python = [sys.executable, "-m"]

@@ -210,6 +210,18 @@ def test_a_result_is_read_and_progress_logged(
     assert "epochs: 3 of 9" in caplog.text
 
 
+def test_a_work_directory_may_be_named_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "import shutil, sys; shutil.copy(sys.argv[1], 'result.json')"
+    (tmp_path / "here").mkdir()
+    write_program(tmp_path / "here", body, energy=1.5)
+    monkeypatch.chdir(tmp_path)
+    config = Path("here/config.json")
+    result = launch_ranks("single_rank", config, resources=Resources())
+    assert result == {"energy": 1.5}
+
+
 def test_a_python_that_cannot_start_is_a_launch_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
