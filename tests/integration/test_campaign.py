@@ -97,7 +97,7 @@ def test_killed_at_any_stage_it_continues_to_the_same_rows(
     stage: str, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     """SIGKILL while the ranks of a stage are at work."""
-    before = {"label": "featurize 3", "train": "dataset", "md": "relax"}[stage]
+    before = {"label": "references", "train": "dataset", "md": "relax"}[stage]
     child = start(tmp_path)
     assert child.stdout is not None
     for line in child.stdout:
