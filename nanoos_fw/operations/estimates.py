@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def _training(task: Mapping[str, Any], sizes: _Sizes) -> float:
     config = TrainingConfig.model_validate(task["training"])
     crystals: float | None = sizes.labelled
     if task.get("dataset_dir"):
-        crystals = open_dataset(task["dataset_dir"]).num_samples
+        crystals = open_dataset(Path(task["dataset_dir"])).num_samples
     epochs = config.epochs * config.ensemble_size
     return math.nan if crystals is None else crystals * sizes.mean * epochs
 
