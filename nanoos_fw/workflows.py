@@ -376,20 +376,9 @@ def training_workflow(
     if activate:
         asked["activate"] = True
     key = content_key("training workflow", asked)
-    firework = Firework(
-        [TrainModelTask(**asked)],
-        spec={
-            "_category": "train",
-            "_add_launchpad_and_fw_id": True,
-            SPEC_KEY: {"stage": "train", "key": key, "work_root": str(Path(work_root))},
-        },
-        name=f"{model_name} train",
-    )
-    return Workflow(
-        [firework],
-        name=f"{model_name} training",
-        metadata={"kind": "training", "key": key},
-    )
+    task = TrainModelTask(**asked)
+    names = (f"{model_name} train", f"{model_name} training")
+    return _lone_firework([task], "train", "training", key, work_root, names)
 
 
 def simulation_workflow(
@@ -428,20 +417,29 @@ def simulation_workflow(
     if md.config.is_dynamics and md.config.dump_every:
         tasks.append(AnalyzeTrajectoryTask(**asked))
     kind = md.config.workflow_type
+    names = (f"{label} {kind}",) * 2
+    return _lone_firework(tasks, "md", "simulation", key, work_root, names)
+
+
+def _lone_firework(
+    tasks: Sequence[NanoTask],
+    stage: str,
+    kind: str,
+    key: str,
+    work_root: str,
+    names: tuple[str, str],
+) -> Workflow:
+    """Return a workflow of one firework of no campaign; names are of both."""
     firework = Firework(
-        tasks,
+        list(tasks),
         spec={
-            "_category": "md",
+            "_category": stage,
             "_add_launchpad_and_fw_id": True,
-            SPEC_KEY: {"stage": "md", "key": key, "work_root": str(Path(work_root))},
+            SPEC_KEY: {"stage": stage, "key": key, "work_root": str(Path(work_root))},
         },
-        name=f"{label} {kind}",
+        name=names[0],
     )
-    return Workflow(
-        [firework],
-        name=f"{label} {kind}",
-        metadata={"kind": "simulation", "key": key},
-    )
+    return Workflow([firework], name=names[1], metadata={"kind": kind, "key": key})
 
 
 def window_workflow(screen: Screen, window: int, work_root: str) -> Workflow:
