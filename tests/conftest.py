@@ -17,6 +17,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,6 +142,24 @@ def mongodb_database() -> Iterator[Any]:
         client.drop_database(name)
     finally:
         client.close()
+
+
+@pytest.fixture
+def launchpad_file(
+    mongodb_database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Name the database of the test in my_launchpad.yaml, as commands find it."""
+    monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("NANO_OS_RANKS", "1")
+    monkeypatch.chdir(tmp_path)
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"].rstrip("/")
+    path = tmp_path / "my_launchpad.yaml"
+    path.write_text(
+        f"host: {uri}/{mongodb_database.name}\nname: {mongodb_database.name}\n"
+        "uri_mode: true\n"
+    )
+    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(path))
+    return path
 
 
 @pytest.fixture

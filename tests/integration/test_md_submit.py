@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +91,13 @@ def test_a_task_wants_a_rank_or_a_structure(which: dict[str, Any]) -> None:
 @pytest.mark.mongodb
 @pytest.mark.lammps
 def test_submitted_simulations_end_in_the_store(
-    mongodb_database: Any,
+    launchpad_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
-    monkeypatch.setenv("NANO_OS_RANKS", "1")
     monkeypatch.setattr(firetasks.md, "_MAX_SITES", 40)
-    monkeypatch.chdir(tmp_path)
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"].rstrip("/")
-    path = tmp_path / "my_launchpad.yaml"
-    path.write_text(
-        f"host: {uri}/{mongodb_database.name}\nname: {mongodb_database.name}\n"
-        "uri_mode: true\n"
-    )
-    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(path))
-    launchpad = load_launchpad(path)
+    launchpad = load_launchpad(launchpad_file)
     database = open_database(launchpad)
     workflow = tmp_path / "md.yaml"
 

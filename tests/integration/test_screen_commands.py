@@ -38,18 +38,8 @@ def cesium_chloride(a: float, pair: tuple[str, str] = ("Ni", "Al")) -> Structure
 
 
 @pytest.fixture
-def database(mongodb_database: Any, tmp_path: Path, monkeypatch: Any) -> Any:
-    monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
-    monkeypatch.setenv("NANO_OS_RANKS", "1")
-    monkeypatch.chdir(tmp_path)
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"].rstrip("/")
-    path = tmp_path / "my_launchpad.yaml"
-    path.write_text(
-        f"host: {uri}/{mongodb_database.name}\nname: {mongodb_database.name}\n"
-        "uri_mode: true\n"
-    )
-    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(path))
-    found = open_database(load_launchpad(path))
+def database(launchpad_file: Path, tmp_path: Path) -> Any:
+    found = open_database(load_launchpad(launchpad_file))
     sizes = Architecture(hidden_dim=8, num_layers=1, readout_dim=4)
     for seed, (name, target) in enumerate(TARGETS.items()):
         torch.manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +64,11 @@ def test_the_workflow_survives_the_database_and_knows_its_question() -> None:
 
 @pytest.mark.mongodb
 def test_submitted_trainings_end_in_the_registry_with_their_parent(
-    mongodb_database: Any,
+    launchpad_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
-    monkeypatch.setenv("NANO_OS_RANKS", "1")
-    monkeypatch.chdir(tmp_path)
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"].rstrip("/")
-    path = tmp_path / "my_launchpad.yaml"
-    path.write_text(
-        f"host: {uri}/{mongodb_database.name}\nname: {mongodb_database.name}\n"
-        "uri_mode: true\n"
-    )
-    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(path))
-    launchpad = load_launchpad(path)
+    launchpad = load_launchpad(launchpad_file)
     models = ModelRegistry(open_database(launchpad))
     first, second = (write(tmp_path / name, i) for i, name in enumerate("ab"))
     settings = tmp_path / "settings.yaml"
