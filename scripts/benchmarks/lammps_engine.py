@@ -1,12 +1,15 @@
 """What the engine adds to LAMMPS: loop times, tiny runs, many single energies.
 
-Four parts, each chosen by name and short; what is compared takes turns. Medians count,
-and for loops also the shortest, which other programs on the machine disturb least:
+Four parts, each chosen by name and short. What is compared runs once per round, in
+an order that turns round each time, and is compared within the round: what else the
+machine does meets both. Printed are the medians over the rounds, of ratios and of
+times, with the quartiles of the ratios:
 
 ``md``
     Time in the time-stepping loops of LAMMPS, and of the whole run, by the engine, by
     plain ``lmp`` on the same script and ranks, and by ``lmp`` without the script's
-    ``suffix``, which chooses the ``opt`` variants of styles.
+    ``suffix``, which chooses the ``opt`` variants of styles. With several numbers of
+    steps, a cost per run shows as a difference that does not grow with them.
 ``tiny``
     A run of few steps, in a process of its own and in a child of the warm server.
 ``static``
@@ -17,7 +20,7 @@ and for loops also the shortest, which other programs on the machine disturb lea
     Relaxations of such copies, cell included, to the same forces and stresses, by the
     relaxation of this package and by ASE's BFGS over LAMMPSlib.
 
-    python scripts/benchmarks/lammps.py md --ranks 2 --steps 1000 -o md.json
+    python scripts/benchmarks/lammps_engine.py md --systems lj --steps 2000 20000
 """
 
 from __future__ import annotations
@@ -126,12 +129,18 @@ def by_lmp(inputs: Path, ranks: int, suffix: bool = True) -> tuple[float, float]
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list]:
-    """Return what each way gave, all of them once per repeat."""
+    """Return what each way gave, all of them once per repeat, in turned order."""
     found: dict[str, list] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            found[name].append(way())
+    for repeat in range(repeats):
+        for name in list(ways)[:: -1 if repeat % 2 else 1]:
+            found[name].append(ways[name]())
     return found
+
+
+def ratio(values: list[float], others: list[float]) -> Row:
+    """Return the median of the ratios of pairs, and its quartiles."""
+    low, median, high = np.percentile(np.divide(values, others), [25, 50, 75])
+    return {"ratio": float(median), "low": float(low), "high": float(high)}
 
 
 def prepare(
@@ -157,42 +166,56 @@ def prepare(
 
 def measure_md(arguments: argparse.Namespace) -> list[Row]:
     """Return loop and wall times of the engine and of plain ``lmp``."""
-    rows, engine = [], LAMMPSEngine()
-    for name in arguments.systems:
-        structure, potential = systems()[name]
-        with tempfile.TemporaryDirectory() as folder:
-            inputs = prepare(
-                engine,
-                structure,
-                potential,
-                Path(folder),
-                num_steps=arguments.steps,
-                supercell_min_atoms=arguments.atoms,
-            )
+    return [
+        row
+        for name in arguments.systems
+        for steps in arguments.steps
+        for row in measure_run(name, steps, arguments)
+    ]
 
-            def ours(inputs: Path = inputs) -> tuple[float, float]:
-                return by_engine(engine, inputs, arguments.ranks)
 
-            def plain(inputs: Path = inputs) -> tuple[float, float]:
-                return by_lmp(inputs, arguments.ranks)
-
-            def slow(inputs: Path = inputs) -> tuple[float, float]:
-                return by_lmp(inputs, arguments.ranks, suffix=False)
-
-            found = interleaved(
-                {"engine": ours, "lmp": plain, "lmp, no suffix": slow},
-                arguments.repeats,
-            )
-        for way, times in found.items():
-            rows.append(
-                {
-                    "case": name,
-                    "way": way,
-                    "loop_s": statistics.median(t[0] for t in times),
-                    "shortest_loop_s": min(t[0] for t in times),
-                    "wall_s": statistics.median(t[1] for t in times),
-                }
-            )
+def measure_run(name: str, steps: int, arguments: argparse.Namespace) -> list[Row]:
+    """Return loop and wall times of one simulation, run in three ways."""
+    engine, ranks = LAMMPSEngine(), arguments.ranks
+    structure, potential = systems()[name]
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = prepare(
+            engine,
+            structure,
+            potential,
+            Path(folder),
+            num_steps=steps,
+            supercell_min_atoms=arguments.atoms,
+        )
+        found = interleaved(
+            {
+                "engine": lambda: by_engine(engine, inputs, ranks),
+                "lmp": lambda: by_lmp(inputs, ranks),
+                "lmp, no suffix": lambda: by_lmp(inputs, ranks, suffix=False),
+            },
+            arguments.repeats,
+        )
+    loops = {way: [loop for loop, _ in times] for way, times in found.items()}
+    rows = [
+        {
+            "case": f"{name} {steps}",
+            "way": way,
+            "loop_s": statistics.median(loops[way]),
+            "shortest_loop_s": min(loops[way]),
+            "wall_s": statistics.median(wall for _, wall in times),
+        }
+        for way, times in found.items()
+    ]
+    rows += [
+        {
+            "case": f"{name} {steps}",
+            "way": f"engine / {other}",
+            **ratio(loops["engine"], loops[other]),
+            "longer_ms": 1e3
+            * float(np.median(np.subtract(loops["engine"], loops[other]))),
+        }
+        for other in list(loops)[1:]
+    ]
     return rows
 
 
@@ -205,14 +228,20 @@ def measure_tiny(arguments: argparse.Namespace) -> list[Row]:
         by_engine(warm, inputs, 1)  # the first child waits for the server's imports
         found = interleaved(
             {
-                "own process": lambda: by_engine(alone, inputs, 1)[1],
                 "warm server": lambda: by_engine(warm, inputs, 1)[1],
+                "own process": lambda: by_engine(alone, inputs, 1)[1],
                 "lmp": lambda: by_lmp(inputs, 1)[1],
             },
             arguments.repeats,
         )
     return [
-        {"case": "tiny", "way": way, "wall_s": statistics.median(times)}
+        {
+            "case": "tiny",
+            "way": way,
+            "wall_s": statistics.median(times),
+            "shortest_s": min(times),
+            "longest_s": max(times),
+        }
         for way, times in found.items()
     ]
 
@@ -348,6 +377,15 @@ def energies_processes(potential: Any, structures: list[Structure]) -> list[floa
     return found
 
 
+def ratios_to_others(case: str, rates: dict[str, list[float]]) -> list[Row]:
+    """Return how much faster the first way is than each of the others."""
+    first, *others = rates
+    return [
+        {"case": case, "way": f"{first} / {other}", **ratio(rates[first], rates[other])}
+        for other in others
+    ]
+
+
 def measure_static(arguments: argparse.Namespace) -> list[Row]:
     """Return structures per second, and the largest difference to fresh energies."""
     potential, rows = file_potential("sw", "Si.sw"), []
@@ -371,6 +409,7 @@ def measure_static(arguments: argparse.Namespace) -> list[Row]:
             {way: lambda way=way, timed=timed: timed(way) for way in ways},
             arguments.repeats,
         )
+        rates = {way: [rate for rate, _ in results] for way, results in found.items()}
         for way, results in found.items():
             worst = max(
                 abs(energy - expected) / n_atoms
@@ -383,10 +422,11 @@ def measure_static(arguments: argparse.Namespace) -> list[Row]:
                 {
                     "case": f"{n_atoms} atoms",
                     "way": way,
-                    "structures_per_s": statistics.median(r for r, _ in results),
+                    "structures_per_s": statistics.median(rates[way]),
                     "worst_ev_per_atom": worst,
                 }
             )
+        rows += ratios_to_others(f"{n_atoms} atoms", rates)
     return rows
 
 
@@ -412,15 +452,17 @@ def measure_relax(arguments: argparse.Namespace) -> list[Row]:
         worst = float(np.abs(first - second).max()) / n_atoms
         if worst > _SAME_MINIMUM_EV_PER_ATOM:
             raise SystemExit(f"the minima differ by {worst:.2e} eV/atom")
+        rates = {way: [rate for rate, _ in results] for way, results in found.items()}
         rows += [
             {
                 "case": f"{n_atoms} atoms",
                 "way": way,
-                "structures_per_s": statistics.median(r for r, _ in results),
+                "structures_per_s": statistics.median(rates[way]),
                 "apart_ev_per_atom": worst,
             }
-            for way, results in found.items()
+            for way in rates
         ]
+        rows += ratios_to_others(f"{n_atoms} atoms", rates)
     return rows
 
 
@@ -435,9 +477,11 @@ _PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=_PARTS)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--ranks", type=int, default=1, help="of md")
-    parser.add_argument("--steps", type=int, default=500, help="of md")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[5000], help="of md, for each a run"
+    )
     parser.add_argument("--atoms", type=int, default=1000, help="of md, at least")
     parser.add_argument(
         "--systems", nargs="+", choices=systems(), default=list(systems())
@@ -451,21 +495,21 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="structures of them")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    # This file's folder is where Python looks first, also for LAMMPS' module.
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
 
+    load = os.getloadavg()
     rows = _PARTS[arguments.part](arguments)
+    print(f"load {load[0]:.2f} before, {os.getloadavg()[0]:.2f} after")
     for row in rows:
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
-        print(f"{row['case']:10} {row['way']:16} {'  '.join(numbers)}")
+        print(f"{row['case']:13} {row['way']:32} {'  '.join(numbers)}")
     if arguments.output is not None:
         options = {k: v for k, v in vars(arguments).items() if k != "output"}
         report = {
             "time": utc_now(),
             "machine": platform.platform(),
             "cores": len(os.sched_getaffinity(0)),
-            "load": os.getloadavg(),
+            "load_before": load,
+            "load_after": os.getloadavg(),
             "versions": package_versions(),
             "options": options,
             "rows": rows,
