@@ -338,8 +338,10 @@ def two_processes(crystals: list[Structure], repeats: int) -> dict[str, float]:
         the other: medians over undisturbed rounds of at least ``LONG_S`` for each
         part; their number, and that of the others. Without any, nan.
     """
+    # The same for both: of two halves one is more work, and its process would be
+    # waited for, where featurization gives out small batches.
     jobs = {
-        "search": [flat(crystals[::2]), flat(crystals[1::2])],
+        "search": [flat(crystals)] * 2,
         "burn": [None, None],
     }
     context = multiprocessing.get_context("spawn")

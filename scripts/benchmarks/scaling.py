@@ -19,7 +19,8 @@ spend beyond is waiting, for ranks whose share was more work or whose core did s
 else. Both are told: talking, and the waiting of a rank in the mean.
 
 Ways take turns, the time of a step is the median over the rounds of wall time over
-steps, between barriers. On a node whose cores do other work the numbers mean little:
+steps, between barriers; talking and waiting are medians over the steps of a round, then
+over the rounds. On a node whose cores do other work the numbers mean little:
 the load average goes with them.
 """
 
@@ -184,13 +185,17 @@ def step_time(
     slowest = max(step_s for step_s, _ in gathered)
     talked = waited = 0.0
     if talk.seconds:
-        sums = np.array([seconds for _, seconds in gathered])  # ranks, sums
-        talked = float(sums.min(axis=0).sum())
-        waited = float(sums.sum(axis=1).mean()) - talked
+        # ranks, steps, sums of a step
+        sums = np.array([seconds for _, seconds in gathered])
+        sums = sums.reshape(len(gathered), steps, -1)
+        # Of the steps the median: where all ranks lose their cores for a moment, the
+        # sum they were in tells nothing about talking.
+        shortest = sums.min(axis=0).sum(axis=1)
+        talked = float(np.median(shortest))
+        waited = float(np.median(sums.sum(axis=2).mean(axis=0) - shortest))
     return Measured(
-        [slowest / steps], [talked / steps], [waited / steps], talk.calls / steps,
-        talk.bytes / steps,
-    )  # fmt: skip
+        [slowest / steps], [talked], [waited], talk.calls / steps, talk.bytes / steps
+    )
 
 
 def wait_asleep(comm: Communicator) -> None:
