@@ -14,18 +14,25 @@ from typing import Any, ClassVar
 from fireworks.core.firework import FiretaskBase, FWAction
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nanoos_fw.errors import InputError, OutOfTimeError
+from nanoos_fw.errors import InputError, OutOfMemoryError, OutOfTimeError
+from nanoos_fw.faults import disk_full, is_environment
 from nanoos_fw.firetasks.handover import (
     hand_over,
     ignore_stop_signals,
     launch_no_more,
+    refuse_if_cancelled,
     stopping_on_signals,
 )
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.slurm import allocation_deadline
 from nanoos_fw.stores.campaigns import CampaignStore
-from nanoos_fw.stores.database import embedded_file, load_launchpad, open_database
+from nanoos_fw.stores.database import (
+    Patience,
+    embedded_file,
+    load_launchpad,
+    open_database,
+)
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.models import ModelRegistry
@@ -139,6 +146,7 @@ class NanoTask(FiretaskBase):
         """Run the task and store its small answer with the launch.
 
         When time is up the firework hands over to its continuation, see ``handover``.
+        Errors of the system get the class by which a rerun decides, see ``faults``.
         """
         try:
             with stopping_on_signals():
@@ -155,7 +163,21 @@ class NanoTask(FiretaskBase):
         except OutOfTimeError as error:
             ignore_stop_signals()
             launch_no_more(getattr(self, "launchpad", None))
+            refuse_if_cancelled(error)
             return hand_over(fw_spec, error, getattr(self, "fw_id", None))
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{type(self).__name__} ran out of memory: {error}",
+                advice="rerun it with more memory: nanoos rerun --failed",
+            ) from error
+        except Exception as error:
+            root = fw_spec.get(SPEC_KEY, {}).get("work_root")
+            full = disk_full(error, root or Path.cwd())
+            if full is not None and full is not error:
+                raise full from error
+            if full is None and is_environment(error):
+                refuse_if_cancelled(error)  # its ranks may be killed before it is
+            raise
         size = len(json.dumps(stored))
         if size > _MAX_STORED_BYTES:
             raise InputError(
@@ -189,7 +211,10 @@ class NanoTask(FiretaskBase):
                 )
             launchpad = load_launchpad(settings.launchpad)
         outlast_outages(launchpad, settings.database_wait_s)
-        database = open_database(launchpad)
+        # Indexes are made by commands, which the connection does not repeat.
+        database = Patience(settings.database_wait_s).run(
+            lambda: open_database(launchpad)
+        )
         root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
         return TaskContext(
             database=database,

@@ -154,7 +154,8 @@ def compute_features(
     InputError
         If a structure is not in the store.
     LaunchError
-        If no child process starts.
+        If no child process starts, or they are killed from outside. Nothing is stored
+        of the structures that they were at.
     StoreError
         If the database server stays away.
     """

@@ -4,6 +4,10 @@ A firetask that stops in time has not failed. Its firework completes with a deto
 firework with the same tasks and the same resources, which any later job finds READY and
 which continues from the checkpoint in the work directory. So a campaign goes on through
 as many allocations as it takes, and nobody reruns anything.
+
+The end of the walltime, a preemption and ``scancel`` look alike to a process: TERM. So
+a task that stops asks SLURM (``slurm.was_cancelled``). If somebody cancelled its job it
+fails with that cause and is left alone until it is rerun by ``--class cancelled``.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,7 +25,8 @@ from typing import Any
 from fireworks.core.firework import Firework, FWAction
 from fireworks.utilities.fw_serializers import load_object
 
-from nanoos_fw.errors import OutOfTimeError
+from nanoos_fw.errors import LostRunError, OutOfTimeError
+from nanoos_fw.slurm import was_cancelled
 from nanoos_fw.stores.launches import CONTINUATION, SPEC_KEY
 
 logger = logging.getLogger(__name__)
@@ -83,6 +89,33 @@ def hand_over(
         stored_data={CONTINUATION: number, "out_of_time": error.to_dict()},
         detours=[Firework(tasks, spec=spec, name=name or "continuation")],
     )
+
+
+def refuse_if_cancelled(error: Exception) -> None:
+    """Let work whose job somebody has cancelled end, and not go on by itself.
+
+    Parameters
+    ----------
+    error
+        What the work ends with.
+
+    Raises
+    ------
+    LostRunError
+        With the cause ``cancelled``, if this job was cancelled.
+    """
+    if not was_cancelled():
+        return
+    job = os.environ.get("SLURM_JOB_ID", "")
+    progress = error.evidence if isinstance(error, OutOfTimeError) else {}
+    raise LostRunError(
+        f"job {job} was cancelled while it ran",
+        evidence={"cause": "cancelled", "job": job, "progress": progress},
+        advice=(
+            "what was finished is kept; to go on: nanoos rerun --failed --class "
+            "cancelled"
+        ),
+    ) from error
 
 
 def launch_no_more(launchpad: Any) -> None:

@@ -14,7 +14,9 @@ options: {...}}``, makes fireworks of it with the parameters
 The firetask must leave one document for each structure in the store
 ``simulations``, with that method: a finite number, or the reason why there is none. A
 structure that fails must not stop the others; a firework that was killed and is run
-again must do only what is missing. :class:`LabelTask` sees to all of that.
+again must do only what is missing. What the machine did (a full disk, no memory, a
+child that was killed, a package that is missing) is no result of a structure: it must
+fail the firework and leave nothing. :class:`LabelTask` sees to all of that.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from pymongo.errors import PyMongoError
 
 from nanoos_fw.errors import InputError, NanoOSError, OutOfTimeError, SimulationError
+from nanoos_fw.faults import is_environment
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.provenance import run_environment
 from nanoos_fw.stores.active import LabelSource, put_labels
@@ -81,7 +85,9 @@ class LabelTask(NanoTask):
         """Return the label of a structure, in the unit of the target.
 
         Raise an error if there is none: it is stored with the structure, and the
-        others go on.
+        others go on. Errors of the machine (``faults.is_environment``: OSError of a
+        full disk, MemoryError, a child that was killed, errors of the database) end
+        the firework instead, and nothing is stored of this structure.
 
         Parameters
         ----------
@@ -111,8 +117,12 @@ class LabelTask(NanoTask):
             except OutOfTimeError:
                 raise
             except NanoOSError as error:
+                if is_environment(error):
+                    raise
                 failures[key] = error.to_dict()
             except Exception as error:
+                if is_environment(error) or isinstance(error, PyMongoError):
+                    raise
                 failures[key] = SimulationError(
                     f"{type(error).__name__}: {error}"[:500],
                     evidence={"task": self._fw_name, "structure": key},

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from nanoos_fw.errors import InputError, LaunchError, NanoOSError, OutOfTimeError
+from nanoos_fw.faults import is_environment
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.datasets import open_dataset
 from nanoos_fw.ml.search import SearchConfig, best_trial, check_dataset
@@ -186,12 +187,14 @@ class _Worker:
             self.store.fail(job, error.to_dict())
             return
         except NanoOSError as error:
-            if job.attempt >= MAX_ATTEMPTS:
+            # Killed ranks or a full disk say nothing of the trial.
+            environment = is_environment(error)
+            if job.attempt >= MAX_ATTEMPTS and not environment:
                 self.store.fail(job, error.to_dict())
                 return
             # Ranks of a worker that is cut off may live for a while.
             self.store.release(job, after_s=self.lease_s)
-            if isinstance(error, LaunchError):
+            if isinstance(error, LaunchError) and job.attempt < MAX_ATTEMPTS:
                 logger.warning("trial %d: %s", job.number, error)
                 return
             raise

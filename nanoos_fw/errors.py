@@ -96,6 +96,12 @@ class OutOfMemoryError(NanoOSError):
     kind = "out_of_memory"
 
 
+class DiskFullError(NanoOSError):
+    """The file system, or the quota on it, has no room for what must be written."""
+
+    kind = "disk_full"
+
+
 class LostRunError(NanoOSError):
     """A run whose process is gone: node failure, preemption, a kill from outside."""
 
@@ -124,6 +130,7 @@ _KINDS: dict[str, type[NanoOSError]] = {
         LaunchError,
         OutOfTimeError,
         OutOfMemoryError,
+        DiskFullError,
         LostRunError,
         SimulationError,
         CorruptArtifactError,

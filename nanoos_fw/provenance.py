@@ -1,4 +1,4 @@
-"""Content keys, atomic files and the result envelope on disk."""
+"""Content keys, atomic files, and where a result was made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import platform
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 
-ENVELOPE_NAME = "envelope.json"
 _PACKAGES = (
     "nanoos_fw",
     "fireworks",
@@ -118,44 +116,6 @@ def read_json(path: Path) -> Any:
         raise CorruptArtifactError(
             f"{path} is not JSON: {error}", advice="delete it and run again"
         ) from error
-
-
-def write_envelope(work_dir: Path, key: str, result: Mapping[str, Any]) -> None:
-    """Put a finished result on disk before the database hears of it.
-
-    A launch that dies between computing and committing leaves the envelope, and the
-    next launch of the same key commits it instead of computing again.
-    """
-    body = dict(result)
-    digest = sha256_bytes(canonical_json(body).encode())
-    write_json(work_dir / ENVELOPE_NAME, {"key": key, "sha256": digest, "result": body})
-
-
-def read_envelope(work_dir: Path, key: str) -> dict[str, Any] | None:
-    """Return the finished result of a key, or None if there is none.
-
-    Raises
-    ------
-    CorruptArtifactError
-        If an envelope is there but belongs to another key or fails its checksum.
-    """
-    path = work_dir / ENVELOPE_NAME
-    if not path.exists():
-        return None
-    content = read_json(path)
-    envelope = content if isinstance(content, dict) else {}
-    result: Any = envelope.get("result")
-    # Not canonical_json: a NaN in a damaged file must count as damage.
-    text = json.dumps(result, sort_keys=True, separators=(",", ":"))
-    if envelope.get("key") != key or envelope.get("sha256") != sha256_bytes(
-        text.encode()
-    ):
-        raise CorruptArtifactError(
-            f"{path} does not hold the result of {key}",
-            evidence={"key": envelope.get("key"), "sha256": envelope.get("sha256")},
-            advice=f"delete {work_dir} and run again",
-        )
-    return dict(result)
 
 
 def run_environment() -> dict[str, Any]:

@@ -52,8 +52,9 @@ def add_commands(commands: Any) -> None:
         description=(
             "Out of time: longer walltime. Out of memory: more memory. Node failure: "
             "without that node. Database away, killed, preempted: as it was. "
-            "Programming errors and bad input are left alone unless --class names "
-            "them. Each has a limit of attempts."
+            "A full disk, jobs that somebody cancelled, programming errors and bad "
+            "input are left alone unless --class names them. Each has a limit of "
+            "attempts."
         ),
     )
     what = rerun.add_mutually_exclusive_group(required=True)
@@ -72,7 +73,8 @@ def add_commands(commands: Any) -> None:
         dest="classes",
         metavar="CLASS",
         help="only failures of this class: timeout, oom, node, preempted, killed, "
-        "store, launch, cancelled, lammps, input, code; may be given several times",
+        "store, launch, disk, cancelled, lammps, input, code; may be given several "
+        "times",
     )
     rerun.add_argument("--campaign", help="only fireworks of this campaign")
     rerun.add_argument("--dry-run", action="store_true", help="say what would be done")

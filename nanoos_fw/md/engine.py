@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import InputError, LaunchError, SimulationError
+from nanoos_fw.faults import crashed
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.cells import check_finite, site_charges, site_elements, supercell
 from nanoos_fw.md.failures import changes, correction
@@ -81,7 +82,6 @@ EXECUTABLE = "nanoos_fw.md.executable"
 # Without a new timestep or row for so long, a rank is taken to hang.
 STALL_S = 1800.0
 _MAX_UNREADABLE = 4
-_CRASHES = (-6, -11, 134, 139)  # abort and segmentation fault
 
 
 class LAMMPSEngine:
@@ -382,7 +382,7 @@ class LAMMPSEngine:
                 put_away(output_dir, origin.file, error)
             except LaunchError as error:
                 # Damage that LAMMPS does not survive: it died before its first row.
-                if error.evidence.get("exit_code") not in _CRASHES:
+                if not crashed(error.evidence.get("exit_code")):
                     raise
                 log = output_dir / f"log.{origin.step:012d}.lammps"
                 if origin.file is None or (log.exists() and len(read_thermo(log))):

@@ -256,10 +256,11 @@ class _Served:
             except LaunchError as error:
                 if error.evidence.get("class") == "silent":
                     raise subprocess.TimeoutExpired("child", timeout or 0.0) from None
-                # Without its server the child is an orphan; its group ends here.
+                # Without its server the child is an orphan; its group ends here, and
+                # not by a fault of its own.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
-                self._code = 1
+                self._code = -signal.SIGKILL
         return self._code
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanoos_fw.errors import NanoOSError, SimulationError
+from nanoos_fw.faults import is_environment
 from nanoos_fw.md.box import tensor_to_voigt
 from nanoos_fw.md.calculator import Evaluation, LammpsCalculator
 from nanoos_fw.md.cells import check_distances
@@ -174,7 +175,7 @@ def relax_one(
     settings: RelaxationSettings,
     stop: StopRequest | None = None,
 ) -> RelaxationResult | None:
-    """Relax one structure; a failure becomes a result.
+    """Relax one structure; a failure of its own becomes a result.
 
     Parameters
     ----------
@@ -191,6 +192,11 @@ def relax_one(
     -------
     RelaxationResult or None
         None if it was asked to stop.
+
+    Raises
+    ------
+    NanoOSError
+        If the failure is the machine's: no memory, a full disk.
     """
     species = list(task["species"])
     lattice = np.array(task["lattice"], dtype=np.float64)
@@ -203,6 +209,8 @@ def relax_one(
             if stop is not None and stop.requested:
                 return None
     except NanoOSError as error:
+        if is_environment(error):
+            raise
         calculator.reset()
         return failed_result(species, error)
     return state.result()

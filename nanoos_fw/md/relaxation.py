@@ -7,6 +7,11 @@ on neither the number of ranks nor the order of the structures.
 
 Each result is one line of JSON, on disk before the next structure starts: a killed
 run keeps what it has, and the next one does the rest.
+
+A rank that crashes inside LAMMPS takes the others with it. Each structure that was
+being computed is then computed alone, and one that crashes its rank alone has failed. A
+rank that was killed from outside (by the OOM killer, with its node) is an error of the
+machine and no result of any structure.
 """
 
 from __future__ import annotations
@@ -15,7 +20,6 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +33,7 @@ from nanoos_fw.errors import (
     OutOfTimeError,
     SimulationError,
 )
+from nanoos_fw.faults import crashed, how_it_ended, is_environment
 from nanoos_fw.md.calculator import LammpsCalculator
 from nanoos_fw.md.cells import site_charges, site_elements
 from nanoos_fw.md.optimizer import (
@@ -65,7 +70,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG, STRUCTURES = "relaxation.json", "structures.json"
 _PROGRESS_EVERY = 10
-_MAX_DEATHS = 2
 
 
 # --------------------------------------------------------------------------- parent
@@ -109,8 +113,12 @@ def relax_structures(
     ------
     OutOfTimeError
         If the deadline came first; the finished ones are on disk.
+    LaunchError
+        If the ranks were killed from outside, or died for another reason that is none
+        of a structure; the finished ones are on disk.
     NanoOSError
-        If the program as a whole failed: no LAMMPS, no launcher, a bad potential.
+        If the program as a whole failed: no LAMMPS, no launcher, a bad potential, no
+        memory, a full disk.
     """
     settings = settings or RelaxationSettings()
     resources = resources or Resources()
@@ -122,22 +130,23 @@ def relax_structures(
             tasks[name] = _task(structure, potential, settings)
         except NanoOSError as error:
             results[name] = failed_result([], error)
-    deaths: Counter[str] = Counter()
+    suspects: set[str] = set()  # by their key
+    crashed_alone: dict[str, SimulationError] = {}
     while True:
         done = _read_results(work_dir)
         todo = []
         for name, task in tasks.items():
             if task["key"] in done:
                 results[name] = done[task["key"]]
-            elif deaths[task["key"]] >= _MAX_DEATHS:
-                crash = SimulationError(
-                    "LAMMPS died on this structure", evidence={"class": "crash"}
-                )
-                results[name] = failed_result(task["species"], crash)
+            elif task["key"] in crashed_alone:
+                why = crashed_alone[task["key"]]
+                results[name] = failed_result(task["species"], why)
             else:
                 todo.append(task)
         if not todo:
             return {name: results[name] for name in structures}
+        alone = [task for task in todo if task["key"] in suspects][:1]
+        todo = alone or todo
         _clear_starts(work_dir)
         write_json(work_dir / STRUCTURES, todo)
         # The ranks read a copy in the work directory, with no more than they need.
@@ -160,16 +169,32 @@ def relax_structures(
                 deadline=deadline,
             )
         except LaunchError as error:
-            late = deadline is not None and time.time() >= deadline
-            if late or (work_dir / STOP).exists():
-                raise  # killed because it did not stop, no fault of a structure
-            # A crash inside LAMMPS takes the rank with it. Whoever was being computed
-            # is tried once more and then given up, so that the others get their turn.
-            suspects = _started(work_dir) - set(_read_results(work_dir))
-            if "exit_code" not in error.evidence or not suspects:
+            guilty = _suspects(work_dir, error, deadline)
+            if not guilty:
                 raise
-            logger.warning("the ranks died while on %d structures", len(suspects))
-            deaths.update(suspects)
+            if alone:
+                crashed_alone[alone[0]["key"]] = _crash(error)
+            else:
+                logger.warning("a rank crashed; it was at one of %d", len(guilty))
+                suspects |= guilty
+
+
+def _suspects(work_dir: Path, error: LaunchError, deadline: float | None) -> set[str]:
+    """Return the structures one of which crashed its rank; none if no crash did it."""
+    if is_environment(error) or not crashed(error.evidence.get("exit_code")):
+        return set()
+    late = deadline is not None and time.time() >= deadline
+    if late or (work_dir / STOP).exists():
+        return set()  # it ended badly when it was asked to stop
+    return _started(work_dir) - set(_read_results(work_dir))
+
+
+def _crash(error: LaunchError) -> SimulationError:
+    how = how_it_ended(error.evidence["exit_code"])
+    return SimulationError(
+        f"LAMMPS {how} on this structure, when it was computed alone too",
+        evidence={"class": "crash", "exit_code": error.evidence["exit_code"]},
+    )
 
 
 def _task(

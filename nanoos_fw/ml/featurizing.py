@@ -1,4 +1,4 @@
-"""Featurization in a child process that may die: its structure is quarantined.
+"""Featurization in a child process that may die of a structure, which is quarantined.
 
 Most structures take a millisecond, and a few take for ever or all memory (a cell of
 a hundred thousand sites, a cutoff far too large). No Python code can stop a compiled
@@ -11,7 +11,10 @@ neighbour search, so the guard is the kernel's:
   the expected number of neighbours, from cutoff and density, is compared with it.
 
 The parent sees the pipe close, knows which structure the child was at, and starts
-another child for the rest.
+another child for the rest. A structure is quarantined only if a limit was exceeded, or
+if the child crashed on it twice, alone (a segmentation fault, an abort). A child that
+was killed from outside, by the OOM killer for example, says nothing of its structure: a
+second such death is an error of the machine, and nothing is stored.
 
 Small structures are featurized many in one call, which takes a tenth of the time.
 All of them together may use what one may; where that is not enough, or the process
@@ -40,11 +43,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanoos_fw.errors import (
     InputError,
     LaunchError,
+    MissingDependencyError,
     NanoOSError,
     OutOfMemoryError,
     OutOfTimeError,
     error_from_dict,
 )
+from nanoos_fw.faults import crashed, disk_full, how_it_ended, is_environment
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -52,8 +57,10 @@ if TYPE_CHECKING:
 # Peak of building a graph of a large cell, per expected neighbour: arrays of the
 # search, and their sorted copies.
 _BYTES_PER_EDGE = 400
-# Of a broken pipe: so that an unlucky kill from outside quarantines nothing.
-_TRIES = 2
+# Crashes on a structure that is alone, and kills from outside, that are put up with.
+_CRASHES, _KILLS = 2, 2
+# Mark of an error that says nothing of the structure: it ends the batch.
+_OF_THE_MACHINE = "of_the_machine"
 # Structures that share a call: no larger than this, and each expected to use at most
 # this part of the memory that one may use, all of them four times as much.
 _TOGETHER_SITES = 1000
@@ -142,10 +149,13 @@ class FeaturizingChild:
         Raises
         ------
         LaunchError
-            If the child cannot start.
+            If the child cannot start, or was ended from outside again and again.
+        NanoOSError
+            Another error of the machine: a package that is missing, a full disk.
         """
         left = dict(structures)
-        deaths: dict[str, int] = {}
+        crashes: dict[str, int] = {}
+        kills = 0
         together = True
         while left and not self._closed:
             process = self._started()
@@ -161,14 +171,19 @@ class FeaturizingChild:
                     # the child goes through the rest in their order.
                     key = next(iter(left))
                     died = self._died(key)
-                    if together:
-                        together = False
-                        break
-                    deaths[key] = deaths.get(key, 0) + 1
-                    if isinstance(died, LaunchError) and deaths[key] < _TRIES:
-                        break
-                    del left[key]
-                    yield Featurized(key, b"", {}, died)
+                    if self._is_closed():  # by another thread, meanwhile
+                        return
+                    if is_environment(died):
+                        kills += 1
+                        if kills >= _KILLS:
+                            raise died from None
+                    elif not together:
+                        crashes[key] = crashes.get(key, 0) + 1
+                        late = isinstance(died, OutOfTimeError)
+                        if late or crashes[key] >= _CRASHES:
+                            del left[key]
+                            yield Featurized(key, b"", {}, died)
+                    together = False
                     break
                 together = False
                 for key, answer in answers:
@@ -188,6 +203,9 @@ class FeaturizingChild:
             return
         process.kill()
         _let_go(process)
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None:
@@ -229,17 +247,25 @@ class FeaturizingChild:
         if process is None:
             return LaunchError("the featurizing process is gone")
         code = _let_go(process)
-        evidence = {"structure": key, "exit_code": code}
+        evidence: dict[str, Any] = {"structure": key, "exit_code": code}
         if code == -signal.SIGALRM:
             return OutOfTimeError(
                 f"featurizing took over {guard.timeout_s:g} s",
                 evidence=evidence,
                 advice="lower cutoff_radius, or retry with a longer timeout_s",
             )
+        if crashed(code):
+            return LaunchError(
+                f"the featurizing process {how_it_ended(code)}",
+                evidence={**evidence, "class": "crash"},
+                advice="featurize this structure alone; report it if it crashes again",
+            )
         return LaunchError(
-            f"the featurizing process died: {_how(code)}",
+            f"the featurizing process {how_it_ended(code)}, which the structure it was "
+            "at is not held responsible for",
             evidence=evidence,
-            advice="featurize this structure alone; report it if it dies again",
+            advice="give the job more memory if the OOM killer did it, then rerun it: "
+            "what was stored is kept",
         )
 
 
@@ -251,15 +277,6 @@ def _let_go(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
     if process.stdin is None or process.stdout is None:
         raise LaunchError("the featurizing process has no pipes")
@@ -268,6 +285,8 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
 
 def _outcome(key: str, answer: tuple[bytes, dict[str, float], Any]) -> Featurized:
     graph, scalars, error = answer
+    if error is not None and error.get(_OF_THE_MACHINE):
+        raise error_from_dict(error)
     return Featurized(
         key, graph, scalars, None if error is None else error_from_dict(error)
     )
@@ -390,11 +409,19 @@ def _featurize(
     try:
         structure = decode_structure(encoded)
         return (*_packed(structure, parameters, guard), None)
+    except MissingDependencyError as error:
+        return b"", {}, {**error.to_dict(), _OF_THE_MACHINE: True}
     except NanoOSError as error:
         return b"", {}, error.to_dict()
     except MemoryError:
         raise
     except Exception as error:  # of the science libraries: this structure's alone
+        if is_environment(error):
+            known = disk_full(error) or LaunchError(
+                f"featurizing failed: {type(error).__name__}: {str(error)[:300]}",
+                advice="mend that, then rerun this firework; nothing was stored",
+            )
+            return b"", {}, {**known.to_dict(), _OF_THE_MACHINE: True}
         unexpected = InputError(
             f"featurizing failed: {type(error).__name__}: {str(error)[:300]}",
             advice="featurize this structure alone to see the traceback",

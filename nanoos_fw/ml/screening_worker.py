@@ -21,7 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanoos_fw.errors import LaunchError, NanoOSError, error_from_dict
+from nanoos_fw.errors import (
+    LaunchError,
+    NanoOSError,
+    OutOfMemoryError,
+    error_from_dict,
+)
+from nanoos_fw.faults import how_it_ended
 
 _TRIES = 2
 
@@ -110,6 +116,7 @@ class _Child:
         self._closed = False
 
     def screen(self, start: int) -> dict[str, Any]:
+        code: int | None = None
         for _ in range(_TRIES):
             process = self._started()
             stdin, stdout = _pipes(process)
@@ -127,9 +134,11 @@ class _Child:
                 raise error_from_dict(answer["error"])
             return dict(answer)
         raise LaunchError(
-            f"the worker that screens candidates from {start} on died"
-            + ("" if self._closed else f" {_TRIES} times, with exit code {code}"),
-            evidence={"start": start},
+            f"the worker that screens candidates from {start} on is gone"
+            if code is None or self._closed
+            else f"the worker that screens candidates from {start} on "
+            f"{how_it_ended(code)}, {_TRIES} times",
+            evidence={"start": start, "exit_code": code},
             advice="see what it printed above; a smaller chunk needs less memory",
         )
 
@@ -231,6 +240,13 @@ def _main() -> None:
                 answer = screener.screen(start)
             except NanoOSError as error:
                 answer = {"error": error.to_dict()}
+            except MemoryError as error:
+                memory = OutOfMemoryError(
+                    f"no memory for the candidates from {start} on: {error}",
+                    evidence={"start": start},
+                    advice="give the job more memory, or screen in smaller chunks",
+                )
+                answer = {"error": memory.to_dict()}
             pickle.dump(answer, answers)
             answers.flush()
     except (EOFError, BrokenPipeError):

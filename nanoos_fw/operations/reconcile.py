@@ -36,13 +36,18 @@ logger = logging.getLogger(__name__)
 
 # Without a heartbeat for so long a run outside of SLURM is lost.
 HEARTBEAT_EXPIRES = timedelta(minutes=30)
-# qlaunch writes the number of the job right after sbatch has answered.
+# qlaunch writes the number of the job right after sbatch has answered; FireWorks writes
+# the launch right after it has marked the firework.
 UNNUMBERED_EXPIRES = timedelta(minutes=15)
 # FireWorks holds a lock for seconds, and gives up waiting for one after five minutes.
 LOCK_EXPIRES = timedelta(minutes=10)
 # Jobs of one firework that ended before it began, after which it is paused.
 MAX_UNSTARTED = 3
 _UNSTARTED = f"spec.{SPEC_KEY}.unstarted"
+# Ends of a job before its firework began that do not make it ready again. Killed for
+# memory it would be killed again: it gets more by the rule for that. Cancelled by
+# somebody it stays so until it is asked for.
+_LEFT_TO_RERUN = frozenset({"oom", "cancelled"})
 _OWN_FAULTS = frozenset({"code", "oom", "timeout", "completed"})
 # Clocks of nodes, and SLURM's full seconds.
 _CLOCK_DIFFERENCE_S = 60.0
@@ -229,6 +234,15 @@ def lost_run_error(verdict: Verdict) -> NanoOSError:
             evidence=evidence,
             advice="rerun it: it continues from its last checkpoint",
         )
+    if verdict.cause == "cancelled":
+        return LostRunError(
+            f"somebody cancelled it: {verdict.reason}",
+            evidence=evidence,
+            advice=(
+                "what was finished is kept; to go on: nanoos rerun --failed --class "
+                "cancelled"
+            ),
+        )
     if verdict.cause == "oom":
         return OutOfMemoryError(
             f"SLURM ended it for its memory: {verdict.reason}",
@@ -245,17 +259,30 @@ def lost_run_error(verdict: Verdict) -> NanoOSError:
 # -------------------------------------------------------------------------- reconcile
 
 
-def open_launches(database: Any) -> tuple[list[OpenLaunch], list[int]]:
+def open_launches(
+    database: Any, now: datetime | None = None
+) -> tuple[list[OpenLaunch], list[int]]:
     """Return launches that have not ended, and fireworks that lag behind theirs.
 
     A firework lags when its process died between the two writes that end a launch:
-    the launch has ended, the firework has not heard of it. Three queries.
+    the launch has ended, the firework has not heard of it. Or between the writes that
+    begin one: it is reserved, and there is no launch. Whether that process still lives
+    nobody can tell, so such a one counts after some minutes only: refreshed at once, it
+    would be taken, and run, twice. Three queries.
     """
+    now = now or datetime.now(UTC)
     with store_errors("read open launches"):
         fireworks = list(
             database["fireworks"].find(
                 {"state": {"$in": ["RUNNING", "RESERVED"]}},
-                {"fw_id": 1, "name": 1, "launches": 1, "state": 1, _UNSTARTED: 1},
+                {
+                    "fw_id": 1,
+                    "name": 1,
+                    "launches": 1,
+                    "state": 1,
+                    "updated_on": 1,
+                    _UNSTARTED: 1,
+                },
             )
         )
         ids = [fw["launches"][-1] for fw in fireworks if fw.get("launches")]
@@ -272,8 +299,15 @@ def open_launches(database: Any) -> tuple[list[OpenLaunch], list[int]]:
         launch = launches.get(
             firework["launches"][-1] if firework["launches"] else None
         )
-        if launch is None or launch["state"] in {"COMPLETED", "FIZZLED"}:
-            lagging.append(firework["fw_id"])
+        if launch is None or launch["state"] not in {"RESERVED", "RUNNING"}:
+            taken = firework.get("updated_on")
+            being_written = (
+                firework["state"] == "RESERVED"
+                and taken is not None
+                and now - utc(taken) <= UNNUMBERED_EXPIRES
+            )
+            if not being_written:
+                lagging.append(firework["fw_id"])
             continue
         place = places.get(launch["launch_id"])
         found.append(_open_launch(firework, launch, place))
@@ -338,7 +372,7 @@ def reconcile(
     now = now or datetime.now(UTC)
     report = Reconciliation(slurm=slurm)
     report.unlocked = _stale_locks(launchpad, now, lock_expires, dry_run)
-    launches, lagging = open_launches(database)
+    launches, lagging = open_launches(database, now)
     for fw_id in lagging:
         report.refreshed.append(fw_id)
         if not dry_run:
@@ -398,8 +432,7 @@ def _release(
     ever, before all others.
     """
     launch = verdict.launch
-    if verdict.cause == "oom":
-        # It would be killed again: its firework gets more memory by the rule for that.
+    if verdict.cause in _LEFT_TO_RERUN:
         report.lost.append(verdict)
         if not dry_run:
             _fizzle(launchpad, verdict)

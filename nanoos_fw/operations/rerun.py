@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.faults import DISK_CLASS, MEMORY_CLASS, OUT_OF_MEMORY, killed
 from nanoos_fw.provenance import utc_now
 from nanoos_fw.slurm import (
     Cluster,
@@ -28,7 +29,7 @@ from nanoos_fw.slurm import (
 )
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, launch_error
-from nanoos_fw.stores.places import read_places
+from nanoos_fw.stores.places import read_places, utc
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +67,19 @@ RULES: dict[str, Rule] = {
     "killed": Rule(attempts=3),
     "store": Rule(attempts=5),
     "launch": Rule(attempts=1),
+    "disk": Rule(attempts=0, why="its disk is full; free space, then name the class"),
     "cancelled": Rule(attempts=0, why="somebody cancelled its job"),
     "lammps": Rule(attempts=0, why="it would fail again; change its settings"),
     "input": Rule(attempts=0, why="it would fail again; correct the input"),
     "code": Rule(attempts=0, why="it would fail again; correct the program"),
 }
 CLASSES = tuple(RULES)
-# Kind of the stored error -> class.
+# ``class`` in the evidence of the stored error, and its kind -> class.
+_EVIDENCE = {DISK_CLASS: "disk", MEMORY_CLASS: "oom"}
 _KINDS = {
     "out_of_time": "timeout",
     "out_of_memory": "oom",
+    "disk_full": "disk",
     "store": "store",
     "launch": "launch",
     "simulation": "lammps",
@@ -83,9 +87,11 @@ _KINDS = {
     "missing_dependency": "input",
     "corrupt_artifact": "input",
 }
-_SIGKILL = 9
-# What srun, slurmstepd and LAMMPS leave in the log of the ranks.
-_OUT_OF_MEMORY = ("oom-kill", "oom_kill", "Out Of Memory", "Failed to allocate")
+
+
+# What ends a job ends its ranks too. Clocks of nodes, and SLURM's full seconds.
+_ENDS_OF_JOBS = frozenset({"cancelled", "node", "preempted", "timeout"})
+_CLOCK_DIFFERENCE_S = 60.0
 
 
 def failure_class(error: NanoOSError) -> str:
@@ -93,11 +99,14 @@ def failure_class(error: NanoOSError) -> str:
     if error.kind == "lost_run":
         cause = str(error.evidence.get("cause"))
         return cause if cause in RULES and cause != "code" else "killed"
+    named = _EVIDENCE.get(str(error.evidence.get("class")))
+    if named is not None:
+        return named
     if error.kind == "launch":
         log = str(error.evidence.get("log_tail", ""))
-        if any(sign in log for sign in _OUT_OF_MEMORY):
+        if any(sign in log for sign in OUT_OF_MEMORY):
             return "oom"
-        if error.evidence.get("exit_code") in {-_SIGKILL, 128 + _SIGKILL}:
+        if killed(error.evidence.get("exit_code")):
             return "killed"
     return _KINDS.get(error.kind, "code")
 
@@ -210,7 +219,7 @@ def plan_reruns(
         error = launch_error(last)
         failure = failure_class(error)
         if last is not None and last["launch_id"] in jobs:
-            failure = _with_job(error, failure, jobs[last["launch_id"]])
+            failure = _with_job(error, failure, jobs[last["launch_id"]], last)
         if not classes or failure in classes:
             previous = history[firework["fw_id"], failure]
             # Asked for by name, what has no rule of its own runs again as it is.
@@ -248,10 +257,13 @@ def _ended_jobs_of(
     }
 
 
-def _with_job(error: NanoOSError, failure: str, job: EndedJob) -> str:
+def _with_job(
+    error: NanoOSError, failure: str, job: EndedJob, launch: Mapping[str, Any]
+) -> str:
     """Add to an error what SLURM knows of its job, and return the class of both.
 
-    A process that the kernel killed for memory leaves no other trace.
+    A process that the kernel killed for memory leaves no other trace. Ranks that were
+    killed when their job ended were killed for the same reason.
     """
     for name, value in (
         ("limit_s", job.limit_s),
@@ -260,7 +272,13 @@ def _with_job(error: NanoOSError, failure: str, job: EndedJob) -> str:
     ):
         if error.evidence.get(name) is None and value is not None:
             error.evidence[name] = value
-    return "oom" if failure in {"killed", "launch"} and job.out_of_memory else failure
+    if failure not in {"killed", "launch"}:
+        return failure
+    if job.out_of_memory:
+        return "oom"
+    ended = utc(launch["state_history"][-1]["created_on"]).timestamp()
+    with_job = job.end is not None and ended > job.end - _CLOCK_DIFFERENCE_S
+    return job.cause if with_job and job.cause in _ENDS_OF_JOBS else failure
 
 
 def _descendants(links: Mapping[int, list[int]], fw_id: int) -> int:

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nanoos_fw.errors import error_from_dict
-from nanoos_fw.operations.rerun import _OUT_OF_MEMORY, failure_class
+from nanoos_fw.faults import DISK_FULL, OUT_OF_MEMORY
+from nanoos_fw.operations.rerun import failure_class
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import CONTINUATION, PARKED, SPEC_KEY
 
@@ -73,8 +74,9 @@ def campaign_status(
     # FireWorks stores times of ended fireworks as ISO text, in UTC.
     since = (now - _THROUGHPUT_WINDOW).isoformat()
     details = "$launch.action.stored_data._exception._details"
+    trace = "$launch.action.stored_data._exception._stacktrace"
     continued = {"$gt": [f"$spec.{SPEC_KEY}.{CONTINUATION}.number", 0]}
-    memory = "|".join(map(re.escape, _OUT_OF_MEMORY))
+    memory = "|".join(map(re.escape, OUT_OF_MEMORY))
     pipeline: list[dict[str, Any]] = [
         {"$match": {_CAMPAIGN: campaign}},
         {
@@ -122,6 +124,7 @@ def campaign_status(
                                 "kind": f"{details}.kind",
                                 "cause": f"{details}.evidence.cause",
                                 "exit_code": f"{details}.evidence.exit_code",
+                                "class": f"{details}.evidence.class",
                                 "oom": {
                                     "$regexMatch": {
                                         "input": {
@@ -131,6 +134,12 @@ def campaign_status(
                                             ]
                                         },
                                         "regex": memory,
+                                    }
+                                },
+                                "disk": {
+                                    "$regexMatch": {
+                                        "input": {"$ifNull": [trace, ""]},
+                                        "regex": "|".join(map(re.escape, DISK_FULL)),
                                     }
                                 },
                             },
@@ -184,12 +193,14 @@ def campaign_status(
 def _cause(key: Mapping[str, Any]) -> str:
     """Return the failure class that ``rerun`` would find."""
     evidence = {
-        name: key[name] for name in ("cause", "exit_code") if key.get(name) is not None
+        name: key[name]
+        for name in ("cause", "exit_code", "class")
+        if key.get(name) is not None
     }
     if key.get("oom"):
-        evidence["log_tail"] = _OUT_OF_MEMORY[0]
+        evidence["log_tail"] = OUT_OF_MEMORY[0]
     if not key.get("kind"):
-        return "code"
+        return "disk" if key.get("disk") else "code"
     stored = {"kind": key["kind"], "message": "", "evidence": evidence}
     return failure_class(error_from_dict(stored))
 

@@ -27,6 +27,7 @@ from nanoos_fw.errors import (
     OutOfTimeError,
     error_from_dict,
 )
+from nanoos_fw.faults import disk_full, how_it_ended
 from nanoos_fw.parallel.files import (
     ERROR,
     LOG,
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 # Rank numbers of an outer launch must not reach an inner one, and the ranks have no
 # business with the database.
 _SCRUBBED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "MONGO", "NANO_OS_MONGODB")
+_ROOM_BYTES = 64 * 1024  # error, log and a first block of results
 _LAST_RANKS_S = 10.0  # ranks of a dead launcher or parent end within a second or two
 
 
@@ -151,6 +153,8 @@ def launch_ranks(
         If ranks of an earlier launch still live in the work directory, or if these
         died without a word, or had to be killed because they hung or did not stop;
         carries the tail of their log.
+    DiskFullError
+        If they died and their work directory cannot be written to.
     NanoOSError
         Whatever error a rank reported.
     """
@@ -410,6 +414,7 @@ def _outcome(work_dir: Path, module: str, code: int, killed: bool) -> dict[str, 
     tail = (work_dir / LOG).read_bytes()[-LOG_TAIL_CHARS:].decode(errors="replace")
     code = _shell_code(code, tail)
     evidence = {"exit_code": code, "log_tail": tail, "work_dir": str(work_dir)}
+    _check_room(work_dir)
     if killed:
         raise LaunchError(
             f"{module} did not stop when it was asked to, and was killed",
@@ -417,10 +422,33 @@ def _outcome(work_dir: Path, module: str, code: int, killed: bool) -> dict[str, 
             advice=f"read {work_dir / LOG}; its last checkpoint, if any, is used next",
         )
     raise LaunchError(
-        f"{module} {_how(code)} and left no result",
+        f"{module} {how_it_ended(code)} and left no result",
         evidence=evidence,
         advice=f"read {work_dir / LOG}",
     )
+
+
+def _check_room(work_dir: Path) -> None:
+    """Raise if nothing can be written: ranks on a full disk could not even say so.
+
+    Raises
+    ------
+    DiskFullError
+        If the file system or the quota is full.
+    """
+    probe = work_dir / f".room.{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        full = disk_full(error, work_dir)
+        if full is not None:
+            raise full from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _shell_code(code: int, log_tail: str) -> int:
@@ -431,12 +459,3 @@ def _shell_code(code: int, log_tail: str) -> int:
     """
     launch = log_tail.rpartition("\n$ ")[2]
     return 128 + code if code > 0 and f"(signal {code})" in launch else code
-
-
-def _how(code: int) -> str:
-    number = -code if code < 0 else code - 128
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"died with exit code {code}"
-    return f"was killed by {name} (signal {number})"

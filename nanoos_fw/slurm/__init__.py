@@ -25,6 +25,7 @@ from nanoos_fw.slurm.jobs import (
     parse_sacct,
     parse_scontrol_jobs,
     queued_jobs,
+    was_cancelled,
 )
 from nanoos_fw.slurm.limits import SubmitLimit, jobs_of, submit_limits
 from nanoos_fw.slurm.request import (
@@ -62,4 +63,5 @@ __all__ = [
     "slurm_time",
     "submit_limits",
     "walltime_seconds",
+    "was_cancelled",
 ]

@@ -6,13 +6,19 @@ ended, and a job that neither knows is unknown, not completed.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Iterable
+import shutil
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from nanoos_fw.errors import LaunchError
+from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.slurm.commands import run_slurm, slurm_time
 from nanoos_fw.slurm.request import memory_mib, walltime_seconds
+
+logger = logging.getLogger(__name__)
 
 # Job numbers per sacct command: the kernel limits the length of a command line.
 _SACCT_BATCH = 2000
@@ -139,6 +145,67 @@ def ended_jobs(
     for first in range(0, len(wanted), _SACCT_BATCH):
         found |= _from_accounting(wanted[first : first + _SACCT_BATCH])
     return found
+
+
+# ----------------------------------------------------------------------------- this job
+
+# The controller's word is there at once, accounting's a moment later; SLURM gives
+# KillWait (30 s by default) from its TERM to its KILL.
+_WORD_TIMEOUT_S, _WORD_POLL_S = 6.0, 0.5
+_CLOCK_DIFFERENCE_S = 60.0
+
+
+def was_cancelled(environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether somebody has cancelled the job that this process runs in.
+
+    For a process that was asked to stop: SLURM sends the same TERM at the end of the
+    walltime, before a preemption, and for ``scancel``. Only the last is somebody's
+    wish that the work end. By then the controller has the job as CANCELLED, or
+    COMPLETING without a reason of its own; accounting says which where there is one.
+    False outside of SLURM, and if SLURM does not answer.
+    """
+    env = os.environ if environ is None else environ
+    number = env.get("SLURM_JOB_ID", "")
+    if not number.isdigit():
+        return False
+    try:
+        return _cancelled(number)
+    except (LaunchError, MissingDependencyError) as error:
+        logger.warning("whether job %s was cancelled is not known: %s", number, error)
+        return False
+
+
+def _cancelled(number: str) -> bool:
+    text = run_slurm(
+        ["scontrol", "show", "job", "--oneliner", number], timeout_s=_WORD_TIMEOUT_S
+    )
+    fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", text))
+    state = str(fields.get("JobState", ""))
+    if state != "COMPLETING":
+        # Else it was warned of its end, or of a preemption after a time of grace.
+        return state == "CANCELLED"
+    if _has_reason(fields):
+        return False
+    if shutil.which("sacct") is None or not has_accounting():
+        return True
+    until = time.monotonic() + _WORD_TIMEOUT_S
+    while time.monotonic() < until:
+        ended = _from_accounting([number]).get(number)
+        if ended is not None:
+            return ended.cause == "cancelled"
+        time.sleep(_WORD_POLL_S)
+    return True
+
+
+def _has_reason(fields: Mapping[str, str]) -> bool:
+    """Tell whether a job that is being ended is so by SLURM and not by somebody."""
+    if fields.get("Reason", "None") not in {"None", "(null)"}:
+        return True  # TimeLimit, NodeDown
+    if slurm_time(fields.get("PreemptTime", "")) is not None:
+        return True
+    end = slurm_time(fields.get("EndTime", ""))
+    # Of a requeued job it is the end of the next time.
+    return end is not None and end > time.time() + _CLOCK_DIFFERENCE_S
 
 
 _SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList,Timelimit,AllocTRES"

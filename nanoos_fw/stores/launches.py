@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from nanoos_fw.errors import NanoOSError, error_from_dict
+from nanoos_fw.faults import disk_full_in_text
 from nanoos_fw.stores.database import store_errors
 
 # Key of our part of a firework's spec: campaign, stage, key, work_root.
@@ -68,6 +69,9 @@ def launch_error(launch: Mapping[str, Any] | None) -> NanoOSError:
     if exception.get("_details"):
         return error_from_dict(exception["_details"])
     trace = str(exception.get("_stacktrace", ""))
+    full = disk_full_in_text(trace, (launch or {}).get("launch_dir"))
+    if full is not None:  # of FireWorks' own files, or of a task that is not ours
+        return full
     last = trace.strip().splitlines()[-1:] or ["it left no message"]
     return NanoOSError(
         f"programming error or lost run: {last[0]}",

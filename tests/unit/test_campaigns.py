@@ -14,9 +14,16 @@ import pytest
 from fireworks import Firework, FWorker, PyTask, Workflow
 from fireworks.core.rocket_launcher import launch_rocket
 
-from nanoos_fw.errors import InputError, LostRunError, OutOfMemoryError
+from nanoos_fw.errors import (
+    DiskFullError,
+    InputError,
+    LostRunError,
+    OutOfMemoryError,
+    SimulationError,
+)
 from nanoos_fw.operations import campaigns, submission, submit_many
 from nanoos_fw.operations.campaigns import archive, cancel, pause, resume
+from nanoos_fw.operations.rerun import plan_reruns
 from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.provenance import sha256_file
 from nanoos_fw.slurm import QueuedJob
@@ -115,18 +122,27 @@ def test_status_counts_by_stage_state_and_cause_in_one_query(
     launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     submit_many(launchpad, map(pair, "abcd"))
-    submit_many(launchpad, [pair("x", "os.no_such_thing"), pair("y", "os.no_such")])
+    submit_many(launchpad, [pair(name, "os.no_such_thing") for name in "uvxyz"])
     run_all(launchpad, tmp_path, monkeypatch)
     submit_many(launchpad, map(pair, "ef"))
     errors = [
         LostRunError("gone", evidence={"cause": "node"}),
         OutOfMemoryError("no memory"),
+        SimulationError("LAMMPS failed", evidence={"class": "disk_full"}),
+        DiskFullError("no space left"),
+        None,  # of FireWorks' own files: there is only the traceback
     ]
     failed = launchpad.launches.find({"state": "FIZZLED"})
     for launch, error in zip(list(failed), errors, strict=True):
-        details = "action.stored_data._exception._details"
+        exception = "action.stored_data._exception"
+        change: dict[str, Any] = {
+            f"{exception}._stacktrace": "OSError: [Errno 28] No space left on device: "
+            "'/scratch/FW.json'"
+        }
+        if error is not None:
+            change = {f"{exception}._details": error.to_dict()}
         launchpad.launches.update_one(
-            {"launch_id": launch["launch_id"]}, {"$set": {details: error.to_dict()}}
+            {"launch_id": launch["launch_id"]}, {"$set": change}
         )
     questions: list[str] = []
     for name in ("aggregate", "find", "find_one", "count_documents"):
@@ -140,12 +156,17 @@ def test_status_counts_by_stage_state_and_cause_in_one_query(
     # mongomock looks launches up by itself; a server answers one aggregation.
     assert questions.count("aggregate") == 1
     assert list(status.stages) == ["first", "second"]
-    assert status.stages["first"] == {"COMPLETED": 4, "FIZZLED": 2, "READY": 2}
-    assert status.stages["second"] == {"COMPLETED": 4, "WAITING": 4}
-    assert status.causes == {"first": {"node": 1, "oom": 1}}
-    # Eight within the last minute, which counts as a whole one; six remain.
+    assert status.stages["first"] == {"COMPLETED": 4, "FIZZLED": 5, "READY": 2}
+    assert status.stages["second"] == {"COMPLETED": 4, "WAITING": 7}
+    assert status.causes == {"first": {"node": 1, "oom": 1, "disk": 3}}
+    # Eight within the last minute, which counts as a whole one; nine remain.
     assert status.per_hour == pytest.approx(480.0)
-    assert status.eta_s == pytest.approx(6 / 480 * 3600)
+    assert status.eta_s == pytest.approx(9 / 480 * 3600)
+    # The same as by the errors themselves, which a rerun goes by.
+    attempts = plan_reruns(launchpad.db, campaign="c")
+    assert Counter(a.failure for a in attempts) == status.causes["first"]
+    (unnamed,) = [a.error for a in attempts if "FW.json" in a.error.message]
+    assert unnamed.evidence["path"] == "/scratch/FW.json"
 
 
 def counted(

@@ -14,7 +14,13 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.crystals import decode_structure, encode_structure
-from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    DiskFullError,
+    InputError,
+    LaunchError,
+    NanoOSError,
+)
 from nanoos_fw.firetasks import featurization
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
 from nanoos_fw.ml.features import (
@@ -24,6 +30,7 @@ from nanoos_fw.ml.features import (
 )
 from nanoos_fw.ml.featurizing import FeatureGuard, FeaturizingChild, expected_edges
 from nanoos_fw.ml.graphs import build_graph, pack_graph, unpack_graph
+from nanoos_fw.operations.rerun import failure_class
 from nanoos_fw.stores.database import ensure_indexes
 from nanoos_fw.stores.features import (
     HIT,
@@ -307,6 +314,52 @@ def test_a_child_that_is_killed_once_quarantines_nothing() -> None:
                 os.kill(child.pid, signal.SIGKILL)
     assert [r.key for r in results] == list(encoded)
     assert all(r.error is None for r in results)
+
+
+@pytest.mark.parametrize(
+    ("deed", "error", "failure"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", LaunchError, "killed"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", LaunchError, "killed"),
+        ("os._exit(1)", LaunchError, "launch"),
+        ("raise OSError(28, 'No space left on device', '/x')", DiskFullError, "disk"),
+        ("raise ImportError('no numba here')", LaunchError, "launch"),
+    ],
+)
+def test_what_the_machine_does_to_a_child_is_no_fault_of_its_structure(
+    embedded_database: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    deed: str,
+    error: type[NanoOSError],
+    failure: str,
+) -> None:
+    ensure_indexes(embedded_database)
+    three = decode_structure(THREE_AND_TWO["three"])
+    keys = stored(embedded_database, three, crystal())
+    with monkeypatch.context() as spoiled:
+        spoil(spoiled, tmp_path, deed)
+        with pytest.raises(error) as caught:
+            compute_features(embedded_database, keys)
+    assert failure_class(caught.value) == failure
+    state = FeatureStore(embedded_database).state(keys, DESCRIBED, FEATURE_VERSION)
+    assert QUARANTINED not in state.values()
+    assert keys[0] not in state
+    # On a machine that is well, by a plain rerun.
+    report = compute_features(embedded_database, keys)
+    assert len(report.hit) + len(report.computed) == 2
+
+
+def test_a_crash_is_told_with_its_evidence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    spoil(monkeypatch, tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
+    with FeaturizingChild(DESCRIBED, FeatureGuard()) as child:
+        (error,) = (r.error for r in child.featurize(THREE_AND_TWO) if r.error)
+    assert "SIGSEGV" in error.message
+    assert error.evidence == {
+        "structure": "three", "exit_code": -signal.SIGSEGV, "class": "crash",
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------- computing

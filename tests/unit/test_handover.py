@@ -14,10 +14,11 @@ from fireworks import Firework, Workflow
 from fireworks.core.fworker import FWorker
 from fireworks.core.rocket_launcher import launch_rocket, rapidfire
 
-from nanoos_fw.errors import OutOfTimeError
-from nanoos_fw.firetasks import WriteReportTask
+from nanoos_fw.errors import InputError, LaunchError, OutOfTimeError
+from nanoos_fw.firetasks import WriteReportTask, handover
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.firetasks.handover import MAX_STALLED
+from nanoos_fw.operations.rerun import plan_reruns, rerun_failed_fireworks
 from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.stores.launches import CONTINUATION, SPEC_KEY
 
@@ -184,6 +185,67 @@ def test_a_signal_hands_over_too_and_only_once(
     launch(new_launchpad(), tmp_path)
     os.kill(os.getpid(), signal.SIGTERM)  # and one while FireWorks writes
     assert sorted(states(launchpad).values()) == ["COMPLETED", "READY"]
+
+
+def test_work_whose_job_was_cancelled_does_not_go_on_by_itself(
+    new_launchpad: Callable[[], Any],
+    work: Callable[[Run], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launchpad = new_launchpad()
+    launchpad.add_wf(firework())
+    monkeypatch.setattr(handover, "was_cancelled", lambda: True)
+
+    def run(_task: WriteReportTask, _place: TaskContext) -> dict[str, Any]:
+        raise OutOfTimeError("stopped by signal TERM", evidence={"step": 7})
+
+    work(run)
+    launch(new_launchpad(), tmp_path)
+    assert list(states(launchpad).values()) == ["FIZZLED"]
+    assert campaign_status(launchpad.db, "late").causes == {"md": {"cancelled": 1}}
+    assert rerun_failed_fireworks(launchpad).rerun == []
+
+    monkeypatch.setattr(handover, "was_cancelled", lambda: False)
+    work(lambda _task, _place: {"done": True})
+    assert len(rerun_failed_fireworks(launchpad, classes=["cancelled"]).rerun) == 1
+    launch(new_launchpad(), tmp_path)
+    assert list(states(launchpad).values()) == ["COMPLETED"]
+
+
+@pytest.mark.parametrize(
+    ("error", "cancelled", "failure"),
+    [
+        (LaunchError("died", evidence={"exit_code": 143}), False, "killed"),
+        (LaunchError("died", evidence={"exit_code": 143}), True, "cancelled"),
+        (InputError("a bad structure"), True, "input"),
+        (MemoryError("12 GiB"), False, "oom"),
+        (OSError(28, "No space left on device", "/scratch/x"), False, "disk"),
+        (ZeroDivisionError(), True, "code"),
+    ],
+    ids=repr,
+)
+def test_errors_of_the_system_get_the_class_that_a_rerun_goes_by(
+    new_launchpad: Callable[[], Any],
+    work: Callable[[Run], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    cancelled: bool,
+    failure: str,
+) -> None:
+    launchpad = new_launchpad()
+    launchpad.add_wf(firework())
+    monkeypatch.setattr(handover, "was_cancelled", lambda: cancelled)
+
+    def run(_task: WriteReportTask, _place: TaskContext) -> dict[str, Any]:
+        raise error
+
+    work(run)
+    launch(new_launchpad(), tmp_path)
+    assert campaign_status(launchpad.db, "late").causes == {"md": {failure: 1}}
+    (attempt,) = plan_reruns(launchpad.db)
+    assert attempt.failure == failure
 
 
 def test_a_task_that_ends_well_leaves_the_signals_as_they_were(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from nanoos_fw.errors import (
+    DiskFullError,
     InputError,
     LaunchError,
     MissingDependencyError,
@@ -183,6 +184,16 @@ def test_a_signal_is_named(tmp_path: Path, body: str, how: str, code: int) -> No
     with pytest.raises(LaunchError, match=f"single_rank {how}") as died:
         launch_ranks("single_rank", config, resources=Resources())
     assert died.value.evidence["exit_code"] == code
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(1)", "import os; os.abort()"])
+def test_ranks_on_a_full_disk_need_not_say_so(tmp_path: Path, body: str) -> None:
+    config = write_program(tmp_path, body)
+    (tmp_path / f".room.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=str(tmp_path)) as caught:
+        launch_ranks("single_rank", config, resources=Resources())
+    assert "--class disk" in (caught.value.advice or "")
+    assert not list(tmp_path.glob(".room*"))
 
 
 def test_files_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:

@@ -17,16 +17,13 @@ from hypothesis import strategies as st
 from nanoos_fw import __version__, provenance
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.provenance import (
-    ENVELOPE_NAME,
     canonical_json,
     content_key,
-    read_envelope,
     read_json,
     run_environment,
     sha256_bytes,
     sha256_file,
     write_atomic,
-    write_envelope,
     write_json,
 )
 
@@ -157,48 +154,6 @@ def test_json_files_refuse_nan_and_name_the_damaged_file(tmp_path: Path) -> None
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CorruptArtifactError, match=r"value\.json is not JSON"):
         read_json(path)
-
-
-def test_an_envelope_comes_back(tmp_path: Path) -> None:
-    result = {"energy": -3.5, "counts": {10: 1, 9: 2}, "pair": (1, 2)}
-    assert read_envelope(tmp_path, "key") is None
-    write_envelope(tmp_path, "key", result)
-    assert read_envelope(tmp_path, "key") == {
-        "energy": -3.5,
-        "counts": {"10": 1, "9": 2},
-        "pair": [1, 2],
-    }
-
-
-def test_an_envelope_of_another_key_is_refused(tmp_path: Path) -> None:
-    write_envelope(tmp_path, "key", {"energy": -3.5})
-    with pytest.raises(CorruptArtifactError, match="does not hold the result of other"):
-        read_envelope(tmp_path, "other")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[]",
-        "{}",
-        '{"key": "key", "sha256": "0", "result": {"energy": -3.5}}',
-        '{"key": "key", "sha256": "0", "result": {"energy": NaN}}',
-        '{"key": "key", "sha256": "0"',
-        "",
-    ],
-)
-def test_a_damaged_envelope_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / ENVELOPE_NAME).write_text(text)
-    with pytest.raises(CorruptArtifactError, match=ENVELOPE_NAME):
-        read_envelope(tmp_path, "key")
-
-
-def test_a_changed_digit_in_an_envelope_is_noticed(tmp_path: Path) -> None:
-    write_envelope(tmp_path, "key", {"energy": -3.5})
-    path = tmp_path / ENVELOPE_NAME
-    path.write_text(path.read_text().replace("-3.5", "-3.6"))
-    with pytest.raises(CorruptArtifactError):
-        read_envelope(tmp_path, "key")
 
 
 def test_the_run_environment_is_json_with_versions_and_slurm_ids(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from fireworks import Firework, FWAction, Workflow
 from fireworks.core.fworker import FWorker
 
 from nanoos_fw.errors import (
+    DiskFullError,
     InputError,
     LaunchError,
     LostRunError,
@@ -238,7 +240,7 @@ def test_a_dead_reservation_becomes_ready_and_a_poison_job_is_paused(
     launchpad: Any, slurm: Slurm, tmp_path: Path
 ) -> None:
     fw = reserved(launchpad, "1", tmp_path)
-    slurm.ended = {"1": ended("1", "CANCELLED")}
+    slurm.ended = {"1": ended("1", "NODE_FAIL")}
     assert len(reconcile(launchpad).unreserved) == 1
     assert state(launchpad, fw) == "READY"
 
@@ -248,6 +250,25 @@ def test_a_dead_reservation_becomes_ready_and_a_poison_job_is_paused(
         slurm.ended = {str(attempt): ended(str(attempt), "FAILED", exit_code=1)}
         reconcile(launchpad)
         assert state(launchpad, fw) == expected
+
+
+@pytest.mark.parametrize("begin", [reserved, running])
+def test_work_whose_job_somebody_cancelled_is_not_brought_back(
+    launchpad: Any, slurm: Slurm, tmp_path: Path, begin: Callable[..., Any]
+) -> None:
+    fw = begin(launchpad, "1", tmp_path)
+    slurm.ended = {"1": ended("1", "CANCELLED")}
+    report = reconcile(launchpad)
+    assert [verdict.cause for verdict in report.lost] == ["cancelled"]
+    (failed,) = failed_fireworks(launchpad.db, "c")
+    assert failure_class(failed.error) == "cancelled"
+    assert "--class cancelled" in str(failed.error.advice)
+    for _ in range(2):
+        assert reconcile(launchpad).clean
+        assert rerun_failed_fireworks(launchpad).rerun == []
+        assert state(launchpad, fw) == "FIZZLED"
+    assert len(rerun_failed_fireworks(launchpad, classes=["cancelled"]).rerun) == 1
+    assert state(launchpad, fw) == "READY"
 
 
 def test_a_job_too_small_to_begin_its_firework_gets_more_memory(
@@ -291,6 +312,25 @@ def test_a_firework_that_lags_behind_its_launch_is_refreshed(
     assert reconcile(launchpad).refreshed == [fw.fw_id]
     assert state(launchpad, fw) == "COMPLETED"
     assert slurm.calls == []  # no job, no question
+
+
+@pytest.mark.parametrize("launches", [[], [99]])
+def test_a_firework_that_is_just_being_taken_is_left_alone(
+    launchpad: Any, slurm: Slurm, launches: list[int]
+) -> None:
+    added = firework()
+    launchpad.add_wf(added)
+    taken = datetime.now(UTC)
+    # What FireWorks writes first: there is no launch yet.
+    change = {"state": "RESERVED", "updated_on": taken, "launches": launches}
+    launchpad.fireworks.update_one({"fw_id": added.fw_id}, {"$set": change})
+    for minutes in (0, 14):
+        assert reconcile(launchpad, now=taken + timedelta(minutes=minutes)).clean
+        assert state(launchpad, added) == "RESERVED"
+    report = reconcile(launchpad, now=taken + timedelta(minutes=16))
+    assert report.refreshed == [added.fw_id]
+    if not launches:
+        assert state(launchpad, added) == "READY"
 
 
 def test_a_lock_is_removed_when_it_has_been_seen_long_enough(
@@ -371,6 +411,11 @@ def lost(cause: str, **evidence: Any) -> LostRunError:
             LaunchError("x", evidence={"log_tail": "task 0: Out Of Memory"}),
             "oom",
         ),
+        (LaunchError("x", evidence={"exit_code": 143}), "killed"),
+        (LaunchError("x", evidence={"exit_code": -11}), "launch"),
+        (DiskFullError("x"), "disk"),
+        (SimulationError("x", evidence={"class": "disk_full"}), "disk"),
+        (SimulationError("x", evidence={"class": "out_of_memory"}), "oom"),
         (SimulationError("x"), "lammps"),
         (InputError("x"), "input"),
         (NanoOSError("x"), "code"),
@@ -422,7 +467,14 @@ def test_the_next_attempt_gets_what_the_failure_asks_for(
 
 
 @pytest.mark.parametrize(
-    "error", [None, InputError("x"), SimulationError("x"), lost("cancelled")]
+    "error",
+    [
+        None,
+        InputError("x"),
+        SimulationError("x"),
+        lost("cancelled"),
+        DiskFullError("no space left for /scratch"),
+    ],
 )
 def test_what_would_fail_again_is_left_unless_it_is_named(
     launchpad: Any, tmp_path: Path, error: NanoOSError | None
@@ -471,8 +523,8 @@ def test_only_what_is_asked_for_is_rerun(launchpad: Any, tmp_path: Path) -> None
         "READY",
         "FIZZLED",
     ]
-    with pytest.raises(InputError, match="no failure class disk"):
-        plan_reruns(launchpad.db, classes=["disk"])
+    with pytest.raises(InputError, match="no failure class heat"):
+        plan_reruns(launchpad.db, classes=["heat"])
 
 
 def test_descendants_are_kept_and_counted(launchpad: Any, tmp_path: Path) -> None:
@@ -533,3 +585,34 @@ def test_accounting_tells_of_memory_what_the_error_does_not(
     assert asked == [{"5"}]
     assert attempt.failure == "oom"
     assert attempt.resources == {"mem": "1750M"}
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"state": "CANCELLED"}, "cancelled"),
+        ({"state": "NODE_FAIL"}, "node"),
+        ({"state": "PREEMPTED"}, "preempted"),
+        ({"state": "COMPLETED"}, "killed"),
+        # A packed worker that somebody cancelled long after.
+        ({"state": "CANCELLED", "end": 4e9}, "killed"),
+    ],
+)
+def test_ranks_that_were_killed_with_their_job_were_killed_for_the_same_reason(
+    launchpad: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job: dict[str, Any],
+    expected: str,
+) -> None:
+    fw = running(launchpad, "5", tmp_path)
+    launch = launchpad.launches.find_one({"fw_id": fw.fw_id})["launch_id"]
+    error = LaunchError("died", evidence={"exit_code": 143})
+    details = {"_exception": {"_stacktrace": "", "_details": error.to_dict()}}
+    launchpad.complete_launch(launch, FWAction(stored_data=details), "FIZZLED")
+    monkeypatch.setattr(
+        "nanoos_fw.operations.rerun.ended_jobs",
+        lambda _jobs, **_options: {"5": ended("5", **job)},
+    )
+    (attempt,) = plan_reruns(launchpad.db, cluster=CLUSTER)
+    assert attempt.failure == expected

@@ -25,7 +25,7 @@ from nanoos_fw.md.relaxation import (
     relax_one,
     relax_structures,
 )
-from nanoos_fw.parallel import Communicator, StopRequest
+from nanoos_fw.parallel import Communicator, Resources, StopRequest
 from nanoos_fw.provenance import read_json
 from nanoos_fw.units import EV_PER_A3_IN_BAR
 
@@ -379,6 +379,70 @@ def test_structure_that_kills_lammps_is_given_up(tmp_path, launches, monkeypatch
     assert results["a"].converged
     assert results["b"].converged
     assert results["killer"].error_class == "crash"
+
+
+def test_structure_beside_one_that_kills_lammps_is_innocent(
+    tmp_path, launches, monkeypatch
+):
+    killer, real, innocent = 2.65, relaxation.relax_one, set()
+
+    def relax(calculator, one, settings, stop=None):
+        if abs(one["lattice"][0][0] - killer) < 1e-9:
+            others = [key for key in launches[-1] if key > one["key"]]
+            if others:  # the other rank is at this one, and ends with it
+                innocent.add(max(others))
+                (tmp_path / "started.1").write_text(max(others))
+            raise LaunchError("died with signal 11", evidence={"exit_code": 139})
+        return real(calculator, one, settings, stop)
+
+    monkeypatch.setattr(relaxation, "relax_one", relax)
+    structures = {"killer": argon(killer)}
+    structures |= {f"a{i}": argon(2.6 + 0.02 * i) for i in range(8)}
+    results = relax_structures(structures, ARGON, tmp_path, resources=Resources(2))
+    assert innocent
+    killed = results.pop("killer")
+    assert killed.error_class == "crash"
+    assert "SIGSEGV" in killed.error
+    assert all(result.converged for result in results.values())
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        {"exit_code": -9},
+        {"exit_code": 137},
+        {"exit_code": 143},
+        {"exit_code": 1},
+        {"exit_code": 134, "log_tail": "what(): std::bad_alloc"},
+    ],
+)
+def test_ranks_killed_from_outside_are_no_result(
+    tmp_path, launches, monkeypatch, evidence
+):
+    real, structures = relaxation.relax_one, {"a": argon(2.6), "b": argon(2.7)}
+
+    def relax(calculator, one, settings, stop=None):
+        if abs(one["lattice"][0][0] - 2.7) < 1e-9:
+            raise LaunchError("died", evidence=evidence)
+        return real(calculator, one, settings, stop)
+
+    with monkeypatch.context() as ill:
+        ill.setattr(relaxation, "relax_one", relax)
+        for _ in range(3):  # however often
+            with pytest.raises(LaunchError, match="died"):
+                relax_structures(structures, ARGON, tmp_path)
+    results = relax_structures(structures, ARGON, tmp_path)
+    assert all(result.converged for result in results.values())
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "disk_full"])
+def test_a_machine_without_room_is_no_result(kind):
+    class Full(Morse):
+        def evaluate(self, lattice, frac_coords):
+            raise SimulationError("LAMMPS failed", evidence={"class": kind})
+
+    with pytest.raises(SimulationError):
+        relax_one(Full(), task(*L10), TIGHT)
 
 
 def test_structure_of_a_result_is_the_relaxed_crystal(tmp_path, launches):

@@ -12,7 +12,9 @@ from nanoos_fw.slurm import (
     allocation_deadline,
     allocation_times,
     commands,
+    jobs,
     run_slurm,
+    was_cancelled,
 )
 
 FakeCommand = Callable[[str, str], Path]
@@ -104,3 +106,70 @@ def test_a_deadline_in_the_past_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
     deadline = allocation_deadline()
     assert deadline is not None
     assert abs(deadline - time.time()) < 60
+
+
+JOB = "JobId=42 JobName=md JobState={} Reason={} PreemptTime={} EndTime={}"
+PAST, FUTURE = "2026-03-01T10:01:00", "2226-03-01T10:01:00"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "preempted", "end", "accounting", "expected"),
+    [
+        ("CANCELLED", "None", "None", PAST, None, True),
+        ("COMPLETING", "None", "None", PAST, None, True),
+        ("COMPLETING", "None", "None", PAST, "CANCELLED by 1000", True),
+        # Requeued: its end is that of the next time.
+        ("COMPLETING", "None", "None", FUTURE, None, False),
+        ("COMPLETING", "None", "None", PAST, "PREEMPTED", False),
+        ("COMPLETING", "TimeLimit", "None", PAST, None, False),
+        ("COMPLETING", "NodeDown", "None", PAST, None, False),
+        ("COMPLETING", "None", PAST, PAST, None, False),
+        # Warned before its end, or of a preemption.
+        ("RUNNING", "None", "None", FUTURE, None, False),
+        ("TIMEOUT", "TimeLimit", "None", PAST, None, False),
+    ],
+)
+def test_a_job_that_somebody_cancelled_is_told_from_others_that_must_stop(
+    fake_command: FakeCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    reason: str,
+    preempted: str,
+    end: str,
+    accounting: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(jobs, "_WORD_TIMEOUT_S", 5.0)
+    kind = "accounting_storage/none" if accounting is None else "slurmdbd"
+    fake_command(
+        "scontrol",
+        f'if [ "$2" = config ]; then echo "AccountingStorageType = {kind}"; '
+        f'else echo "{JOB.format(state, reason, preempted, end)}"; fi',
+    )
+    row = f"42|{accounting}|0:15|2026-03-01T10:00:00|2026-03-01T10:01:00|n1|1:00|cpu=1"
+    fake_command("sacct", f'echo "{row}"')
+    assert was_cancelled({"SLURM_JOB_ID": "42"}) is expected
+
+
+def test_accounting_that_is_late_is_waited_for(
+    fake_command: FakeCommand, tmp_path: Path
+) -> None:
+    fake_command(
+        "scontrol",
+        'if [ "$2" = config ]; then echo "AccountingStorageType = slurmdbd"; '
+        f'else echo "{JOB.format("COMPLETING", "None", "None", PAST)}"; fi',
+    )
+    times = "2026-03-01T10:00:00|2026-03-01T10:01:00|n1|1:00|cpu=1"
+    fake_command(
+        "sacct",
+        f"echo x >> {tmp_path / 'asked'}; "
+        f'if [ "$(wc -l < {tmp_path / "asked"})" -lt 3 ]; '
+        f'then echo "42|RUNNING|0:0|{times}"; else echo "42|TIMEOUT|0:0|{times}"; fi',
+    )
+    assert was_cancelled({"SLURM_JOB_ID": "42"}) is False
+
+
+def test_a_silent_slurm_has_not_cancelled_anything(fake_command: FakeCommand) -> None:
+    fake_command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert was_cancelled({"SLURM_JOB_ID": "42"}) is False
+    assert was_cancelled({}) is False
