@@ -1,20 +1,21 @@
 """Submission: workflows that are not there yet, in bulk, checked against the cluster.
 
 A workflow is known by the ``key`` in its metadata, so that submitting it again is
-harmless.
+harmless. The key is also the ``_id`` of its document: of two processes that submit the
+same workflow at the same time the database lets one insert it.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.operations.estimates import NEEDS, set_needs
-from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.database import insert_new, store_errors
 from nanoos_fw.stores.launches import SPEC_KEY
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def submit_many(
     A workflow is known by the ``key`` in its metadata. Of each batch the keys are asked
     for at once, the numbers of its fireworks are reserved at once, and fireworks that
     can be run are inserted last. A submission that was killed goes on where it was: a
-    workflow that lacks fireworks gets those, and keeps what has run meanwhile.
+    workflow that lacks fireworks gets those, and keeps what has run meanwhile. Any
+    number of processes may submit the same workflows at the same time.
 
     Parameters
     ----------
@@ -60,30 +62,15 @@ def submit_many(
     while batch := list(islice(remaining, _BATCH)):
         keyed = {workflow.metadata["key"]: workflow for workflow in batch}
         with store_errors("submit workflows"):
-            there = {
-                document["metadata"]["key"]: sorted(document["nodes"])
-                for document in launchpad.workflows.find(
-                    {"metadata.key": {"$in": list(keyed)}},
-                    {"metadata.key": 1, "nodes": 1},
-                )
-            }
-            nodes = [node for ids in there.values() for node in ids]
-            known = {
-                document["fw_id"]
-                for document in launchpad.fireworks.find(
-                    {"fw_id": {"$in": nodes}}, {"fw_id": 1}
-                )
-            }
+            there = _nodes(launchpad, list(keyed))
         fresh = [w for key, w in keyed.items() if key not in there]
         set_needs(launchpad.db, fresh)
         check_resources(fresh, limits)
         with store_errors("submit workflows"):
-            _insert(launchpad, fresh)
-            for key, ids in there.items():
-                missing = set(ids) - known
-                if missing:
-                    mended += _mend(launchpad, keyed[key], ids, missing)
-        added += len(fresh)
+            taken = _insert(launchpad, fresh)
+            there |= _nodes(launchpad, taken)
+            mended += _mend_all(launchpad, keyed, there)
+        added += len(fresh) - len(taken)
         total += len(batch)
         on_batch(added, total)
     return added, mended
@@ -94,23 +81,41 @@ def submit(launchpad: Any, workflow: Workflow) -> bool:
     return sum(submit_many(launchpad, [workflow])) > 0
 
 
-def _insert(launchpad: Any, workflows: Sequence[Workflow]) -> None:
+def _nodes(launchpad: Any, keys: Sequence[str]) -> dict[str, list[int]]:
+    """Return the fireworks' numbers of those workflows that are there, by key."""
+    if not keys:
+        return {}
+    return {
+        document["metadata"]["key"]: sorted(document["nodes"])
+        for document in launchpad.workflows.find(
+            {"metadata.key": {"$in": list(keys)}}, {"metadata.key": 1, "nodes": 1}
+        )
+    }
+
+
+def _insert(launchpad: Any, workflows: Sequence[Workflow]) -> list[str]:
+    """Insert workflows; return the keys of those that another process has inserted."""
     if not workflows:
-        return
+        return []
     first = launchpad.get_new_fw_id(sum(len(w.fws) for w in workflows))
-    fireworks = []
+    documents = []
     for workflow in workflows:
         _number(workflow, range(first, first + len(workflow.fws)))
         first += len(workflow.fws)
-        fireworks += workflow.fws
-    launchpad.workflows.insert_many([w.to_db_dict() for w in workflows])
-    _insert_fireworks(launchpad, fireworks)
+        documents.append({"_id": workflow.metadata["key"], **workflow.to_db_dict()})
+    taken = insert_new(launchpad.workflows, documents)
+    _insert_fireworks(
+        launchpad,
+        [fw for n, wf in enumerate(workflows) if n not in taken for fw in wf.fws],
+    )
+    return [documents[index]["_id"] for index in sorted(taken)]
 
 
 def _number(workflow: Workflow, numbers: Sequence[int]) -> None:
     """Give a workflow its numbers, always the same firework the same of them."""
-    # Numbers of new fireworks count down from -1 in the order of their making.
-    old = sorted(workflow.id_fw, reverse=True)
+    # Numbers of new fireworks count down from -1 in the order of their making; those
+    # of a workflow that was numbered before count up.
+    old = sorted(workflow.id_fw, key=abs)
     old_new = dict(zip(old, numbers, strict=True))
     for firework in workflow.fws:
         firework.fw_id = old_new[firework.fw_id]
@@ -120,24 +125,54 @@ def _number(workflow: Workflow, numbers: Sequence[int]) -> None:
         workflow.fw_states[fw_id] = "READY"
 
 
-def _insert_fireworks(launchpad: Any, fireworks: Iterable[Any]) -> None:
-    """Insert those last that can be run: a workflow that has begun is complete."""
-    ordered = sorted(fireworks, key=lambda firework: firework.state == "READY")
-    if ordered:
-        launchpad.fireworks.insert_many([fw.to_db_dict() for fw in ordered])
+def _insert_fireworks(launchpad: Any, fireworks: Iterable[Any]) -> int:
+    """Insert those last that can be run: a workflow that has begun is complete.
+
+    Returns how many were not there.
+    """
+    by_readiness: dict[bool, list[Any]] = {False: [], True: []}
+    for firework in fireworks:
+        by_readiness[firework.state == "READY"].append(firework.to_db_dict())
+    inserted = 0
+    for documents in by_readiness.values():
+        inserted += len(documents) - len(insert_new(launchpad.fireworks, documents))
+    return inserted
+
+
+def _mend_all(
+    launchpad: Any, keyed: Mapping[str, Workflow], there: Mapping[str, list[int]]
+) -> int:
+    """Complete the workflows that a killed submission has left; return how many."""
+    nodes = [node for ids in there.values() for node in ids]
+    known = {
+        document["fw_id"]
+        for document in launchpad.fireworks.find(
+            {"fw_id": {"$in": nodes}}, {"fw_id": 1}
+        )
+    }
+    return sum(
+        _mend(launchpad, keyed[key], ids, missing)
+        for key, ids in there.items()
+        if (missing := set(ids) - known)
+    )
 
 
 def _mend(
     launchpad: Any, workflow: Workflow, ids: list[int], missing: set[int]
 ) -> bool:
-    """Insert what a killed submission left out of a workflow; keep the rest."""
+    """Insert what a killed submission left out of a workflow; keep the rest.
+
+    If that submission lives, both insert the same, and the database keeps it once.
+    """
     if len(ids) != len(workflow.fws):
         # It has grown by continuations since; nothing of it can be missing but by hand.
         logger.warning("workflow %s lacks fireworks %s", workflow.name, sorted(missing))
         return False
     _number(workflow, ids)
-    logger.warning("completing a half-inserted workflow: %s", workflow.name)
-    _insert_fireworks(launchpad, [fw for fw in workflow.fws if fw.fw_id in missing])
+    lost = [firework for firework in workflow.fws if firework.fw_id in missing]
+    if not _insert_fireworks(launchpad, lost):
+        return False
+    logger.warning("a half-inserted workflow was completed: %s", workflow.name)
     return True
 
 

@@ -33,6 +33,7 @@ EMBEDDED_FILE = "database.json"
 _SELECTION_TIMEOUT_MS = 10_000
 ARTIFACTS = "artifacts"
 _PUT_TRIES = 5
+_DUPLICATE = 11000  # MongoDB's error code of a unique key that is there
 _LONGEST_PAUSE_S = 30.0
 _T = TypeVar("_T")
 
@@ -306,16 +307,35 @@ def upsert_many(
                     created.add(index)
         return created
     operations = [UpdateOne(query, update, upsert=True) for query, update in upserts]
-    duplicate = 11000
     try:
         result = collection.bulk_write(operations, ordered=False)
     except BulkWriteError as error:
         details = error.details or {}
         errors = details.get("writeErrors", [])
-        if any(entry.get("code") != duplicate for entry in errors):
+        if any(entry.get("code") != _DUPLICATE for entry in errors):
             raise
         return {entry["index"] for entry in details.get("upserted", [])}
     return set(result.upserted_ids or {})
+
+
+def insert_new(collection: Any, documents: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Insert documents and return the indices of those that were there before.
+
+    There is whatever has the same ``_id`` or another unique key: written by another
+    process, or by the try before this one, whose answer got lost.
+    """
+    from pymongo.errors import BulkWriteError
+
+    if not documents:
+        return set()
+    try:
+        collection.insert_many(documents, ordered=False)
+    except BulkWriteError as error:
+        errors = (error.details or {}).get("writeErrors", [])
+        if not errors or any(entry.get("code") != _DUPLICATE for entry in errors):
+            raise
+        return {entry["index"] for entry in errors}
+    return set()
 
 
 def update_many(

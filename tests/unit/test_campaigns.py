@@ -90,14 +90,19 @@ def test_a_killed_submission_goes_on(
 ) -> None:
     """Killed after the workflows and some of the fireworks of a batch."""
     insert_many = type(launchpad.fireworks).insert_many
+    left = inserted
 
     def killed(self: Any, documents: Any, **options: Any) -> Any:
+        nonlocal left
         rows = list(documents)
-        if self.name == "fireworks":
-            if inserted:
-                insert_many(self, rows[:inserted], **options)
+        if self.name != "fireworks":
+            return insert_many(self, rows, **options)
+        part, left = rows[:left], left - len(rows[:left])
+        if part:
+            insert_many(self, part, **options)
+        if len(part) < len(rows):
             raise Killed
-        return insert_many(self, rows, **options)
+        return None
 
     with monkeypatch.context() as patch:
         patch.setattr(type(launchpad.fireworks), "insert_many", killed)
@@ -113,6 +118,26 @@ def test_a_killed_submission_goes_on(
     assert states(launchpad) == {("first", "COMPLETED"): 3, ("second", "COMPLETED"): 3}
     assert launchpad.workflows.count_documents({"state": "COMPLETED"}) == 3
     assert launchpad.launches.count_documents({}) == 6
+
+
+def test_a_workflow_that_another_process_inserts_meanwhile_is_there_once(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked, and both have found nothing."""
+    set_needs = submission.set_needs
+
+    def other_is_faster(database: Any, workflows: Any) -> None:
+        monkeypatch.setattr(submission, "set_needs", set_needs)
+        assert submit_many(launchpad, map(pair, "bc")) == (2, 0)
+
+    monkeypatch.setattr(submission, "set_needs", other_is_faster)
+    assert submit_many(launchpad, map(pair, "abcd")) == (2, 0)
+
+    assert launchpad.workflows.count_documents({}) == 4
+    assert states(launchpad) == {("first", "READY"): 4, ("second", "WAITING"): 4}
+    for document in launchpad.workflows.find():
+        there = launchpad.fireworks.find({"fw_id": {"$in": document["nodes"]}})
+        assert len(list(there)) == 2
 
 
 # ----------------------------------------------------------------------------- status
