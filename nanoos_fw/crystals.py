@@ -74,12 +74,7 @@ def check_structure(
             f"min_distance must be a finite number of Å >= 0, not {min_distance}"
         )
     numbers = _atomic_numbers(structure)
-    if not all(structure.lattice.pbc):
-        raise InputError(
-            f"{_formula(structure)} is not periodic in three directions",
-            evidence={"pbc": [bool(flag) for flag in structure.lattice.pbc]},
-            advice="if its vacuum is part of the cell, set pbc to T T T",
-        )
+    check_periodic(structure)
     matrix, frac = _finite_geometry(structure)
     volume = abs(float(np.linalg.det(matrix)))
     lengths = np.linalg.norm(matrix, axis=1)
@@ -106,6 +101,23 @@ def check_structure(
                 "min_distance_a": min_distance,
             },
             advice="remove duplicate atoms, or check the cell and its units",
+        )
+
+
+def check_periodic(structure: Structure) -> None:
+    """Refuse what is not periodic in three directions, since all of it is taken so.
+
+    Raises
+    ------
+    InputError
+        For a lattice whose ``pbc`` are not all true.
+    """
+    pbc = structure.lattice.pbc
+    if not all(pbc):
+        raise InputError(
+            f"{_formula(structure)} is not periodic in three directions",
+            evidence={"pbc": [bool(flag) for flag in pbc]},
+            advice="if its vacuum is part of the cell, set pbc to T T T",
         )
 
 
@@ -368,9 +380,11 @@ def encode_structure(structure: Structure) -> dict[str, Any]:
     Raises
     ------
     InputError
-        As `structure_key`.
+        As `structure_key` and :func:`check_periodic`: the document has no place for
+        ``pbc``.
     """
     numbers = _atomic_numbers(structure)
+    check_periodic(structure)
     matrix, frac = _finite_geometry(structure)
     document: dict[str, Any] = {
         "n_sites": len(numbers),

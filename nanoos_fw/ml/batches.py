@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.graphs import (
     HEADER_BYTES,
     CrystalGraph,
@@ -87,7 +87,8 @@ class GraphTable:
         Raises
         ------
         InputError
-            If there are none, or they were built in different ways.
+            If there are none, they were built in different ways, or an atom has over
+            65535 neighbours.
         """
         if not graphs:
             raise InputError("a graph table needs at least one graph")
@@ -98,7 +99,7 @@ class GraphTable:
             raise _mixed()
         return GraphTable(
             numbers=np.concatenate([graph.numbers for graph in graphs]),
-            degrees=np.concatenate([g.degrees for g in graphs]).astype(np.uint16),
+            degrees=degree_column(np.concatenate([g.degrees for g in graphs])),
             neighbors=np.concatenate([graph.edge_index[1] for graph in graphs]),
             distances=np.concatenate([g.distances for g in graphs]).astype(np.float32),
             atom_start=_starts([graph.n_atoms for graph in graphs]),
@@ -146,13 +147,16 @@ class GraphTable:
             distances.append(blob[e3:e4])
         join = b"".join
         index = "<i4" if wide_index else "<i2"
+        atom_start, edge_start = _starts(n_atoms), _starts(n_edges)
+        counts = np.frombuffer(join(degrees), "<u2").astype(np.uint16, copy=False)
+        _check_degrees(counts, atom_start, edge_start)
         return GraphTable(
             numbers=np.frombuffer(join(numbers), dtype="u1"),
-            degrees=np.frombuffer(join(degrees), "<u2").astype(np.uint16, copy=False),
+            degrees=counts,
             neighbors=np.frombuffer(join(neighbors), index).astype(np.int32),
             distances=np.frombuffer(join(distances), "<f4").astype("f4", copy=False),
-            atom_start=_starts(n_atoms),
-            edge_start=_starts(n_edges),
+            atom_start=atom_start,
+            edge_start=edge_start,
             cutoff_radius=cutoff_radius,
             max_neighbors=max_neighbors,
             vectors=vectors,
@@ -249,7 +253,42 @@ def collate_graphs(graphs: Sequence[CrystalGraph]) -> GraphBatch:
     return GraphTable.from_graphs(graphs).batch(np.arange(len(graphs)))
 
 
+def degree_column(degrees: NDArray[np.integer]) -> NDArray[np.uint16]:
+    """Return the numbers of neighbours of atoms as a table keeps them.
+
+    Raises
+    ------
+    InputError
+        If one does not fit.
+    """
+    most = int(degrees.max(initial=0))
+    if most > np.iinfo(np.uint16).max:
+        raise InputError(
+            f"an atom has {most} neighbours; a table has room for "
+            f"{np.iinfo(np.uint16).max}",
+            advice="use a smaller cutoff_radius or max_neighbors",
+        )
+    return degrees.astype(np.uint16)
+
+
 # ------------------------------------------------------------------------- private
+
+
+def _check_degrees(
+    degrees: NDArray[np.uint16],
+    atom_start: NDArray[np.int64],
+    edge_start: NDArray[np.int64],
+) -> None:
+    """Refuse packed graphs whose neighbours would be given to other atoms."""
+    ends = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])[atom_start]
+    if not np.array_equal(ends, edge_start):
+        graph = int(np.flatnonzero(np.diff(ends) != np.diff(edge_start))[0])
+        raise CorruptArtifactError(
+            f"the degrees of packed crystal graph {graph} of {len(ends) - 1} add up to "
+            f"{ends[graph + 1] - ends[graph]}, not to its "
+            f"{edge_start[graph + 1] - edge_start[graph]} edges",
+            advice="featurize the structure again",
+        )
 
 
 def _only_one_kind(kinds: set[tuple[float, int | None]]) -> tuple[float, int | None]:

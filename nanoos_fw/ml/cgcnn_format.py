@@ -192,7 +192,14 @@ def build_cgcnn_batch(
         ``graph_sizes (n_graphs,) int64``, atoms of each.
     errors
         Why the others have none, by position in ``crystals``.
+
+    Raises
+    ------
+    InputError
+        If there is no such layout.
     """
+    if layout not in ("padded", "ragged"):
+        raise InputError(f"a batch has no layout {layout!r}")
     flat, errors = read_arrays(crystals)
     sizes = np.diff(flat.atom_start)
     found = list_nearest(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.crystals import decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.batches import GraphTable, degree_column
 from nanoos_fw.ml.graphs import CrystalArrays, graph_error, read_arrays
 from nanoos_fw.ml.neighbors import list_nearest
 
@@ -127,7 +127,7 @@ def _table_of(
             keep = np.repeat(good, sizes)
             numbers, degrees = numbers[keep], degrees[keep]
         parts["numbers"].append(numbers)
-        parts["degrees"].append(degrees.astype(np.uint16))
+        parts["degrees"].append(degree_column(degrees))
         parts["neighbors"].append(found.neighbors)
         parts["distances"].append(found.distances.astype(np.float32))
         parts["sizes"].append(sizes[good])
@@ -163,11 +163,13 @@ def arrays_of_dict(crystal: Mapping[str, Any]) -> _Arrays:
     Raises
     ------
     InputError
-        If it is disordered, holds what is no element, or is no such dictionary.
+        If it is disordered, not periodic in three directions, holds what is no
+        element, or is no such dictionary.
     """
     table = _number_of_symbol()
     try:
         lattice = np.array(crystal["lattice"]["matrix"], dtype=np.float64)
+        pbc = crystal["lattice"].get("pbc", (True, True, True))
         sites = crystal["sites"]
         coords = np.array([site["abc"] for site in sites], dtype=np.float64)
         numbers = np.empty(len(sites), dtype=np.uint8)
@@ -186,6 +188,12 @@ def arrays_of_dict(crystal: Mapping[str, Any]) -> _Arrays:
         ) from error
     except (TypeError, ValueError) as error:
         raise InputError(f"this is no dictionary of a structure: {error}") from error
+    if not all(pbc):
+        raise InputError(
+            "the dictionary of a structure is not periodic in three directions",
+            evidence={"pbc": [bool(flag) for flag in pbc]},
+            advice="if its vacuum is part of the cell, set pbc to true",
+        )
     if lattice.shape != (3, 3) or coords.shape != (len(numbers), 3) or not len(numbers):
         raise InputError(
             "the dictionary of a structure needs a lattice (3, 3) and sites",

@@ -149,11 +149,13 @@ def extract_structure_features(
     Raises
     ------
     InputError
-        If no graph can be built of the structure.
+        If no graph can be built of the structure, or it holds deuterium or tritium:
+        the masses of features are those of the elements.
     """
     graph = build_graph(
         structure, cutoff_radius=cutoff_radius, max_neighbors=max_neighbors
     )
+    _refuse_isotopes(structure)
     graph_repr = graph_to_repr(graph)
     graph_repr["vectors"] = edge_vectors(graph, structure.frac_coords)
     (scalars,) = scalar_features(
@@ -162,6 +164,16 @@ def extract_structure_features(
         np.array([structure.volume], dtype=np.float64),
     )
     return graph_repr, scalars
+
+
+def _refuse_isotopes(structure: Structure) -> None:
+    for specie in structure.composition:
+        name = getattr(specie, "element", specie).value
+        if name in ("D", "T"):
+            raise InputError(
+                f"the structure holds {name}, and features would have the mass of H",
+                advice=f"replace {name} by H if its mass does not matter",
+            )
 
 
 def graph_to_repr(graph: CrystalGraph) -> dict[str, Any]:
@@ -197,7 +209,7 @@ def graph_from_repr(graph_repr: Mapping[str, Any]) -> CrystalGraph:
     Raises
     ------
     InputError
-        If a key is missing, the version is another one, or the arrays do not fit.
+        If a key is missing, the version is another one, or the arrays are no graph.
     """
     version = graph_repr.get("feature_version")
     if version != FEATURE_VERSION:
@@ -208,23 +220,28 @@ def graph_from_repr(graph_repr: Mapping[str, Any]) -> CrystalGraph:
         )
     try:
         offsets, lattice = graph_repr.get("offsets"), graph_repr.get("lattice")
-        graph = CrystalGraph(
-            numbers=np.asarray(graph_repr["numbers"], dtype=np.uint8),
-            edge_index=np.asarray(graph_repr["edge_index"], dtype=np.int32),
+        return CrystalGraph(
+            numbers=_integers(graph_repr["numbers"], np.uint8),
+            edge_index=_integers(graph_repr["edge_index"], np.int32),
             distances=np.asarray(graph_repr["distances"], dtype=np.float64),
             cutoff_radius=float(graph_repr["cutoff_radius"]),
             max_neighbors=graph_repr["max_neighbors"],
-            offsets=None if offsets is None else np.asarray(offsets, dtype=np.int32),
+            offsets=None if offsets is None else _integers(offsets, np.int32),
             lattice=None if lattice is None else np.asarray(lattice, dtype=np.float64),
         )
     except KeyError as error:
         raise InputError(f"the graph has no {error.args[0]!r}") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the graph cannot be read: {error}") from error
-    ends = graph.edge_index
-    if np.any(np.diff(ends[0]) < 0) or np.any((ends < 0) | (ends >= graph.n_atoms)):
-        raise InputError("the graph's edges are unsorted or point to missing atoms")
-    return graph
+
+
+def _integers(values: Any, kind: type[np.integer[Any]]) -> NDArray[Any]:
+    """Return integers of another width; numpy would cut off what does not fit."""
+    given = np.asarray(values)
+    found = given.astype(kind)
+    if given.dtype.kind not in "iu" or not (found == given).all():
+        raise ValueError(f"there are numbers that are no {np.dtype(kind)}")
+    return found
 
 
 def features_to_cgcnn_format(

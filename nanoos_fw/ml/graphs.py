@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.crystals import decode_arrays
+from nanoos_fw.crystals import check_periodic, decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.lattices import CLOSE, FLAT, ISOLATED, NOT_FINITE, TOO_MANY
 from nanoos_fw.ml.neighbors import (
@@ -77,6 +77,8 @@ _WIDE_INDEX, _GEOMETRY, _WIDE_OFFSETS, _VECTORS = 1, 2, 4, 8
 class CrystalGraph:
     """The neighbours of every atom of one crystal.
 
+    Arrays that are no graph are refused.
+
     Parameters
     ----------
     numbers
@@ -109,7 +111,8 @@ class CrystalGraph:
     vectors: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        n_edges = self.distances.shape[0]
+        _check_parameters(self.cutoff_radius, self.max_neighbors)
+        n_edges = len(self.distances)
         offsets = (n_edges, 3) if self.offsets is None else self.offsets.shape
         vectors = (n_edges, 3) if self.vectors is None else self.vectors.shape
         lattice = (3, 3) if self.lattice is None else self.lattice.shape
@@ -131,6 +134,36 @@ class CrystalGraph:
                     "vectors": list(vectors),
                 },
             )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Refuse what no search gives, and what would be read as something else."""
+        strange = (self.numbers < 1) | (self.numbers > _HEAVIEST)
+        if strange.any():
+            raise InputError(
+                f"{self.numbers[strange][0]} is no atomic number",
+                evidence={"atom": int(strange.argmax())},
+            )
+        ends, centre = self.edge_index, self.edge_index[0]
+        if self.n_edges and (
+            (centre[1:] < centre[:-1]).any()
+            or ends.min() < 0
+            or ends.max() >= self.n_atoms
+        ):
+            raise InputError(
+                "the graph's edges are unsorted or point to missing atoms",
+                advice="sort them by centre",
+            )
+        # Also false for NaN.
+        if not ((self.distances >= 0) & (self.distances < np.inf)).all():
+            raise InputError("the graph has distances that are not finite")
+        if self.max_neighbors is not None:
+            most = int(self.degrees.max(initial=0))
+            if most > self.max_neighbors:
+                raise InputError(
+                    f"an atom of the graph has {most} neighbours, more than "
+                    f"max_neighbors = {self.max_neighbors}"
+                )
 
     @property
     def n_atoms(self) -> int:
@@ -194,8 +227,9 @@ def build_graph(
     Raises
     ------
     InputError
-        If the structure is empty, disordered, not finite, flat, has coincident
-        sites, or an atom has no neighbour within the cutoff.
+        If the structure is empty, disordered, not finite, not periodic in three
+        directions, flat, has coincident sites, or an atom has no neighbour within the
+        cutoff.
 
     Notes
     -----
@@ -261,6 +295,8 @@ def build_graph_arrays(
         )
     if len(values) == 0:
         raise InputError("the structure has no sites")
+    if values.dtype.kind not in "iu":
+        raise InputError(f"atomic numbers must be integers, not {values.dtype}")
     strange = (values < 1) | (values > _HEAVIEST)
     if strange.any():
         raise InputError(
@@ -367,7 +403,9 @@ def nearest_neighbors(graph: CrystalGraph, max_neighbors: int) -> CrystalGraph:
     Raises
     ------
     InputError
-        If the graph holds fewer neighbours already, or has lost its geometry.
+        If the graph holds fewer neighbours already, has lost its geometry, or was cut
+        off itself: neighbours as far as the last that is wanted may be gone, and the
+        tie rule compares them all.
     """
     if max_neighbors < 1 or (graph.max_neighbors or max_neighbors) < max_neighbors:
         raise InputError(
@@ -381,6 +419,12 @@ def nearest_neighbors(graph: CrystalGraph, max_neighbors: int) -> CrystalGraph:
         )
     if max_neighbors == graph.max_neighbors:
         return graph
+    if graph.max_neighbors is not None and graph.degrees.max() == graph.max_neighbors:
+        raise InputError(
+            f"cannot choose {max_neighbors} neighbours of each atom among the nearest "
+            f"{graph.max_neighbors}: ties may have been cut off",
+            advice=f"build the graph with max_neighbors {max_neighbors}, or with None",
+        )
     centre, neighbor = (row.astype(np.int64) for row in graph.edge_index)
     by_distance = np.lexsort((graph.distances, centre))
     centre, neighbor = centre[by_distance], neighbor[by_distance]
@@ -457,7 +501,7 @@ def pack_graph(
     Parameters
     ----------
     graph
-        Graph with edges sorted by centre.
+        Any graph.
     geometry
         Keep offsets and lattice too (36 bytes more per atom with 12 neighbours).
         Models that see distances only do not need them.
@@ -468,7 +512,8 @@ def pack_graph(
     Raises
     ------
     InputError
-        If edges are not sorted by centre or an atom has over 65535 neighbours.
+        If an atom has over 65535 neighbours, both forms of geometry are asked for, or
+        offsets go beyond 32767 cells.
 
     Notes
     -----
@@ -476,10 +521,15 @@ def pack_graph(
     Distances are stored as float32 (4e-7 Å at 8 Å).
     """
     degrees = graph.degrees
-    if degrees.max(initial=0) > _MAX_DEGREE or np.any(np.diff(graph.edge_index[0]) < 0):
+    if degrees.max(initial=0) > _MAX_DEGREE:
         raise InputError(
-            "a graph can be packed if its edges are sorted by centre and no atom has "
-            f"over {_MAX_DEGREE} neighbours"
+            f"an atom has {degrees.max()} neighbours; a packed graph has room for "
+            f"{_MAX_DEGREE}",
+            advice="use a smaller cutoff_radius or max_neighbors",
+        )
+    if geometry and vectors:
+        raise InputError(
+            "a graph is packed with its geometry or with vectors, not both"
         )
     flags = _WIDE_INDEX if graph.n_atoms > np.iinfo(np.int16).max else 0
     body = [
@@ -494,8 +544,16 @@ def pack_graph(
                 "the graph has no geometry to pack", advice="build it again"
             )
         flags |= _GEOMETRY
-        if np.abs(graph.offsets).max(initial=0) > np.iinfo(np.int8).max:
+        offsets = graph.offsets
+        furthest = max(int(offsets.max(initial=0)), -int(offsets.min(initial=0)))
+        if furthest > np.iinfo(np.int8).max:
             flags |= _WIDE_OFFSETS
+        if furthest > np.iinfo(np.int16).max:
+            raise InputError(
+                f"a neighbour is {furthest} cells away; a packed graph has room for "
+                f"{np.iinfo(np.int16).max}",
+                advice="move the sites into the cell first",
+            )
         width = "<i2" if flags & _WIDE_OFFSETS else "i1"
         body += [
             graph.offsets.astype(width).tobytes(),
@@ -825,18 +883,22 @@ def read_headers(
 def _check_parameters(cutoff_radius: float, max_neighbors: int | None) -> None:
     if not (math.isfinite(cutoff_radius) and cutoff_radius > 0):
         raise InputError(f"cutoff_radius must be positive, not {cutoff_radius}")
-    if max_neighbors is not None and not 0 < max_neighbors <= _MAX_DEGREE:
+    if max_neighbors is None:
+        return
+    whole = isinstance(max_neighbors, int | np.integer)
+    if not (whole and 0 < max_neighbors <= _MAX_DEGREE):
         raise InputError(f"max_neighbors must be 1 to {_MAX_DEGREE}: {max_neighbors}")
 
 
 def _numbers(structure: Structure) -> NDArray[np.uint8]:
-    """Return the atomic numbers of an ordered structure of elements.
+    """Return the atomic numbers of an ordered periodic structure of elements.
 
     Oxidation states do not count, and to a graph D and T are hydrogen.
     """
     sites = structure.sites
     if len(sites) == 0:
         raise InputError("the structure has no sites")
+    check_periodic(structure)
     # Sites of one element mostly share one object. What a key is the address of is
     # kept with it, so that no other object can have that address meanwhile.
     known: dict[int, tuple[Any, int]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.ml.batches import GraphBatch, GraphTable
+from nanoos_fw.ml.batches import GraphBatch, GraphTable, degree_column
 from nanoos_fw.ml.crystal_tables import read_crystals
 from nanoos_fw.ml.features import AnyGraph, as_graph
 from nanoos_fw.ml.graphs import (
@@ -289,7 +289,7 @@ def _build(
         )
     table = LineGraphTable(
         numbers=flat.numbers,
-        degrees=found.degrees.astype(np.uint16),
+        degrees=degree_column(found.degrees),
         neighbors=found.neighbors,
         distances=found.distances.astype(np.float32),
         atom_start=flat.atom_start,

@@ -105,6 +105,9 @@ def test_a_batch_is_its_crystals_end_to_end():
 def test_unknown_layouts_are_refused():
     with pytest.raises(InputError, match="layout"):
         graph_to_cgcnn(build_graph(DENSE), layout="columns")
+    # Rows cannot be had of a batch, and must not come out padded.
+    with pytest.raises(InputError, match="layout"):
+        build_cgcnn_batch([SPARSE], layout="rows")
 
 
 @pytest.mark.parametrize("engine", ["numba", "numpy"])

@@ -75,6 +75,17 @@ def test_what_has_no_graph_is_told_and_left_out():
         np.testing.assert_array_equal(getattr(table, name), getattr(expected, name))
 
 
+@pytest.mark.parametrize("form", ["structure", "dictionary"])
+def test_what_is_not_periodic_has_no_graph(form):
+    lattice = Lattice.from_parameters(3, 3, 6, 90, 90, 90, pbc=(True, True, False))
+    slab = Structure(lattice, ["Cu"], [[0, 0, 0]])
+    _, positions, errors = build_table(
+        [slab if form == "structure" else slab.as_dict()]
+    )
+    assert len(positions) == 0
+    assert "three directions" in str(errors[0])
+
+
 def test_nothing_gives_no_table():
     table, positions, errors = build_table([])
     assert (table, len(positions), errors) == (None, 0, {})

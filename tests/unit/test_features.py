@@ -123,6 +123,14 @@ def test_graph_repr_survives_json():
         ({"distances": np.zeros(3)}, "fit together"),
         ({"edge_index": "abc"}, "cannot be read"),
         ({"numbers": [300] * 4}, "cannot be read"),
+        ({"numbers": np.array([300] * 4)}, "cannot be read"),
+        ({"numbers": [29.7] * 4}, "cannot be read"),
+        ({"numbers": [0] * 4}, "no atomic number"),
+        ({"edge_index": np.zeros((2, 168))}, "cannot be read"),
+        ({"offsets": np.full((168, 3), 2**40)}, "cannot be read"),
+        ({"distances": np.full(168, np.nan)}, "not finite"),
+        ({"cutoff_radius": "wide"}, "cannot be read"),
+        ({"max_neighbors": 2.5}, "max_neighbors"),
         ({"edge_index": np.full((2, 168), 9)}, "missing atoms"),
     ],
 )
@@ -153,6 +161,14 @@ def test_cgcnn_format_equals_the_formula_of_the_original_program():
     assert arrays["nbr_fea"][2, 7, 13] == pytest.approx(expected, rel=1e-4)
     # Ti sees the six O first.
     assert set(arrays["nbr_fea_idx"][1, :6].tolist()) == {2, 3, 4}
+
+
+@pytest.mark.parametrize("species", ["D", "T"])
+def test_isotopes_do_not_get_the_mass_of_hydrogen(species):
+    heavy = Structure(Lattice.cubic(3.0), [species, "O"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    assert build_graph(heavy).numbers.tolist() == [1, 8]
+    with pytest.raises(InputError, match=f"holds {species}"):
+        extract_structure_features(heavy)
 
 
 def test_cgcnn_format_refuses_to_pad():

@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.crystals import encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.ml.batches import GraphTable, collate_graphs
+from nanoos_fw.ml.batches import GraphTable, collate_graphs, degree_column
 from nanoos_fw.ml.graphs import (
+    CrystalGraph,
     build_graph,
+    build_graph_arrays,
+    build_graphs,
     nearest_neighbors,
     pack_graph,
     unpack_graph,
@@ -194,6 +198,63 @@ def test_taking_the_nearest_of_a_full_graph_equals_building_them(seed):
     assert taken.max_neighbors == 12
 
 
+def test_a_graph_whose_ties_were_cut_off_has_no_nearest():
+    # By 14 of the 18 atoms that are as far as the 12th neighbour of oxygen, the rule
+    # for ties would choose others than by all of them.
+    with pytest.raises(InputError, match="ties may have been cut off"):
+        nearest_neighbors(build_graph(perovskite(), max_neighbors=14), 12)
+    # Nothing was cut off of these.
+    few = build_graph(perovskite(), cutoff_radius=3.0, max_neighbors=20)
+    direct = build_graph(perovskite(), cutoff_radius=3.0, max_neighbors=4)
+    assert pack_graph(nearest_neighbors(few, 4)) == pack_graph(direct)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"numbers": np.array([0, 29], "u1")}, "0 is no atomic number"),
+        ({"numbers": np.array([29, 119], "u1")}, "119 is no atomic number"),
+        ({"edge_index": np.array([[1, 0], [0, 1]])}, "unsorted"),
+        ({"edge_index": np.array([[0, 1], [1, 2]])}, "missing atoms"),
+        ({"edge_index": np.array([[0, 1], [-1, 0]])}, "missing atoms"),
+        ({"numbers": np.empty(0, "u1")}, "missing atoms"),
+        ({"distances": np.array([2.0, np.nan])}, "not finite"),
+        ({"distances": np.array([2.0, -1.0])}, "not finite"),
+        ({"edge_index": np.array([[0, 0], [1, 1]])}, "2 neighbours, more than"),
+        ({"cutoff_radius": np.nan}, "cutoff_radius"),
+        ({"max_neighbors": 0}, "max_neighbors"),
+        ({"max_neighbors": 1.5}, "max_neighbors"),
+    ],
+)
+def test_arrays_that_are_no_graph_are_refused(change, words):
+    arrays = {
+        "numbers": np.array([29, 79], "u1"),
+        "edge_index": np.array([[0, 1], [1, 0]]),
+        "distances": np.array([2.0, 2.0]),
+        "cutoff_radius": 3.0,
+        "max_neighbors": 1,
+    }
+    assert CrystalGraph(**arrays).degrees.tolist() == [1, 1]
+    with pytest.raises(InputError, match=words):
+        CrystalGraph(**{**arrays, **change})
+
+
+def test_atomic_numbers_are_not_rounded():
+    with pytest.raises(InputError, match="must be integers"):
+        build_graph_arrays(np.array([26.9]), np.eye(3) * 3, np.zeros((1, 3)))
+
+
+def test_a_slab_without_periodicity_is_refused():
+    # Its neighbours across the vacuum would be invented.
+    lattice = Lattice.from_parameters(3, 3, 6, 90, 90, 90, pbc=(True, True, False))
+    slab = Structure(lattice, ["Cu"], [[0, 0, 0]])
+    for refused in (build_graph, encode_structure):
+        with pytest.raises(InputError, match="three directions"):
+            refused(slab)
+    _, errors = build_graphs([perovskite(), slab])
+    assert list(errors) == [1]
+
+
 def test_equal_input_gives_equal_bytes():
     first = pack_graph(build_graph(perovskite()), geometry=True)
     assert first == pack_graph(build_graph(perovskite()), geometry=True)
@@ -270,6 +331,20 @@ def test_wide_offsets_survive_packing():
     np.testing.assert_array_equal(back.offsets, graph.offsets)
 
 
+def test_what_packed_graphs_have_no_room_for_is_refused():
+    lattice = Lattice.cubic(3.0)
+    far = Structure(lattice, ["Fe", "Fe"], [[0, 0, 0], [33000.5, 0.5, 0.5]])
+    graph = build_graph(far)
+    with pytest.raises(InputError, match="33001 cells away"):
+        pack_graph(graph, geometry=True)
+    with pytest.raises(InputError, match="not both"):
+        pack_graph(graph, geometry=True, vectors=True)
+    many = np.array([3, 65536])
+    with pytest.raises(InputError, match="65536 neighbours"):
+        degree_column(many)
+    assert degree_column(many - 1).tolist() == [2, 65535]
+
+
 def test_every_flipped_byte_of_a_packed_graph_is_noticed():
     data = pack_graph(build_graph(fcc_copper()))
     for position in range(0, len(data), 7):
@@ -303,6 +378,17 @@ def test_degrees_that_do_not_add_up_are_noticed_behind_a_good_checksum():
     data[24:28] = zlib.crc32(data).to_bytes(4, "little")
     with pytest.raises(CorruptArtifactError, match="29, not to its 30 edges"):
         _ = unpack_graph(bytes(data)).edge_index
+    # One neighbour more elsewhere: the sum over all would not tell.
+    other = bytearray(pack_graph(build_graph(perovskite(), max_neighbors=6)))
+    other[28 + 5] += 1
+    other[24:28] = bytes(4)
+    other[24:28] = zlib.crc32(other).to_bytes(4, "little")
+    good = pack_graph(build_graph(fcc_copper(), max_neighbors=6))
+    for order in ([data, other, good], [good, other, data], [good, data]):
+        with pytest.raises(
+            CorruptArtifactError, match=r"crystal graph \d of \d add up"
+        ):
+            GraphTable.from_packed([bytes(blob) for blob in order])
 
 
 @pytest.mark.parametrize("cut", [0, 3, 20, -1])
