@@ -108,7 +108,7 @@ class DatasetConfig(BaseModel):
     test_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     seed: int = Field(default=0, ge=0)
     min_samples: int = Field(default=10, ge=1)
-    iqr_factor: float | None = Field(default=None, gt=0.0)
+    iqr_factor: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     unit: str | None = None
     split: SplitStrategy = "random"
     n_folds: int = Field(default=5, ge=2)
@@ -210,7 +210,17 @@ class Dataset:
         return np.flatnonzero(np.array(self.parts, dtype=object) == part)
 
     def part(self, part: str) -> Dataset:
-        """Return a part as a dataset of its own, with the statistics of training."""
+        """Return a part as a dataset of its own, with the statistics of training.
+
+        Raises
+        ------
+        InputError
+            If there is no such part.
+        """
+        if part not in PART_NAMES:
+            raise InputError(
+                f"there is no part {part!r}", advice=f"parts: {', '.join(PART_NAMES)}"
+            )
         rows = self.rows(part)
         return replace(
             self,
@@ -337,9 +347,20 @@ def split_train_val(
     dataset
         Whole dataset.
     config
-        Split anew by this one; None keeps the split of the dataset.
+        Split anew by this one; None keeps the split of the dataset. A unit that it
+        leaves out is that of the dataset.
+
+    Raises
+    ------
+    InputError
+        If the config is about other targets than those of the dataset, or as
+        :func:`build_regression_dataset`.
     """
+    if config is not None and config.unit is None:
+        config = config.model_copy(update={"unit": dataset.config.unit})
     if config is not None and config != dataset.config:
+        _refuse_other_targets(dataset.config, config)
+        _check_number(dataset.num_samples, config)
         rows = _Rows(
             reduced_formulas(dataset.graphs),
             list(map(bytes.fromhex, graph_digests(dataset.graphs))),
@@ -347,6 +368,18 @@ def split_train_val(
         facts = _facts(dataset.ids, dataset.targets, rows, config, dataset.times)
         dataset = replace(dataset, config=config, **facts)
     return TrainValSplit(*(dataset.part(part) for part in PARTS))
+
+
+def _refuse_other_targets(old: DatasetConfig, new: DatasetConfig) -> None:
+    """Let a split not make other targets of the same numbers, or real ones of mock."""
+    for name in ("target_property", "target_unit", "mock_targets"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise InputError(
+                f"the targets have {name} {before!r}, and cannot be split as if it "
+                f"were {after!r}",
+                advice="build another dataset",
+            )
 
 
 def check_leakage(dataset: Dataset) -> Leakage:
@@ -400,7 +433,7 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
     directory
         Directory of :func:`write_dataset`.
     verify
-        Compare the files with their checksums first.
+        Compare the files with their checksums first; their sizes always.
 
     Raises
     ------
@@ -431,10 +464,15 @@ def open_dataset(directory: Path, *, verify: bool = True) -> Dataset:
     for file_name, described in manifest["files"].items():
         file = directory / file_name
         expected = described["sha256"]
-        if not file.exists() or (verify and sha256_file(file) != expected):
+        size = file.stat().st_size if file.exists() else None
+        if size != described["bytes"] or (verify and sha256_file(file) != expected):
             raise CorruptArtifactError(
                 f"{file} is missing or does not match the manifest",
-                evidence={"sha256_expected": expected},
+                evidence={
+                    "bytes": size,
+                    "bytes_expected": described["bytes"],
+                    "sha256_expected": expected,
+                },
                 advice="build the dataset again",
             )
         arrays[file.stem] = map_column(file)
@@ -560,12 +598,7 @@ def _checked_targets(
             advice="featurize them first",
         )
     ids = tuple(sorted(targets))
-    if len(ids) < config.min_samples:
-        raise InputError(
-            f"{len(ids)} labelled structures are fewer than min_samples = "
-            f"{config.min_samples}",
-            advice="label more structures or lower min_samples",
-        )
+    _check_number(len(ids), config)
     values = np.array([targets[name] for name in ids], dtype=np.float64)
     strange = np.flatnonzero(~np.isfinite(values))
     if len(strange):
@@ -575,6 +608,15 @@ def _checked_targets(
             advice="find out why those calculations gave no number",
         )
     return ids, values
+
+
+def _check_number(n_rows: int, config: DatasetConfig) -> None:
+    if n_rows < config.min_samples:
+        raise InputError(
+            f"{n_rows} labelled structures are fewer than min_samples = "
+            f"{config.min_samples}",
+            advice="label more structures or lower min_samples",
+        )
 
 
 def _packed(graph: CrystalGraph | bytes) -> bytes:
@@ -617,12 +659,24 @@ def _facts(
     bounds = None
     if config.iqr_factor is not None:
         low, high = np.quantile(targets[train], [0.25, 0.75])
+        if not high > low:
+            raise InputError(
+                f"half of the training targets of {config.target_property} are equal "
+                f"({low}): their interquartile range finds no outliers",
+                advice="leave out iqr_factor",
+            )
         margin = config.iqr_factor * (high - low)
         bounds = (float(low - margin), float(high + margin))
         outside = train & ((targets < bounds[0]) | (targets > bounds[1]))
         for row in np.flatnonzero(outside):
             parts[row] = OUTLIER
         train &= ~outside
+        if not train.any():
+            raise InputError(
+                f"all training targets of {config.target_property} are outliers by an "
+                f"iqr_factor of {config.iqr_factor}",
+                advice="raise iqr_factor; 1.5 is usual",
+            )
     mean, std = float(targets[train].mean()), float(targets[train].std())
     if not np.ptp(targets[train]) > 0:  # the standard deviation rounds
         raise InputError(

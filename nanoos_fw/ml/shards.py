@@ -227,13 +227,25 @@ class ShardWriter:
                 self.column("neighbors", some.astype(_WIDE))
 
     def column(self, name: str, values: NDArray[Any]) -> None:
-        """Append values to a column; those of a row may be several."""
+        """Append values to a column; those of a row may be several.
+
+        Raises
+        ------
+        ValueError
+            If they are of another type or shape than those before, whose bytes would
+            be read as theirs.
+        """
         if name not in self._files:
             self._directory.mkdir(parents=True, exist_ok=True)
             file = self._partial(name).open("wb+")
             file.write(bytes(_HEADER_BYTES))
             self._files[name], self._dtypes[name] = file, values.dtype
             self._lengths[name], self._inner[name] = 0, values.shape[1:]
+        before = (self._dtypes[name], self._inner[name])
+        if before != (values.dtype, values.shape[1:]):
+            raise ValueError(
+                f"column {name} is {before}, not {(values.dtype, values.shape[1:])}"
+            )
         self._files[name].write(np.ascontiguousarray(values).data)
         self._lengths[name] += len(values)
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -240,4 +241,17 @@ def _newest_first(ids: Sequence[str], times: Sequence[str] | None) -> list[int]:
             evidence={"structure_ids": missing[:_MAX_LISTED]},
             advice="choose another split, or give times",
         )
-    return sorted(range(len(ids)), key=lambda r: (times[r], ids[r]), reverse=True)
+    moments = [_moment(name, t) for name, t in zip(ids, times, strict=True)]
+    return sorted(range(len(ids)), key=lambda r: (moments[r], ids[r]), reverse=True)
+
+
+def _moment(name: str, time: str) -> datetime:
+    """Return a time; as text, times in different notation would not sort."""
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError as error:
+        raise InputError(
+            f"the time of {name} is {time!r}, which is not ISO 8601",
+            advice="write it like 2026-01-31T12:00:00+00:00",
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -25,6 +25,7 @@ from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import formation_energies, simulated_values
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
+from nanoos_fw.units import unit_of
 
 FORMATION_ENERGY = "formation_energy_per_atom"
 _PER_ATOM = "_per_atom"
@@ -200,10 +201,11 @@ def collect_targets(
         found = _simulated(database, target, keys, method, references)
     else:
         found = _imported(structures, keys, target)
-    if found.unit and settings.unit not in (None, found.unit):
+    # What the name stands for, where the settings leave it out: the dataset says so.
+    if found.unit and settings.target_unit not in ("", found.unit):
         raise InputError(
-            f"the labels {target!r} are in {found.unit}, not in {settings.unit}",
-            advice="leave the unit out, or import the labels in the unit you want",
+            f"the labels {target!r} are in {found.unit}, not in {settings.target_unit}",
+            advice="give the unit of the labels, or import them in the unit you want",
         )
     return replace(found, times=times)
 
@@ -331,6 +333,7 @@ def _imported(
     whole = target.removesuffix(_PER_ATOM)
     values: dict[str, float] = {}
     units: dict[str, str] = {}
+    without_unit: str | None = None
     names: set[str] = set()
     for part in _parts(keys):
         for key, entry in structures.labels(part).items():
@@ -346,6 +349,11 @@ def _imported(
                 continue
             if unit is not None:
                 units.setdefault(unit, key)
+            else:
+                without_unit = without_unit or key
+    if without_unit and units and set(units) != {unit_of(target)}:
+        # Nobody has said that they are in the unit of the others.
+        units["not known"] = without_unit
     if not values:
         raise InputError(
             f"none of {len(keys)} structures has a label {target!r}",

@@ -140,6 +140,50 @@ def test_a_dataset_can_be_split_anew():
     assert anew.train.ids != split_train_val(dataset).train.ids
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target_property": "bandgap"}, "target_property"),
+        ({"unit": "meV/atom"}, "target_unit"),
+        ({"min_samples": 41}, "min_samples"),
+    ],
+)
+def test_splitting_anew_does_not_change_what_the_targets_are(change, words):
+    dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
+    with pytest.raises(InputError, match=words):
+        split_train_val(dataset, CONFIG.model_copy(update=change))
+
+
+def test_splitting_anew_keeps_the_unit_and_the_mark_of_mock_targets():
+    own = CONFIG.model_copy(update={"target_property": "hardness", "unit": "GPa"})
+    dataset = build_regression_dataset(GRAPHS, TARGETS, own)
+    plain = own.model_copy(update={"unit": None, "seed": 8})
+    assert split_train_val(dataset, plain).train.unit == "GPa"
+    mock = CONFIG.model_copy(update={"mock_targets": True})
+    made_up = build_regression_dataset(GRAPHS, TARGETS, mock)
+    with pytest.raises(InputError, match="mock_targets"):
+        split_train_val(made_up, CONFIG)
+    with pytest.raises(InputError, match="no part 'validation'"):
+        made_up.part("validation")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.0] * 32 + [1.0] * 8, "half of the training targets"),
+        ([0.0, 1.0], "are outliers"),  # quartiles of 0.25 and 0.75
+    ],
+)
+def test_a_filter_that_cannot_judge_is_refused(values, words):
+    config = DatasetConfig(
+        target_property="bandgap", train_fraction=1, val_fraction=0, test_fraction=0,
+        iqr_factor=0.1, min_samples=1,
+    )  # fmt: skip
+    targets = dict(zip(TARGETS, values, strict=False))
+    with pytest.raises(InputError, match=words):
+        build_regression_dataset(GRAPHS, targets, config)
+
+
 def test_parts_carry_their_own_graphs():
     split = split_train_val(build_regression_dataset(GRAPHS, TARGETS, CONFIG))
     row = 2
@@ -215,6 +259,22 @@ def test_changed_files_are_noticed(tmp_path, name):
         open_dataset(tmp_path)
 
 
+def test_a_shard_that_was_cut_off_is_noticed_without_its_checksum(tmp_path):
+    write_dataset(build_regression_dataset(GRAPHS, TARGETS, CONFIG), tmp_path)
+    data = (tmp_path / "distances.npy").read_bytes()
+    (tmp_path / "distances.npy").write_bytes(data[:-8])
+    with pytest.raises(CorruptArtifactError, match=r"distances\.npy"):
+        open_dataset(tmp_path, verify=False)
+
+
+def test_a_column_keeps_its_type(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        writer.column("targets", np.zeros(3))
+        for other in (np.zeros(3, np.float32), np.zeros((3, 2))):
+            with pytest.raises(ValueError, match="column targets"):
+                writer.column("targets", other)
+
+
 def test_a_missing_shard_and_a_missing_dataset_are_noticed(tmp_path):
     with pytest.raises(InputError, match="no dataset"):
         open_dataset(tmp_path)
@@ -245,7 +305,13 @@ def test_unusable_rows_are_refused(graphs, targets, words):
 
 @pytest.mark.parametrize(
     "change",
-    [{"train_fraction": 0.9}, {"seeed": 1}, {"iqr_factor": 0}, {"min_samples": 0}],
+    [
+        {"train_fraction": 0.9},
+        {"seeed": 1},
+        {"iqr_factor": 0},
+        {"min_samples": 0},
+        {"iqr_factor": float("inf")},
+    ],
 )
 def test_bad_configs_are_refused(change):
     with pytest.raises(ValidationError):

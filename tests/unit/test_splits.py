@@ -127,6 +127,27 @@ def test_the_newest_rows_are_tested() -> None:
         build_regression_dataset(GRAPHS, TARGETS, config("time"), times=some)
 
 
+def test_times_are_compared_as_times() -> None:
+    # As text, the hour of another zone and a date alone would be in the wrong place.
+    wholes = dict.fromkeys(GRAPHS, "2026-01-02T00:00:00+00:00")
+    newest = {"s03": "2026-01-03", "s09": "2026-01-02T23:30:00-02:00"}
+    oldest = {"s11": "2026-01-02T01:00:00+02:00", "s20": "2025-12-31T10:00:00Z"}
+    dataset = build_regression_dataset(
+        GRAPHS,
+        TARGETS,
+        config("time", test_fraction=2 / N, val_fraction=(N - 4) / N,
+               train_fraction=2 / N),
+        times={**wholes, **newest, **oldest},
+    )  # fmt: skip
+    found = dict(zip(dataset.ids, dataset.parts, strict=True))
+    assert {name for name, part in found.items() if part == "test"} == set(newest)
+    assert {name for name, part in found.items() if part == "train"} == set(oldest)
+    with pytest.raises(InputError, match="time of s05 is 'yesterday'"):
+        build_regression_dataset(
+            GRAPHS, TARGETS, config("time"), times={**wholes, "s05": "yesterday"}
+        )
+
+
 def test_what_cannot_be_split_is_refused() -> None:
     with pytest.raises(ValidationError, match="not below n_folds"):
         config("kfold", n_folds=3, fold=3)
@@ -395,6 +416,33 @@ def test_units_of_tables_reach_the_dataset(database: Any) -> None:
                             replace=True)  # fmt: skip
     with pytest.raises(InputError, match="several units: GPa, bar"):
         build()
+
+
+def test_labels_of_no_or_another_unit_are_not_taken_for_the_usual(
+    database: Any,
+) -> None:
+    structures = StructureStore(database)
+    keys = structures.keys("all")
+
+    def build(target: str) -> Any:
+        return build_train_val_datasets(
+            database, target, in_set="all", features=FEATURES
+        )
+
+    # Energies that came with structures are in eV, as these are.
+    structures.set_property("energy", {keys[5]: -9.0}, unit="eV", source="a table",
+                            replace=True)  # fmt: skip
+    assert build("energy_per_atom").dataset.unit == "eV/atom"
+    structures.set_property("energy", {k: -9.0 - i for i, k in enumerate(keys)},
+                            unit="Ry", source="a code", replace=True)  # fmt: skip
+    for target in ("energy", "energy_per_atom"):
+        with pytest.raises(InputError, match="are in Ry"):
+            build(target)
+    database["structures"].update_many({}, {"$set": {"properties.hardness": 3.0}})
+    structures.set_property("hardness", {keys[5]: 1.0}, unit="GPa", source="a paper",
+                            replace=True)  # fmt: skip
+    with pytest.raises(InputError, match="several units: GPa, not known"):
+        build("hardness")
 
 
 def context(database: Any, folder: Path) -> TaskContext:
