@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from nanoos_fw.errors import NanoOSError
+from nanoos_fw.errors import InputError, NanoOSError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.featurizing import FeatureGuard, Featurized, FeaturizingChild
@@ -28,18 +28,21 @@ from nanoos_fw.stores.features import (
 )
 from nanoos_fw.stores.structures import StructureStore
 
-# A micro-batch is what a kill can lose: as many structures or sites, whichever comes
-# first, as take about a tenth of a second.
-_BATCH_STRUCTURES = 100
-_BATCH_SITES = 5000
+# A micro-batch, which is what a kill can lose of each worker, is two jobs: one is
+# written while the next is computed. A job is as many structures or sites, whichever
+# comes first, as take about a twentieth of a second.
+_JOB_STRUCTURES = 50
+_JOB_SITES = 2500
 _MAX_LISTED = 50
 
 
 class FeatureParameters(Parameters):
     """What decides the features of a structure, besides the code version."""
 
-    cutoff_radius: float = Field(default=8.0, gt=0, description="Å")
-    max_neighbors: int | None = Field(default=12, ge=1)
+    cutoff_radius: float = Field(
+        default=8.0, gt=0, allow_inf_nan=False, description="Å"
+    )
+    max_neighbors: int | None = Field(default=12, ge=1, le=65535)
     vectors: bool = Field(
         default=False, description="keep the vectors of edges, for networks on angles"
     )
@@ -122,10 +125,10 @@ def compute_features(
 ) -> FeaturizeReport:
     """Compute the features that the store does not have.
 
-    Works in micro-batches, each written when it is done: a process that is killed
-    loses one per worker. Any number of processes may do the same structures at once;
-    each asks again before a batch and takes the batches in an order of its own, and
-    the unique index of the store decides what they do twice.
+    Works in jobs, each written when it is done while the next is computed: a process
+    that is killed loses a micro-batch of two per worker. Any number of processes may
+    do the same structures at once; each asks again before a job and takes the jobs in
+    an order of its own, and the unique index of the store decides what they do twice.
 
     Parameters
     ----------
@@ -147,18 +150,20 @@ def compute_features(
     patience
         How long to wait for a database server that is away; None for ten minutes.
     on_progress
-        Called after each micro-batch.
+        Called after each job.
 
     Raises
     ------
     InputError
-        If a structure is not in the store.
+        If a structure is not in the store, or there are no workers.
     LaunchError
         If no child process starts, or they are killed from outside. Nothing is stored
         of the structures that they were at.
     StoreError
         If the database server stays away.
     """
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, not {workers}")
     parameters = parameters or FeatureParameters()
     keys = list(dict.fromkeys(keys))
     described = parameters.model_dump(mode="json")
@@ -184,21 +189,21 @@ def compute_features(
             )
         return left
 
-    batches = list(_micro_batches(undecided(keys), sizes))
-    random.SystemRandom().shuffle(batches)
+    planned = list(_planned(undecided(keys), sizes))
+    random.SystemRandom().shuffle(planned)
     on_progress(report)
     there = len(report.hit)
 
     def jobs() -> Iterator[dict[str, dict[str, Any]]]:
-        for batch in batches:
-            left = undecided(batch)
+        for portion in planned:
+            left = undecided(portion)
             if left:
                 yield patiently(partial(structures.encoded, left))
             else:
                 on_progress(report)
 
     for results in _in_children(
-        jobs(), described, guard or FeatureGuard(), min(workers, len(batches))
+        jobs(), described, guard or FeatureGuard(), min(workers, len(planned))
     ):
         good = [Features(r.key, r.graph, r.scalars) for r in results if not r.error]
         bad: dict[str, NanoOSError] = {r.key: r.error for r in results if r.error}
@@ -219,21 +224,18 @@ def compute_features(
     return report
 
 
-def _micro_batches(
-    keys: Sequence[str], sizes: Mapping[str, int]
-) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _planned(keys: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield the structures of each job."""
+    job: list[str] = []
     sites = 0
     for key in keys:
-        if batch and (
-            len(batch) == _BATCH_STRUCTURES or sites + sizes[key] > _BATCH_SITES
-        ):
-            yield batch
-            batch, sites = [], 0
-        batch.append(key)
+        if job and (len(job) == _JOB_STRUCTURES or sites + sizes[key] > _JOB_SITES):
+            yield job
+            job, sites = [], 0
+        job.append(key)
         sites += sizes[key]
-    if batch:
-        yield batch
+    if job:
+        yield job
 
 
 def _in_children(
@@ -288,7 +290,7 @@ class FeaturizeStructuresTask(NanoTask):
     parameters: FeaturizeParameters
 
     def run(self, place: TaskContext) -> dict[str, Any]:
-        """Featurize what is missing, in micro-batches."""
+        """Featurize what is missing, and store it as it comes."""
         parameters = self.parameters
         report = compute_features(
             place.database,

@@ -17,7 +17,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     # Give up soon, so that the worker's own patience is what carries it through.
     database = pymongo.MongoClient(uri, serverSelectionTimeoutMS=500)[name]
-    featurization._BATCH_STRUCTURES = 20  # many moments at which to be killed
+    featurization._JOB_STRUCTURES = 20  # many moments at which to be killed
     # The server may be away when a worker starts, too.
     keys = Patience().run(lambda: StructureStore(database).keys("chaos"))
     featurization.compute_features(database, keys)

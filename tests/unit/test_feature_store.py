@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.crystals import decode_structure, encode_structure
@@ -388,10 +389,19 @@ def test_what_is_there_is_not_computed_again(database: Any) -> None:
     assert database["structure_features"].count_documents({}) == 4
 
 
+def test_what_would_compute_nothing_is_refused(embedded_database: Any) -> None:
+    with pytest.raises(InputError, match="workers must be at least 1"):
+        compute_features(embedded_database, [], workers=0)
+    # Every structure would be quarantined for it.
+    for wrong in ({"cutoff_radius": float("inf")}, {"max_neighbors": 70_000}):
+        with pytest.raises(ValidationError):
+            FeatureParameters(**wrong)
+
+
 def test_an_interrupted_run_keeps_its_micro_batches(
     database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(featurization, "_BATCH_STRUCTURES", 2)
+    monkeypatch.setattr(featurization, "_JOB_STRUCTURES", 2)
     keys = stored(database, *(crystal(3 + 0.05 * i) for i in range(8)))
 
     class Killed(BaseException):
@@ -414,16 +424,17 @@ import pymongo
 from nanoos_fw.firetasks import featurization
 from nanoos_fw.stores.structures import StructureStore
 
-uri, name, batch = sys.argv[1:]
-featurization._BATCH_STRUCTURES = int(batch)
+uri, name, job_size = sys.argv[1:]
+featurization._JOB_STRUCTURES = int(job_size)
 database = pymongo.MongoClient(uri)[name]
-together, batches = featurization.FeaturizingChild.featurize, []
+plain, computed = featurization.FeaturizingChild.featurize, []
 
 def featurize(child, job):
-    for result in together(child, job):
+    for result in plain(child, job):
         yield result
-    batches.append(len(job))
-    if len(batches) == 3:  # computed, and not yet written
+        computed.append(result.key)
+    if len(computed) >= 3 * int(job_size):  # the last are not yet written
+        print(*computed, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 featurization.FeaturizingChild.featurize = featurize
@@ -435,18 +446,25 @@ featurization.compute_features(database, StructureStore(database).keys("all"))
 def test_a_killed_worker_loses_one_micro_batch(
     mongodb_database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, total = 4, 20
+    job_size, total = 4, 20
     ensure_indexes(mongodb_database)
     keys = stored(mongodb_database, *(crystal(3 + 0.02 * i) for i in range(total)))
     uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
     words = [sys.executable, "-c", KILLED_WORKER, uri, mongodb_database.name]
-    done = subprocess.run([*words, str(batch)], check=False, timeout=300)
+    done = subprocess.run(
+        [*words, str(job_size)], check=False, timeout=600, stdout=subprocess.PIPE
+    )
     assert done.returncode == -signal.SIGKILL
-    # Three batches were computed, and the third was lost.
+    computed = set(done.stdout.decode().split())
+    assert len(computed) == 3 * job_size
     collection = mongodb_database["structure_features"]
     kept = {d["structure"] for d in collection.find({}, {"structure": 1})}
-    assert len(kept) == collection.count_documents({}) == 2 * batch
-    monkeypatch.setattr(featurization, "_BATCH_STRUCTURES", batch)
+    assert len(kept) == collection.count_documents({})
+    # A micro-batch is two jobs: one is written while the next is computed. The third
+    # is not begun before the first is in the store.
+    assert kept < computed
+    assert job_size <= len(kept) <= 2 * job_size
+    monkeypatch.setattr(featurization, "_JOB_STRUCTURES", job_size)
     report = compute_features(mongodb_database, keys)
     assert set(report.hit) == kept
     assert set(report.computed) == set(keys) - kept
@@ -459,7 +477,7 @@ def test_a_killed_worker_loses_one_micro_batch(
 def test_eight_workers_on_the_same_chunk_leave_one_entry_each(
     mongodb_database: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(featurization, "_BATCH_STRUCTURES", 5)
+    monkeypatch.setattr(featurization, "_JOB_STRUCTURES", 5)
     ensure_indexes(mongodb_database)
     keys = stored(mongodb_database, *(crystal(3 + 0.02 * i) for i in range(40)))
     reports: list[Any] = []
