@@ -321,7 +321,7 @@ def work(job: tuple[tuple[np.ndarray, ...] | None, int, Any]) -> tuple[float, fl
     return time.perf_counter() - begin, time.process_time() - own
 
 
-def two_processes(crystals: list[Structure], repeats: int) -> dict[str, float]:
+def two_processes(crystals: list[Structure], repeats: int) -> dict[str, Any]:
     """Measure two processes against one for the same work, and what there is to get.
 
     Two processes that only burn cycles need no memory, and yet are not twice as fast
@@ -336,7 +336,8 @@ def two_processes(crystals: list[Structure], repeats: int) -> dict[str, float]:
     dict
         ``speedup`` of the search, ``ceiling``, that of burning, and ``share``, one by
         the other: medians over undisturbed rounds of at least ``LONG_S`` for each
-        part; their number, and that of the others. Without any, nan.
+        part; their number, and that of the others. Without any, ``not_measured``
+        says why instead.
     """
     # The same for both: of two halves one is more work, and its process would be
     # waited for, where featurization gives out small batches.
@@ -379,14 +380,29 @@ def two_processes(crystals: list[Structure], repeats: int) -> dict[str, float]:
                 undisturbed.append(ratios)
             else:
                 disturbed += 1
-    some = undisturbed or [dict.fromkeys(jobs, math.nan)]
+    counts = {"rounds": len(undisturbed), "disturbed": disturbed}
+    if not undisturbed:
+        reason = f"something else took over {DISTURBED:.0%} of a core in every round"
+        return {**counts, "not_measured": reason}
     return {
-        "speedup": statistics.median(one["search"] for one in some),
-        "ceiling": statistics.median(one["burn"] for one in some),
-        "share": statistics.median(one["search"] / one["burn"] for one in some),
-        "rounds": len(undisturbed),
-        "disturbed": disturbed,
+        "speedup": statistics.median(one["search"] for one in undisturbed),
+        "ceiling": statistics.median(one["burn"] for one in undisturbed),
+        "share": statistics.median(one["search"] / one["burn"] for one in undisturbed),
+        **counts,
     }
+
+
+def told(found: dict[str, Any]) -> str:
+    """Return the line of :func:`two_processes`."""
+    rounds = f"({found['rounds']} rounds, {found['disturbed']} disturbed)"
+    if "not_measured" in found:
+        return (
+            f"two processes against one: not measured: {found['not_measured']} {rounds}"
+        )
+    return (
+        f"two processes against one: {found['speedup']:.3f}x; burning cycles only: "
+        f"{found['ceiling']:.3f}x; share of this ceiling: {found['share']:.1%} {rounds}"
+    )
 
 
 # --------------------------------------------------------------------------- storage
@@ -512,11 +528,7 @@ def main() -> None:
             print(f"  {key:<60}{ratio:8.1f}x")
     if "processes" in arguments.parts:
         report["two_processes"] = two_processes(sets["small"], arguments.repeats)
-        found = report["two_processes"]
-        print(f"\ntwo processes against one: {found['speedup']:.3f}x; ", end="")
-        print(f"burning cycles only: {found['ceiling']:.3f}x; ", end="")
-        print(f"share of this ceiling: {found['share']:.1%} ", end="")
-        print(f"({found['rounds']} rounds, {found['disturbed']} disturbed)")
+        print(f"\n{told(report['two_processes'])}")
     if "storage" in arguments.parts:
         report["storage"] = storage(sets["small"], arguments.repeats)
         print()
