@@ -10,8 +10,8 @@ from nanoos_fw.firetasks.active import (
     ExtendDatasetTask,
     RetrainTask,
     ScreenPoolTask,
-    SelectBatchTask,
 )
+from nanoos_fw.firetasks.active_selection import SelectBatchTask
 from nanoos_fw.firetasks.campaign import WriteReportTask
 from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask
 from nanoos_fw.firetasks.md import (

@@ -21,9 +21,9 @@ from nanoos_fw.firetasks.active import (
     ExtendDatasetTask,
     RetrainTask,
     ScreenPoolTask,
-    SelectBatchTask,
 )
 from nanoos_fw.firetasks.active_plan import ActivePlan, LammpsLabels, TaskLabels
+from nanoos_fw.firetasks.active_selection import SelectBatchTask
 from nanoos_fw.firetasks.campaign import WriteReportTask
 from nanoos_fw.firetasks.fans import bounds, chunks
 from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.candidates import scramble
+from nanoos_fw.ml.permutations import scramble
 from nanoos_fw.ml.screening_engine import ChunkResult, ModelColumns
 from nanoos_fw.provenance import content_key
 

@@ -11,22 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from nanoos_fw.errors import InputError, NanoOSError, SimulationError
-from nanoos_fw.firetasks.active import (
-    known_set,
-    label_source,
-    rules_of,
-)
-from nanoos_fw.firetasks.active_plan import (
-    ActivePlan,
-    AlloyCandidates,
-    FileLabels,
-)
+from nanoos_fw.firetasks.active_plan import ActivePlan, AlloyCandidates, FileLabels
 from nanoos_fw.firetasks.active_rounds import (
     active_workflow,
     check_labelling,
     learning_workflow,
     select_workflow,
 )
+from nanoos_fw.firetasks.active_state import known_set, label_source, rules_of
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.ml.stopping import StopRules
 from nanoos_fw.operations.alloys import alloy_candidates, alloy_references

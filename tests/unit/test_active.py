@@ -326,11 +326,11 @@ def test_written_structures_are_read_as_the_same(
     tmp_path: Path, triclinic: Any, file_format: str
 ) -> None:
     from nanoos_fw.crystals import structure_key
-    from nanoos_fw.firetasks.active import _SUFFIXES, structure_text
     from nanoos_fw.structure_files import read_structures
+    from nanoos_fw.structure_files.writing import SUFFIXES, structure_text
 
     key = structure_key(triclinic)
-    path = tmp_path / f"{key}{_SUFFIXES[file_format]}"
+    path = tmp_path / f"{key}{SUFFIXES[file_format]}"
     path.write_text(structure_text(triclinic, key, file_format))
     (entry,) = read_structures(path)
     assert entry.label.partition("#")[0] == key

@@ -16,10 +16,11 @@ from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.firetasks.screening import choose_window, run_window
 from nanoos_fw.ml.candidate_filters import CandidateFilter, is_charge_balanced
 from nanoos_fw.ml.candidate_packs import open_pack, read_files, write_pack
-from nanoos_fw.ml.candidates import open_candidates, permute
+from nanoos_fw.ml.candidates import open_candidates
 from nanoos_fw.ml.cgcnn import Architecture, ModelCard, atom_features, save_checkpoint
 from nanoos_fw.ml.graphs import build_graph, read_arrays
 from nanoos_fw.ml.network import CrystalGraphNetwork
+from nanoos_fw.ml.permutations import permute
 from nanoos_fw.ml.predictors import open_model
 from nanoos_fw.ml.ranking import (
     Ranking,
