@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from nanoos_fw.errors import (
     MissingDependencyError,
     NanoOSError,
 )
+from nanoos_fw.settings import load_settings
 from nanoos_fw.slurm import (
     SlurmRequest,
     SubmitLimit,
@@ -45,9 +47,12 @@ from nanoos_fw.slurm import (
 )
 from nanoos_fw.stores.launches import PARKED as PARKED_KEY
 from nanoos_fw.stores.launches import SPEC_KEY
+from nanoos_fw.stores.outages import let_launchers_wait
 
 logger = logging.getLogger(__name__)
 
+# Of qlaunch's script: what it calls with its launchpad.
+_LAUNCHERS = ("launch_rocket_to_queue", "rapidfire")
 _SUBMIT_TIMEOUT_S = 120.0
 _SUBMIT_WAITS_S = (2.0, 10.0, 30.0, 60.0, 120.0)
 # Longer than this no firework stays reserved without a job: reconcile would release it.
@@ -94,7 +99,14 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, m_dict: Mapping[str, Any]) -> SlurmAdapter:
-        """Return an adapter of the fields of a file."""
+        """Return an adapter of the fields of a file.
+
+        ``qlaunch`` loads it before its first question to the database, which from now
+        on waits for a server that is away.
+        """
+        qlaunch = sys.modules.get("fireworks.scripts.qlaunch_run")
+        if qlaunch is not None:
+            let_launchers_wait(qlaunch, _LAUNCHERS, load_settings().database_wait_s)
         return cls(_fields(m_dict))
 
     @property

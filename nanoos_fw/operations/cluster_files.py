@@ -351,9 +351,10 @@ def _pre_rocket(place: Path, choices: ClusterChoices) -> str:
 
 def _rocket_launch(folder: Path, place: Path) -> str:
     """Return the command of a job, with the programs of this environment."""
-    program = Path(sys.executable).parent / "rlaunch"
     words: Sequence[str] = (
-        str(program) if os.access(program, os.X_OK) else "rlaunch",
+        sys.executable,
+        "-m",
+        "nanoos_fw.rlaunch",
         "-l",
         str(folder / LAUNCHPAD_FILE),
         "-w",

@@ -27,6 +27,7 @@ from nanoos_fw.errors import StoreError
 from nanoos_fw.provenance import read_json
 from nanoos_fw.slurm import allocation_deadline, walltime_seconds
 from nanoos_fw.stores.launches import SPEC_KEY
+from nanoos_fw.stores.outages import outlast_outages
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
 _WALLTIMES_KEPT_S = 10.0
 # So many fireworks are chosen from at once; higher priorities may wait so long.
 _CANDIDATES, _CANDIDATES_KEPT_S = 64, 10.0
-_DATABASE_AWAY_S = 600.0
 _NEEDS = f"spec.{SPEC_KEY}.needs.minimum_s"
 _ASKED = "spec._queueadapter"
 _GPU_FIELDS = ("gpus", "gpus_per_node", "gpus_per_task")
@@ -147,6 +147,8 @@ class Slot:
         Takes the events.
     deadline
         Unix time by which firetasks stop by themselves, or None.
+    database_wait_s
+        How long to wait for a database server that is away.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Slot:
         tell: Callable[[Mapping[str, Any]], None],
         deadline: float | None,
         *,
+        database_wait_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -165,6 +168,12 @@ class Slot:
         self._walltimes: tuple[float, list[Any]] = (float("-inf"), [])
         self._known: tuple[float, list[int]] = (float("-inf"), [])
         self._began: dict[str, Any] | None = None
+        # Between fireworks there is nothing to lose: a request to leave comes first.
+        outlast_outages(
+            launchpad,
+            database_wait_s,
+            stop=lambda: self._began is None and self._reason() is not None,
+        )
         self._checkout = launchpad.checkout_fw
         launchpad.checkout_fw = self._noted_checkout
 
@@ -176,14 +185,13 @@ class Slot:
         """Run what fits until there is a reason to leave; return the reason."""
         from pymongo.errors import PyMongoError
 
-        idle_since, pause, away_since = self._clock(), _FIRST_POLL_S, None
+        idle_since, pause = self._clock(), _FIRST_POLL_S
         while True:
             reason = self._reason()
             if reason is not None:
                 return self._leave(reason)
             try:
                 ran = self._run_one()
-                away_since = None
             except PyMongoError as error:
                 if self._began is not None:
                     raise StoreError(
@@ -191,12 +199,11 @@ class Slot:
                         f"{type(error).__name__}",
                         advice="its result, if there is one, is kept on disk",
                     ) from error
-                now = self._clock()
-                away_since = now if away_since is None else away_since
-                if now - away_since > _DATABASE_AWAY_S:
-                    return self._leave("the database is away")
-                logger.warning("the database does not answer: %s", str(error)[:200])
-                idle_since, ran = now, False
+                reason = self._reason()
+                if reason is None:
+                    logger.warning("the database is away: %s", str(error)[:200])
+                    reason = "the database is away"
+                return self._leave(reason)
             if "run_exists" in vars(self._launchpad):  # see handover.launch_no_more
                 return self._leave("handed over")
             if ran:
@@ -331,6 +338,7 @@ class Slot:
         from pymongo.errors import PyMongoError
 
         ready = 0
+        outlast_outages(self._launchpad, 0.1)  # it may be away: this is no work
         with contextlib.suppress(PyMongoError):
             query = {**self._fworker({}).query, "state": "READY"}
             ready = self._launchpad.fireworks.count_documents(query)
@@ -361,14 +369,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     from nanoos_fw.operations.campaign import quiet_fireworks
-    from nanoos_fw.stores.database import load_launchpad
+    from nanoos_fw.settings import load_settings
+    from nanoos_fw.stores.database import Patience, load_launchpad
 
     def tell(event: Mapping[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):
             os.write(int(pipe), (json.dumps(dict(event)) + "\n").encode())
 
     quiet_fireworks()
-    slot = Slot(config, load_launchpad(config.launchpad), tell, allocation_deadline())
+    wait_s = load_settings().database_wait_s
+    launchpad = Patience(wait_s).run(lambda: load_launchpad(config.launchpad))
+    deadline = allocation_deadline()
+    slot = Slot(config, launchpad, tell, deadline, database_wait_s=wait_s)
     for number in STOP_SIGNALS:
         signal.signal(number, slot.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker hands Ctrl-C on

@@ -29,8 +29,9 @@ from typing import Any
 from nanoos_fw.errors import InputError
 from nanoos_fw.operations.slots import SlotConfig
 from nanoos_fw.provenance import write_atomic
+from nanoos_fw.settings import load_settings
 from nanoos_fw.slurm import allocation_times
-from nanoos_fw.stores.database import load_launchpad
+from nanoos_fw.stores.database import Patience, load_launchpad
 from nanoos_fw.stores.places import note_death
 
 logger = logging.getLogger(__name__)
@@ -242,7 +243,8 @@ class Worker:
 
     def __init__(self, plan: WorkPlan, say: Callable[[str], None]) -> None:
         self._plan, self._say = plan, say
-        self._launchpad = load_launchpad(plan.launchpad)
+        patience = Patience(load_settings().database_wait_s)
+        self._launchpad = patience.run(lambda: load_launchpad(plan.launchpad))
         start, end = allocation_times()
         if end is None and plan.walltime_s is not None:
             start, end = time.time(), time.time() + plan.walltime_s

@@ -8,12 +8,15 @@ checkpoints and the end of a launch as well as for the stores.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from nanoos_fw.errors import StoreError
@@ -21,7 +24,18 @@ from nanoos_fw.errors import StoreError
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-_MARK = "_nanoos_outage_s"
+_LOG_AGAIN_S = 300.0
+_MARK = "_nanoos_outage"
+_WAITS = "_nanoos_waits"
+
+
+@dataclass
+class _Wait:
+    """How long operations of a connection wait, and what ends that before."""
+
+    seconds: float
+    stop: Callable[[], bool]
+    sleep: Callable[[float], None]
 
 
 def is_outage(error: BaseException | None) -> bool:
@@ -39,6 +53,7 @@ def outlast_outages(
     launchpad: Any,
     seconds: float,
     *,
+    stop: Callable[[], bool] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Let every operation of a launchpad's connection wait for an absent server.
@@ -54,6 +69,8 @@ def outlast_outages(
         Of FireWorks; several calls for one are one.
     seconds
         After so long without any answer an operation fails; 0 changes nothing.
+    stop
+        Asked once a second; True lets the operation fail at once.
     sleep
         For tests.
 
@@ -65,8 +82,9 @@ def outlast_outages(
     client = launchpad.connection
     if seconds <= 0 or type(client).__module__.startswith("mongomock"):
         return
-    if _MARK in vars(client):
-        vars(client)[_MARK] = seconds
+    known: _Wait | None = vars(client).get(_MARK)
+    if known is not None:
+        known.seconds, known.stop = seconds, stop or known.stop
         return
     once = getattr(client, "_retry_internal", None)
     if once is None:
@@ -75,23 +93,52 @@ def outlast_outages(
             advice="pip install 'pymongo>=4.9,<5'",
         )
 
-    def patiently(*arguments: Any, **options: Any) -> Any:
-        return _patiently(
-            lambda: once(*arguments, **options), vars(client)[_MARK], sleep
-        )
+    wait = _Wait(seconds, stop or (lambda: False), sleep)
 
-    vars(client)[_MARK] = seconds
+    def patiently(*arguments: Any, **options: Any) -> Any:
+        return _patiently(lambda: once(*arguments, **options), wait)
+
+    vars(client)[_MARK] = wait
     client._retry_internal = patiently
     launchpad.workflows = _LockableWorkflows(launchpad.workflows)
 
 
-def _patiently(
-    operation: Callable[[], Any], seconds: float, sleep: Callable[[float], None]
-) -> Any:
+def let_launchers_wait(
+    script: ModuleType, names: Sequence[str], seconds: float
+) -> None:
+    """Let a script of FireWorks wait for an absent server from its first operation on.
+
+    Parameters
+    ----------
+    script
+        Such as ``fireworks.scripts.qlaunch_run``.
+    names
+        Its functions that take the launchpad first.
+    seconds
+        See `outlast_outages`.
+    """
+    for name in names:
+        launch = getattr(script, name)
+        if not hasattr(launch, _WAITS):
+            setattr(script, name, _waiting(launch, seconds))
+
+
+def _waiting(launch: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    @functools.wraps(launch)
+    def launch_patiently(launchpad: Any, *arguments: Any, **options: Any) -> Any:
+        if launchpad is not None:  # rlaunch --offline
+            outlast_outages(launchpad, seconds)
+        return launch(launchpad, *arguments, **options)
+
+    setattr(launch_patiently, _WAITS, True)
+    return launch_patiently
+
+
+def _patiently(operation: Callable[[], Any], wait: _Wait) -> Any:
     from pymongo.errors import DuplicateKeyError, PyMongoError
 
     began = time.monotonic()
-    pause, tries = _FIRST_PAUSE_S, 0
+    pause, tries, said = _FIRST_PAUSE_S, 0, began
     while True:
         try:
             result = operation()
@@ -101,17 +148,19 @@ def _patiently(
                 return None
             raise
         except PyMongoError as error:
-            left = began + seconds - time.monotonic()
-            if not is_outage(error) or left <= 0:
+            now = time.monotonic()
+            left = began + wait.seconds - now
+            if not is_outage(error) or left <= 0 or wait.stop():
                 raise
             tries += 1
-            if tries == 1:
+            if tries == 1 or now - said > _LOG_AGAIN_S:
+                said = now
                 logger.warning(
                     "the database is away (%s); waiting for it, %.0f s at most",
                     type(error).__name__,
                     left,
                 )
-            sleep(min(pause, left))
+            _sleep(min(pause, left), wait)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         else:
             if tries:
@@ -119,6 +168,13 @@ def _patiently(
                     "the database is back after %.0f s", time.monotonic() - began
                 )
             return result
+
+
+def _sleep(seconds: float, wait: _Wait) -> None:
+    while seconds > 0 and not wait.stop():
+        part = min(seconds, 1.0)
+        wait.sleep(part)
+        seconds -= part
 
 
 class _LockableWorkflows:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from database_proxy import DatabaseProxy, Moment, Trap
-from fireworks import Firework, Workflow
+from fireworks import Firework, PyTask, Workflow
 from fireworks.core.fworker import FWorker
 from fireworks.core.launchpad import LaunchPad
 from fireworks.core.rocket_launcher import launch_rocket
-from pymongo.errors import ServerSelectionTimeoutError
+from pymongo.errors import AutoReconnect, ServerSelectionTimeoutError
 from pymongo.uri_parser import parse_uri
 
+from nanoos_fw import operations
 from nanoos_fw.firetasks import FeaturizeStructuresTask
+from nanoos_fw.operations.cluster_files import launchpad_text
 from nanoos_fw.stores.database import get_artifact, open_database, put_artifact
 from nanoos_fw.stores.outages import outlast_outages
 from nanoos_fw.stores.structures import NewStructure, StructureStore
@@ -154,3 +159,134 @@ def test_a_server_that_stays_away_is_an_error_in_the_end(
         launchpad.fireworks.find_one()
 
     assert pauses
+
+
+# ------------------------------------------------- launchers, from their first question
+
+
+@pytest.fixture
+def file(launchpad: Any, proxy: DatabaseProxy, tmp_path: Path) -> Path:
+    """my_launchpad.yaml that goes through the proxy, and one ready firework."""
+    path = tmp_path / "my_launchpad.yaml"
+    uri = f"mongodb://127.0.0.1:{proxy.port}/?serverSelectionTimeoutMS=200"
+    path.write_text(launchpad_text(uri, launchpad.name))
+    operations.prepare_launchpad(launchpad)
+    launchpad.add_wf(Firework([PyTask(func="os.getcwd")], name="one"))
+    return path
+
+
+def start(
+    command: list[str], folder: Path, **environment: str
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a launcher; return it and the file of what it says."""
+    log = folder / "launcher.log"
+    with log.open("wb") as stream:
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    return child, log
+
+
+def waits(folder: Path) -> bool:
+    """Tell whether a log says that its program waits for the database."""
+    logs = [folder / "launcher.log", *folder.glob("work/*/slot-*.log")]
+    said = "".join(log.read_text() for log in logs)
+    return "the database is away" in said or "; try 1, again" in said
+
+
+def wait_until(condition: Callable[[], bool], evidence: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, evidence()
+        time.sleep(0.1)
+
+
+# Upper bound after which a program counts as hanging.
+WAIT_S = 90.0
+RLAUNCH = [sys.executable, "-m", "nanoos_fw.rlaunch", "-l", "{}", "rapidfire"]
+WORK = [sys.executable, "-m", "nanoos_fw.cli", "work", "-l", "{}", "--idle", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "trap"),
+    [
+        (RLAUNCH, None),
+        (RLAUNCH, Trap("fireworks", "before", 1)),  # the checkout
+        (RLAUNCH, Trap("launches", "during", 1)),  # its second write
+        (WORK, None),
+        (WORK, Trap("launches", "during", 1)),
+    ],
+    ids=repr,
+)
+def test_a_launcher_waits_for_its_database(
+    words: list[str],
+    trap: Trap | None,
+    file: Path,
+    launchpad: Any,
+    proxy: DatabaseProxy,
+    tmp_path: Path,
+) -> None:
+    """Away when it starts, or in the middle of taking a firework."""
+    if trap is None:
+        proxy.cut()
+    else:
+        cut_at(proxy, trap)
+    child, log = start([word.format(file) for word in words], tmp_path)
+    if trap is None:
+        wait_until(lambda: waits(tmp_path), log.read_text)
+        assert child.poll() is None
+        proxy.restore()
+    assert child.wait(timeout=WAIT_S) == 0, log.read_text()
+    assert trap is None or trap.hit.is_set()
+    assert waits(tmp_path), log.read_text()
+    found = launchpad.fireworks.find_one({"name": "one"})
+    assert found["state"] == "COMPLETED"
+    assert launchpad.launches.count_documents({}) == 1
+
+
+def test_qlaunch_waits_for_its_database(
+    file: Path, launchpad: Any, proxy: DatabaseProxy, tmp_path: Path
+) -> None:
+    """Plain qlaunch, by the adapter that it loads; sbatch is a script that says 7."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 7\n")
+    sbatch.chmod(0o755)
+    adapter = tmp_path / "my_qadapter.yaml"
+    adapter.write_text(
+        "_fw_name: '{{nanoos_fw.queue_adapter.SlurmAdapter}}'\n"
+        "rocket_launch: rlaunch singleshot\n"
+    )
+    run = (
+        "import sys; from fireworks.scripts.qlaunch_run import qlaunch; "
+        "sys.exit(qlaunch(sys.argv[1:]))"
+    )
+    proxy.cut()
+    command = [sys.executable, "-c", run, "-r", "-l", str(file), "-q", str(adapter)]
+    path = f"{sbatch.parent}:/usr/bin:/bin"
+    child, log = start([*command, "singleshot"], tmp_path, PATH=path)
+    wait_until(lambda: waits(tmp_path), log.read_text)
+    assert child.poll() is None
+    proxy.restore()
+    assert child.wait(timeout=WAIT_S) == 0
+    assert "the database is back" in log.read_text()
+    assert launchpad.fireworks.find_one({"name": "one"})["state"] == "RESERVED"
+    (launch,) = launchpad.launches.find()
+    assert launch["state_history"][-1]["reservation_id"] == "7"
+
+
+def test_a_slot_that_is_asked_to_leave_does_not_wait(
+    launchpad: Any, proxy: DatabaseProxy
+) -> None:
+    asked = threading.Event()
+    outlast_outages(launchpad, 60, stop=asked.is_set)
+    proxy.cut()
+    threading.Timer(0.5, asked.set).start()
+    began = time.monotonic()
+    with pytest.raises(AutoReconnect):
+        launchpad.fireworks.find_one()
+    assert time.monotonic() - began < 30
