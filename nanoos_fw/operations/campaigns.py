@@ -118,15 +118,17 @@ def _end_cancelled(
     launchpad: Any, running: Mapping[int, str], cancelled: Sequence[str]
 ) -> None:
     """Set what died with its job FIZZLED, with that cause."""
-    from nanoos_fw.operations.reconcile import LOST, Verdict, _fizzle, open_launches
+    from nanoos_fw.operations.reconcile import LOST, Verdict, end_lost, open_launches
 
     living = _still(cancelled)
     launches, lagging = open_launches(launchpad.db)
+    verdicts = []
     for launch in launches:
         job = running.get(launch.fw_id)
         if launch.state == "RUNNING" and job in cancelled and job not in living:
             reason = f"job {job} was cancelled with its campaign"
-            _fizzle(launchpad, Verdict(launch, LOST, "cancelled", reason))
+            verdicts.append(Verdict(launch, LOST, "cancelled", reason))
+    end_lost(launchpad, verdicts)
     for fw_id in set(lagging) & running.keys():
         launchpad._refresh_wf(fw_id)
 

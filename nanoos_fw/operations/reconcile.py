@@ -27,6 +27,7 @@ from nanoos_fw.errors import (
     OutOfMemoryError,
     OutOfTimeError,
 )
+from nanoos_fw.operations.endings import Lost, Reservation, fizzle, give_back
 from nanoos_fw.slurm import EndedJob, QueuedJob, ended_jobs, queued_jobs
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY
@@ -388,11 +389,12 @@ def reconcile(
         elif verdict.fate == UNKNOWN:
             report.unknown.append(verdict)
         elif launch.state == "RESERVED":
-            _release(launchpad, verdict, report, dry_run)
+            _release(verdict, report)
         else:
             report.lost.append(verdict)
-            if not dry_run:
-                _fizzle(launchpad, verdict)
+    if not dry_run:
+        end_lost(launchpad, report.lost)
+        _give_back(launchpad, report)
     return report
 
 
@@ -404,52 +406,50 @@ def _refresh(launchpad: Any, fw_id: int) -> None:
         logger.warning("firework %d: %s", fw_id, str(error).splitlines()[-1:])
 
 
-def _fizzle(launchpad: Any, verdict: Verdict) -> None:
-    """End a lost launch, unless it has ended by itself since it was read."""
-    from fireworks.core.firework import FWAction
-
-    launch = verdict.launch
-    now = launchpad.launches.find_one({"launch_id": launch.launch_id}, {"state": 1})
-    if now is None or now["state"] != launch.state:
-        return
-    error = lost_run_error(verdict)
-    action = FWAction(
-        stored_data={
-            "_message": "lost run",
-            "_exception": {"_stacktrace": str(error), "_details": error.to_dict()},
-        },
-        exit=True,
+def end_lost(launchpad: Any, verdicts: Iterable[Verdict]) -> None:
+    """Set lost runs FIZZLED, but those that have ended by themselves since."""
+    fizzle(
+        launchpad,
+        [
+            Lost(
+                verdict.launch.fw_id,
+                verdict.launch.launch_id,
+                verdict.launch.state,
+                lost_run_error(verdict),
+            )
+            for verdict in verdicts
+        ],
     )
-    launchpad.complete_launch(launch.launch_id, action, "FIZZLED")
 
 
-def _release(
-    launchpad: Any, verdict: Verdict, report: Reconciliation, dry_run: bool
-) -> None:
-    """Give a reservation back whose job ended before the firework began.
+def _release(verdict: Verdict, report: Reconciliation) -> None:
+    """Decide on a reservation whose job ended before the firework began.
 
     A firework whose jobs end so again and again is paused: it would be submitted for
     ever, before all others.
     """
-    launch = verdict.launch
     if verdict.cause in _LEFT_TO_RERUN:
         report.lost.append(verdict)
-        if not dry_run:
-            _fizzle(launchpad, verdict)
-        return
-    own_fault = verdict.cause in _OWN_FAULTS
-    pause = own_fault and launch.unstarted + 1 >= MAX_UNSTARTED
-    (report.paused if pause else report.unreserved).append(verdict)
-    if dry_run:
-        return
-    with store_errors("release a reservation"):
-        launchpad.cancel_reservation(launch.launch_id)
-        if own_fault:
-            launchpad.fireworks.update_one(
-                {"fw_id": launch.fw_id}, {"$inc": {_UNSTARTED: 1}}
+    elif verdict.cause in _OWN_FAULTS and verdict.launch.unstarted + 1 >= MAX_UNSTARTED:
+        report.paused.append(verdict)
+    else:
+        report.unreserved.append(verdict)
+
+
+def _give_back(launchpad: Any, report: Reconciliation) -> None:
+    give_back(
+        launchpad,
+        [
+            Reservation(
+                verdict.launch.fw_id,
+                verdict.launch.launch_id,
+                pause=pause,
+                count=_UNSTARTED if verdict.cause in _OWN_FAULTS else None,
             )
-        if pause:
-            launchpad.pause_fw(launch.fw_id)
+            for pause, verdicts in ((False, report.unreserved), (True, report.paused))
+            for verdict in verdicts
+        ],
+    )
 
 
 def _stale_locks(

@@ -214,15 +214,21 @@ def status(ours: Any, plain: Any, sample: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- reconcile
 
 
-def reserve(launchpad: Any, number: int, job: int) -> list[int]:
-    """Put fireworks into the queue as ``qlaunch -r`` does, with their jobs' numbers."""
-    jobs = []
+def reserve(launchpad: Any, number: int, job: int) -> list[tuple[int, int]]:
+    """Put fireworks into the queue as ``qlaunch -r`` does; return them and the jobs."""
     worker = FWorker(category="prep")
+    found = []
     for job_id in range(job, job + number):
-        _, launch_id = launchpad.reserve_fw(worker, "/")
+        firework, launch_id = launchpad.reserve_fw(worker, "/")
         launchpad.set_reservation_id(launch_id, job_id)
-        jobs.append(job_id)
-    return jobs
+        found.append((firework.fw_id, job_id))
+    return found
+
+
+def begin(launchpad: Any, fw_ids: Sequence[int]) -> None:
+    """Begin fireworks as their jobs do."""
+    for fw_id in fw_ids:
+        launchpad.checkout_fw(FWorker(category="prep"), "/", fw_id=fw_id)
 
 
 def fake_slurm(folder: Path, queued: Sequence[int], ended: Sequence[int]) -> None:
@@ -238,23 +244,45 @@ def fake_slurm(folder: Path, queued: Sequence[int], ended: Sequence[int]) -> Non
         program.chmod(0o755)
 
 
+def end_what_is_open(ours: Any, plain: Any, programs: Path) -> None:
+    """Give back what an earlier call with ``--keep`` has left in the queue."""
+    rows = ours.launches.find(
+        {"state": {"$in": ["RESERVED", "RUNNING"]}}, {"state_history": 1}
+    )
+    jobs = [int(row["state_history"][0]["reservation_id"]) for row in rows]
+    fake_slurm(programs, [], jobs)
+    reconcile(ours)
+    plain.detect_unreserved(expiration_secs=0, rerun=True)
+    plain.detect_lostruns(expiration_secs=0, fizzle=True)
+
+
 def reconciliation(ours: Any, plain: Any, number: int, folder: Path) -> dict[str, Any]:
+    """Half of the jobs wait; of the others half have ended before, half in their work.
+
+    Plain FireWorks, which asks no queue, takes all that are open for lost.
+    """
     found: dict[str, Any] = {"jobs": number}
     programs = folder / "programs"
     programs.mkdir()
-    jobs = reserve(ours, number, 1_000_000)
-    reserve(plain, number, 1_000_000)
-    half = number // 2
-    fake_slurm(programs, jobs[:half], jobs[half:])
     before = os.environ["PATH"]
     os.environ["PATH"] = f"{programs}:{before}"
+    half, quarter = number // 2, number // 4
     try:
+        end_what_is_open(ours, plain, programs)
+        for launchpad in (ours, plain):
+            fireworks = reserve(launchpad, number, 1_000_000)
+            begin(launchpad, [fw_id for fw_id, _ in fireworks[-quarter:]])
+        jobs = [job for _, job in fireworks]
+        fake_slurm(programs, jobs[:half], jobs[half:])
+
+        def found_all(report: Any) -> bool:
+            numbers = (report.alive, len(report.unreserved), len(report.lost))
+            return numbers == (half, number - half - quarter, quarter)
+
         with measured() as found["nanoos_reconcile_dry_run"]:
-            report = reconcile(ours, dry_run=True)
-        assert (report.alive, len(report.unreserved)) == (half, number - half)
+            assert found_all(reconcile(ours, dry_run=True))
         with measured() as found["nanoos_reconcile_half_lost"]:
-            report = reconcile(ours)
-        assert (report.alive, len(report.unreserved)) == (half, number - half)
+            assert found_all(reconcile(ours))
         with measured() as found["nanoos_reconcile_all_well"]:
             assert reconcile(ours).clean
     finally:
@@ -266,6 +294,8 @@ def reconciliation(ours: Any, plain: Any, number: int, folder: Path) -> dict[str
         plain.detect_lostruns(expiration_secs=86400)
     with measured() as found["plain_detect_unreserved_and_rerun_all"]:
         plain.detect_unreserved(expiration_secs=0, rerun=True)
+    with measured() as found["plain_detect_lostruns_and_fizzle_all"]:
+        plain.detect_lostruns(expiration_secs=0, fizzle=True)
     return found
 
 
