@@ -107,8 +107,11 @@ def launch_command(resources: Resources) -> list[str]:
                 "'pip install nanoos_fw[mpich]', or set NANO_OS_MPI_LAUNCHER"
             ),
         )
-    extra = ["--mpi=pmi2", "--exact"] if Path(program).name == "srun" else []
-    if extra and len(words) > 1:
+    # Without -K the ranks that are left wait for one that was killed until the end of
+    # the allocation; mpiexec ends them by itself.
+    srun = ["--mpi=pmi2", "--exact", "--kill-on-bad-exit=1"]
+    extra = srun if Path(program).name == "srun" else []
+    if len(words) > 1:
         extra = []  # a user who writes options knows the site's
     return [program, *words[1:], *extra, "-n", str(resources.ranks)]
 

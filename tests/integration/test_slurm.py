@@ -87,6 +87,52 @@ def test_ranks_of_a_firetask_run_on_both_nodes(
     assert result == {"nodes": ["n1", "n2"], "size": 2}, output
 
 
+def test_the_death_of_a_rank_ends_the_others(
+    run_job: SubmitAndWait, tmp_path: Path
+) -> None:
+    """They would wait for it until the end of the allocation."""
+    (tmp_path / "dies.py").write_text(
+        textwrap.dedent(
+            """
+            import os, signal
+            from nanoos_fw.parallel import run_rank_program
+
+            def program(config, work_dir, comm, stop):
+                if comm.rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                comm.barrier()
+
+            run_rank_program(program)
+            """
+        )
+    )
+    (tmp_path / "parent.py").write_text(
+        textwrap.dedent(
+            """
+            from pathlib import Path
+            from nanoos_fw.errors import LaunchError
+            from nanoos_fw.parallel import Resources, launch_ranks
+
+            Path("ranks").mkdir()
+            config = Path("ranks/config.json").resolve()
+            config.write_text("{}")
+            try:
+                launch_ranks("dies", config, resources=Resources(ranks=2))
+            except LaunchError as error:
+                print("exit code", error.evidence["exit_code"])
+            """
+        )
+    )
+
+    _, output = run_job(
+        f"PYTHONPATH={tmp_path}:$PYTHONPATH {sys.executable} parent.py",
+        "--nodes=1",
+        "--ntasks=2",
+    )
+
+    assert output.splitlines()[-1] == "exit code 137", output
+
+
 @pytest.mark.lammps
 @pytest.mark.mpi
 def test_simulation_under_srun_is_that_of_mpiexec(

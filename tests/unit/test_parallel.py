@@ -100,7 +100,14 @@ def test_srun_is_the_launcher_inside_slurm(
     srun = make_program(bare_path, "srun")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     command = launch_command(Resources(ranks=2))
-    assert command == [str(srun), "--mpi=pmi2", "--exact", "-n", "2"]
+    assert command == [
+        str(srun),
+        "--mpi=pmi2",
+        "--exact",
+        "--kill-on-bad-exit=1",
+        "-n",
+        "2",
+    ]
 
 
 def test_the_options_of_a_given_launcher_are_kept(bare_path: Path) -> None:
