@@ -26,6 +26,7 @@ class Trap:
     moment: Moment = "before"
     nth: int = 1
     seen: int = 0
+    lost: bool = False
     hit: threading.Event = field(default_factory=threading.Event)
     free: threading.Event = field(default_factory=threading.Event)
 
@@ -91,6 +92,12 @@ class DatabaseProxy:
             self._trap.free.set()
         self._trap = trap
 
+    def drop(self) -> None:
+        """Let what is held be lost, as the last words of a process that died."""
+        if self._trap is not None:
+            self._trap.lost = True
+        self.set_trap(None)
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
@@ -142,7 +149,7 @@ class DatabaseProxy:
                     if trap is not None and trap.moment == "before":
                         trap.hit.set()
                         trap.free.wait()
-                        if source not in self._open:
+                        if trap.lost or source not in self._open:
                             return
                     elif trap is not None:
                         caught.append(trap)
