@@ -246,18 +246,26 @@ class MDMethod(Parameters):
             adf_cutoff_a=self.adf_cutoff_a,
         )
 
-    def key(self, **start: str) -> str:
+    def key(self, potential: Potential, relaxation: str | None = None) -> str:
         """Return the key under which runs are stored.
 
         Parameters
         ----------
-        **start
-            ``relaxation``: method of the relaxed structures they begin with; or
-            ``potential``: its identity, for structures as they were stored.
+        potential
+            Its timestep is that of a run without one.
+        relaxation
+            Method of the relaxed structures that runs begin with; None for structures
+            as they were stored.
         """
-        return method_key(
-            "md", {**start, "config": self.config.model_dump(mode="json")}
-        )
+        config = self.config
+        about: dict[str, Any] = {"config": config.model_dump(mode="json")}
+        if relaxation is None:
+            about["potential"] = potential.identity
+        else:
+            about["relaxation"] = relaxation
+        if config.is_dynamics:
+            about["timestep_fs"] = config.timestep_fs or potential.timestep_fs
+        return method_key("md", about)
 
 
 class MDParameters(Parameters):
@@ -328,7 +336,7 @@ def _resolve(place: TaskContext, parameters: MDParameters) -> _Run:
     key, potential = parameters.structure, parameters.potential.resolve(place)
     return _Run(
         structure=key,
-        method=parameters.md.key(potential=potential.identity),
+        method=parameters.md.key(potential),
         start=place.structures.get_many([key])[key].structure,
         potential=potential,
     )
@@ -360,7 +368,7 @@ def _ranked(
         )
     return _Run(
         structure=key,
-        method=parameters.md.key(relaxation=method),
+        method=parameters.md.key(potential, method),
         start=RelaxationResult.from_dict(simulation.result).structure(),
         potential=potential,
     )
@@ -430,7 +438,8 @@ class RunMDTask(NanoTask):
                 "steps": parsed["steps"],
                 "timestep_fs": config.timestep_fs or run.potential.timestep_fs,
                 "equilibration_steps": config.equilibration_steps,
-                "temperature_k": config.temperature_k,
+                "temperature_k": config.production_temperature_k
+                or config.temperature_k,
                 "pressure_bar": config.pressure_bar,
                 "seed": config.seed,
                 "corrections": outcome["corrections"],

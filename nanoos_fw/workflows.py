@@ -397,8 +397,8 @@ def simulation_workflow(
     structure
         Key in the structure store.
     potential, identity
-        What it is simulated with, and the content key of that now: with another file
-        of the same name the workflow is another one.
+        What it is simulated with, and a content key of that now: with another file or
+        timestep under the same name the workflow is another one.
     md
         The simulation. Analyses need frames: without dynamics or ``dump_every`` there
         are none.

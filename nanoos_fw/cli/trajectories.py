@@ -177,7 +177,13 @@ def _lines(name: str, numbers: dict[str, Any]) -> list[str]:
         if minimum is None:
             return [f"rdf: {numbers['n_frames']} frames, no first shell"]
         shells = ", ".join(f"{k} {v:.2f}" for k, v in numbers["coordination"].items())
-        return [f"rdf: first shell ends at {minimum:.2f} Å; neighbours: {shells}"]
+        lines = [f"rdf: first shell ends at {minimum:.2f} Å; neighbours: {shells}"]
+        if numbers["r_a"][-1] > numbers["half_cell_a"]:
+            lines.append(
+                f"rdf: beyond {numbers['half_cell_a']:.2f} Å, half of the cell, images "
+                "are counted: a liquid repeats itself there"
+            )
+        return lines
     if name == "adf":
         found = numbers["most_frequent_deg"].items()
         angles = ", ".join(f"{k} {v:.1f}°" for k, v in found)
@@ -232,7 +238,11 @@ def _write_csv(found: Analysis, folder: Path) -> None:
 def _plot(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
     from nanoos_fw.md.analysis import analyze_simulation
-    from nanoos_fw.md.output import averages, read_simulation, simulation_thermo
+    from nanoos_fw.md.output import (
+        production_averages,
+        read_simulation,
+        simulation_thermo,
+    )
     from nanoos_fw.md.plots import plot_simulation
     from nanoos_fw.md.protocols import MDConfig
 
@@ -246,11 +256,10 @@ def _plot(arguments: argparse.Namespace) -> int:
         found = analyze_simulation(folder, request)
         for name, error in found.failures.items():
             print(f"{name}: not possible: {error}")
-    production = table.after(config.production_start) if config.is_dynamics else table
     start = config.production_start if config.is_dynamics else 0
     paths = plot_simulation(
         table,
-        averages(production) if config.is_dynamics else {},
+        production_averages(table, config),
         found,
         arguments.output,
         plot_format=arguments.format,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.md.box import perpendicular_widths
 from nanoos_fw.md.output import (
     read_simulation,
     simulation_thermo,
@@ -183,7 +184,21 @@ def _base(source: _Source) -> dict[str, Any]:
         "first_step": source.config.production_start,
         "last_step": int(source.trajectory.step[-1]),
         "is_cut": source.trajectory.is_cut,
+        # None: a ramp, so that these are means over many temperatures.
+        "set_temperature_k": source.config.production_temperature_k,
     }
+
+
+def _held_temperature(source: _Source, what: str) -> float:
+    """Return the temperature of production; refuse a ramp."""
+    held = source.config.production_temperature_k
+    if held is None:
+        raise InputError(
+            f"{what} needs one temperature, and the temperature changes to the end",
+            evidence={"production_start": source.config.production_start},
+            advice="end the schedule with a part that holds",
+        )
+    return held
 
 
 def _rdf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
@@ -211,12 +226,24 @@ def _rdf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
         "total": total.g.tolist(),
         "partials": partials,
         "first_minimum_a": minimum,
+        "half_cell_a": _half_cell_a(source.trajectory),
         "coordination": {
             **({} if minimum is None else {"all": total.shell(minimum)}),
             **shells,
         },
-        "units": {"r_a": "Å", "total": "1", "coordination": "1"},
+        "units": {
+            "r_a": "Å",
+            "half_cell_a": "Å",
+            "total": "1",
+            "coordination": "1",
+        },
     }
+
+
+def _half_cell_a(trajectory: Trajectory) -> float:
+    """Return half of the smallest distance between faces: beyond, images count."""
+    widths = [perpendicular_widths(matrix).min() for matrix in trajectory.matrix]
+    return 0.5 * float(min(widths))
 
 
 def _first_minimum(r: Array, g: Array) -> float | None:
@@ -267,6 +294,7 @@ def _adf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
 
 
 def _msd(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
+    _held_temperature(source, "a diffusion coefficient")
     msd = trajectory_msd(
         source.trajectory,
         source.timestep_ps,
@@ -313,11 +341,12 @@ def _msd(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
 
 
 def _vdos(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
+    held = _held_temperature(source, "a density of states")
     vibrations = trajectory_vibrations(
         source.trajectory,
         source.timestep_ps,
         source.masses,
-        temperature_k=source.config.temperature_k,
+        temperature_k=held,
         longest_ps=request.vdos_longest_ps,
         memory_mb=request.memory_mb,
     )

@@ -45,7 +45,7 @@ from nanoos_fw.md.output import (
     simulation_thermo,
 )
 from nanoos_fw.md.potentials import Potential
-from nanoos_fw.md.protocols import PROPERTIES
+from nanoos_fw.md.protocols import ALIASES, PROPERTIES
 from nanoos_fw.md.restarts import (
     UNREADABLE,
     drop_segments_after,
@@ -467,7 +467,16 @@ class _Plan:
         charges = site_charges(cell) if potential.charges != "none" else None
         if charges is not None:
             simulation["charges"] = charges.tolist()
-        key = content_key("simulation", {**simulation, "potential": potential.identity})
+        # Interactions are equal whatever timestep a recipe advises; runs are not.
+        timestep_fs = (config.timestep_fs or potential.timestep_fs) * config.is_dynamics
+        key = content_key(
+            "simulation",
+            {
+                **simulation,
+                "potential": potential.identity,
+                "timestep_fs": timestep_fs,
+            },
+        )
         return cls(cell, config, potential, {"key": key, **simulation})
 
 
@@ -484,10 +493,10 @@ def _check_key(output_dir: Path, key: str) -> None:
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters with one name each: a correction overrides what was given."""
-    names = {
-        "temperature": "temperature_k",
-        "pressure": "pressure_bar",
-        "timestep": "timestep_fs",
-    }
-    chosen = {names[k]: v for k, v in values.items() if k in names}
-    return {**chosen, **{k: v for k, v in values.items() if k not in names}}
+    chosen: dict[str, Any] = {}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if name in chosen:
+            raise InputError(f"{name} is given twice, by two names", advice="give one")
+        chosen[name] = value
+    return chosen

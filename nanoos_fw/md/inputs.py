@@ -200,8 +200,6 @@ def render_parts(
             data_file=check_safe_name(origin.file or DATA_FILE),
             **common,
         )
-        if origin.step:
-            start += f"reset_timestep {origin.step}\n"
     else:
         start = render_template(
             "lammps/resume.in", restart_file=check_safe_name(origin.file), **common
@@ -216,6 +214,9 @@ def render_parts(
         thermo_columns=" ".join(THERMO_COLUMNS),
         thermo_every=config.thermo_every,
     )
+    if origin.is_portable and origin.step:
+        # With the timestep known, from which LAMMPS takes the time so far.
+        settings += f"reset_timestep {origin.step}\n"
     output = prelude = ""
     first_frame = origin.step + 1 if origin.file is not None else 0
     if config.is_dynamics and config.dump_every:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -113,6 +113,8 @@ class RelaxationResult:
         Steps of the optimizer, and energies computed for them.
     initial_energy_per_atom_ev
         Energy per atom of the structure as given.
+    charges
+        Charge of each site in e as given; None if there were none.
     """
 
     converged: bool
@@ -130,6 +132,7 @@ class RelaxationResult:
     n_steps: int = 0
     n_evaluations: int = 0
     initial_energy_per_atom_ev: float | None = None
+    charges: tuple[float, ...] | None = None
 
     @property
     def n_atoms(self) -> int:
@@ -137,7 +140,7 @@ class RelaxationResult:
         return len(self.species)
 
     def structure(self) -> Structure:
-        """Return the relaxed structure.
+        """Return the relaxed structure, with the charges that were given.
 
         Raises
         ------
@@ -148,8 +151,12 @@ class RelaxationResult:
             raise SimulationError(f"there is no relaxed structure: {self.error}")
         from pymatgen.core import Lattice, Structure
 
+        charges = None if self.charges is None else {"charge": list(self.charges)}
         return Structure(
-            Lattice(self.lattice_a), list(self.species), list(self.frac_coords)
+            Lattice(self.lattice_a),
+            list(self.species),
+            list(self.frac_coords),
+            site_properties=charges,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +167,7 @@ class RelaxationResult:
     def from_dict(cls, data: Mapping[str, Any]) -> RelaxationResult:
         """Rebuild a result from `to_dict`."""
         values = dict(data)
-        for name in ("species", "stress_bar"):
+        for name in ("species", "stress_bar", "charges"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         for name in ("lattice_a", "frac_coords"):
@@ -213,7 +220,10 @@ def relax_one(
             raise
         calculator.reset()
         return failed_result(species, error)
-    return state.result()
+    charges = task.get("charges")
+    if charges is None:
+        return state.result()
+    return replace(state.result(), charges=tuple(map(float, charges)))
 
 
 def failed_result(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, SimulationError
-from nanoos_fw.md.box import LammpsBox
+from nanoos_fw.md.box import LammpsBox, tensor_to_voigt, voigt_to_tensor
 from nanoos_fw.md.inputs import MDConfig, barostat_of
 from nanoos_fw.md.protocols import PROPERTIES
 from nanoos_fw.md.restarts import SEGMENT_RECORD
@@ -42,6 +42,7 @@ _AVERAGED = (
     "lz_a",
 )
 _STEADY = ("temperature_k", "potential_energy_ev", "pressure_bar", "volume_a3")
+_PRESSURES = ("pxx_bar", "pyy_bar", "pzz_bar", "pxy_bar", "pxz_bar", "pyz_bar")
 _MIN_ROWS = 4
 
 
@@ -81,17 +82,42 @@ def read_simulation(directory: Path) -> dict[str, Any]:
 def simulation_thermo(output_dir: Path) -> ThermoTable:
     """Return the thermo table of a simulation, equally spaced.
 
-    Rows that the ranks printed where they paused are left out, the last is kept for
-    minimizations, which end where they converge.
+    Rows that the ranks printed where they paused, or where the simulation ended in
+    between, are left out; for minimizations, which end where they converge, all are
+    kept. Components of the pressure are in the frame of the structure, lengths and
+    tilts (``lx_a``, ``xy_a``) those of LAMMPS' box.
     """
+    config = MDConfig.model_validate(read_simulation(output_dir)["config"])
+    return _equally_spaced(all_rows(output_dir), config)
+
+
+def all_rows(output_dir: Path) -> ThermoTable:
+    """Return every row that a simulation printed; the last is its newest state."""
     simulation = read_simulation(output_dir)
-    config = MDConfig.model_validate(simulation["config"])
     table = read_thermo(segment_files(output_dir, "log.*.lammps"))
     table = in_our_units(table, simulation["potential"].get("units", "metal"))
+    return _in_lattice_frame(table, simulation_box(output_dir))
+
+
+def _equally_spaced(table: ThermoTable, config: MDConfig) -> ThermoTable:
     if not config.is_dynamics or not len(table):
         return table
     keep = table.step % config.thermo_every == 0
     return ThermoTable({k: v[keep] for k, v in table.columns.items()}, table.units)
+
+
+def _in_lattice_frame(table: ThermoTable, box: LammpsBox) -> ThermoTable:
+    """Return the table with the pressure's components rotated back."""
+    if not set(_PRESSURES) <= set(table.columns):
+        return table
+    if np.array_equal(box.rotation, np.eye(3)):
+        return table
+    values = np.array([table[name] for name in _PRESSURES])
+    turned = [
+        tensor_to_voigt(box.tensor_from_box(voigt_to_tensor(row))) for row in values.T
+    ]
+    columns = dict(zip(_PRESSURES, np.array(turned).T, strict=True))
+    return ThermoTable({**table.columns, **columns}, table.units)
 
 
 # Quantity that each unit of the thermo table stands for.
@@ -261,6 +287,17 @@ def averages(table: ThermoTable) -> dict[str, dict[str, Any]]:
     return found
 
 
+def production_averages(
+    table: ThermoTable, config: MDConfig
+) -> dict[str, dict[str, Any]]:
+    """Return `averages` of the production part; none over a ramp of temperature."""
+    if not config.is_dynamics or config.production_temperature_k is None:
+        return {}
+    if config.production_start:
+        table = table.after(config.production_start)
+    return averages(table)
+
+
 def simulation_trajectory(output_dir: Path) -> Trajectory:
     """Return the frames of a simulation, in Å and Å/ps whatever its unit system.
 
@@ -290,8 +327,9 @@ def parse_output(output_dir: Path) -> dict[str, Any]:
         ``complete``; ``workflow_type``; ``n_atoms``; ``steps``; ``thermo``
         (columns as lists) with ``units``; ``averages`` of the production part,
         each with ``mean``, ``standard_error``, ``n_samples`` and ``equilibrated``
-        (how many samples from the start of production still drift);
-        ``avg_temperature`` (K), ``avg_pressure`` (bar), ``avg_volume`` (Å³),
+        (how many samples from the start of production still drift), empty if the
+        temperature changes there; ``avg_temperature`` (K), ``avg_pressure`` (bar),
+        ``avg_volume`` (Å³),
         ``final_energy`` (eV, potential and kinetic energy of the whole cell),
         ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
         dictionary, orientation and sites as given) if complete;
@@ -310,18 +348,16 @@ def parse_output(output_dir: Path) -> dict[str, Any]:
     """
     simulation = read_simulation(output_dir)
     config = MDConfig.model_validate(simulation["config"])
-    table = simulation_thermo(output_dir)
-    production = table
-    if config.is_dynamics and config.production_start:
-        production = table.after(config.production_start)
-    means = averages(production) if config.is_dynamics else {}
+    rows = all_rows(output_dir)
+    table = _equally_spaced(rows, config)
+    means = production_averages(table, config)
     final = output_dir / FINAL
     complete = final.exists()
     result: dict[str, Any] = {
         "complete": complete,
         "workflow_type": config.workflow_type,
         "n_atoms": len(simulation["species"]),
-        "steps": int(table.step[-1]) if len(table) else 0,
+        "steps": int(rows.step[-1]) if len(rows) else 0,
         "total_steps": config.total_steps,
         "thermo": table.to_dict(),
         "units": table.units,
@@ -342,7 +378,7 @@ def parse_output(output_dir: Path) -> dict[str, Any]:
         ("final_energy", "total_energy_ev"),
         ("final_potential_energy", "potential_energy_ev"),
     ):
-        result[name] = float(table[column][-1]) if len(table) else None
+        result[name] = float(rows[column][-1]) if len(rows) else None
     if config.workflow_type in PROPERTIES and complete:
         result |= read_json(output_dir / PROPERTIES_FILE)
     if complete:
@@ -354,6 +390,10 @@ def parse_output(output_dir: Path) -> dict[str, Any]:
     result["warnings"] = [*simulation.get("warnings", [])]
     if complete and (error := not_converged(output_dir)):
         result["warnings"].append(error.message)
+    if config.is_dynamics and config.production_temperature_k is None:
+        result["warnings"].append(
+            "the temperature changes to the end: nothing is averaged over it"
+        )
     if missing := _missing_rows(table, config, complete):
         result["warnings"].append(f"{missing} rows of the thermo table are missing")
     return result

@@ -36,6 +36,12 @@ WorkflowType = Literal[
 Barostat = Literal["auto", "iso", "aniso", "tri"]
 Ensemble = Literal["nve", "nvt", "npt", "minimize", "static"]
 
+# Names of LAMMPS users, and the fields they stand for.
+ALIASES = {
+    "temperature": "temperature_k",
+    "pressure": "pressure_bar",
+    "timestep": "timestep_fs",
+}
 # No steps in time.
 _STILL = ("MINIMIZE_LAMMPS", "STATIC_LAMMPS", "ELASTIC_LAMMPS", "EOS_LAMMPS")
 # Many structures through one instance, instead of one script.
@@ -242,10 +248,11 @@ class MDConfig(BaseModel):
         Raises
         ------
         InputError
-            Naming every parameter that is unknown or out of range.
+            Naming every parameter that is unknown or out of range, or one that differs
+            from its default and has no effect on the workflow.
         """
         try:
-            return cls.model_validate(dict(parameters))
+            config = cls.model_validate(dict(parameters))
         except ValidationError as error:
             problems = [
                 f"{'.'.join(map(str, item['loc'])) or 'parameters'}: {item['msg']}"
@@ -256,6 +263,35 @@ class MDConfig(BaseModel):
                 evidence={"problems": problems},
                 advice="correct these parameters",
             ) from error
+        config._check_effects()
+        return config
+
+    def _check_effects(self) -> None:
+        """Refuse what was asked for and would be passed over without a word.
+
+        Not in the model itself: simulations that were stored before can be read.
+        """
+        kind, fields = self.workflow_type, type(self).model_fields
+        stages = self.stages()
+        minimized = kind == "MINIMIZE_LAMMPS"
+        effects = {
+            "temperature_k": self.is_dynamics,
+            "pressure_bar": any(stage.ensemble == "npt" for stage in stages)
+            or (minimized and self.relax_cell),
+            "relax_cell": minimized,
+            "pre_minimize_steps": self.is_dynamics,
+            "anneal_ensemble": kind in _RAMPS,
+            "max_strain": kind in PROPERTIES,
+            "strain_points": kind in PROPERTIES,
+        }
+        for name, has_effect in effects.items():
+            value = getattr(self, name)
+            if not has_effect and value != fields[name].default:
+                raise InputError(
+                    f"{name} ({value}) has no effect on {kind}",
+                    evidence={"parameter": name, "workflow_type": kind},
+                    advice=f"leave {name} out, or choose a workflow that knows it",
+                )
 
     @property
     def is_dynamics(self) -> bool:
@@ -279,6 +315,17 @@ class MDConfig(BaseModel):
         last = self.stages()[-1]
         held = last.start_k == last.stop_k
         return last.first_step if held else self.equilibration_steps
+
+    @property
+    def production_temperature_k(self) -> float | None:
+        """Temperature after `production_start`; None if it changes there."""
+        kept = {
+            value
+            for stage in self.stages()
+            if stage.last_step > self.production_start
+            for value in (stage.start_k, stage.stop_k)
+        }
+        return kept.pop() if len(kept) == 1 else None
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the parts of the simulation in their order."""

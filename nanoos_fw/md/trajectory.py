@@ -146,8 +146,13 @@ def read_thermo(paths: Path | Sequence[Path]) -> ThermoTable:
             # A segment's clock begins at zero.
             spent = max((row.get(WALL_TIME, 0.0) for row in before), default=0.0)
             rows = {step: row for step, row in rows.items() if step < start}
+        last = -1
         for row in segment:
             step = int(row["step"])
+            if step < last:
+                # The steps were reset: these rows are of the minimization before.
+                rows = {earlier: r for earlier, r in rows.items() if earlier < step}
+            last = step
             if WALL_TIME in row:
                 row[WALL_TIME] += spent
             elif step in rows and WALL_TIME in rows[step]:

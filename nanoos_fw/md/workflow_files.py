@@ -23,7 +23,7 @@ from nanoos_fw.md.inputs import timestep_warnings
 from nanoos_fw.md.potential_checks import check_potential
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.properties import strained_copies
-from nanoos_fw.md.protocols import MDConfig, ScheduleStep
+from nanoos_fw.md.protocols import ALIASES, MDConfig, ScheduleStep
 from nanoos_fw.structure_files import StructureEntry, read_structures
 from nanoos_fw.templates import load_template, template_names
 
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 FOLDER = "workflows"
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "structure", "potential", "work_dir", "simulation")
-# Names of LAMMPS users that MDConfig takes for its own.
-_ALIASES = {
-    "temperature": "temperature_k",
-    "pressure": "pressure_bar",
-    "timestep": "timestep_fs",
-}
 _FLAGS = ("relax_cell",)
 
 
@@ -336,8 +330,8 @@ def render_workflow(plan: WorkflowPlan) -> Path:
 
 def _config(parameters: Mapping[Any, Any], name: str) -> MDConfig:
     where = f"simulation of workflow {name}"
-    _known_keys(parameters, (*MDConfig.model_fields, *_ALIASES), where)
-    for alias, own in _ALIASES.items():
+    _known_keys(parameters, (*MDConfig.model_fields, *ALIASES), where)
+    for alias, own in ALIASES.items():
         if alias in parameters and own in parameters:
             raise InputError(f"{where}: {alias} and {own} are the same; give one")
     schedule = parameters.get("schedule") or ()

@@ -118,7 +118,7 @@ def submit_simulation(
         simulation_workflow(
             key,
             choice,
-            plan.potential.identity,
+            md.key(plan.potential),
             md,
             work_root,
             label=stored.label,

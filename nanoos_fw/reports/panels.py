@@ -224,7 +224,7 @@ def md_panel(
 
 def _average(average: Mapping[str, Any] | None) -> Average | NotAvailable:
     if average is None:
-        return NotAvailable(reason="the production part is too short")
+        return NotAvailable(reason="too short, or the temperature changes")
     return Average(mean=average["mean"], standard_error=average["standard_error"])
 
 

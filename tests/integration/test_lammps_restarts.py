@@ -383,6 +383,7 @@ def test_run_goes_on_from_the_portable_file_if_no_restart_file_is_left(
     assert not outcome["exact"]
     table = simulation_thermo(output)
     assert table.step.tolist() == list(range(0, 5101, 50))
+    np.testing.assert_allclose(table["time_ps"], 0.002 * table.step, rtol=1e-9)
     # Constant energy goes on at the same energy, to the digits of the text.
     energy = table["total_energy_ev"][table.step > 100]
     assert np.ptp(energy) < 5e-3

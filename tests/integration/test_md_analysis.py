@@ -259,3 +259,60 @@ def test_liquid_argon_is_rahmans(tmp_path):
     ]
     assert peaks[:2] == pytest.approx([3.7, 7.0], abs=0.1)
     assert peaks[2:] == pytest.approx([10.4], abs=0.25)  # broad
+
+
+def test_vibrations_are_those_of_the_temperature_that_was_held(tmp_path):
+    parameters = {
+        "workflow_type": "MD_ANNEAL_LAMMPS",
+        "potential": lennard_jones_potential({"Ar": (0.01032, 3.405)}, cutoff_a=8.5),
+        "temperature_k": 10.0,
+        "supercell_min_atoms": 32,
+        "timestep_fs": 4.0,
+        "equilibration_steps": 0,
+        "anneal_ensemble": "nvt",
+        "schedule": [
+            {"action": "heat", "steps": 500, "temperature_k": 40.0},
+            {"action": "hold", "steps": 4000},
+        ],
+        "dump_every": 5,
+    }
+    engine = LAMMPSEngine()
+    solid = Structure(Lattice.cubic(5.4), ["Ar"] * 4, ARGON.frac_coords)
+    engine.run(solid, parameters, tmp_path)
+    request = AnalysisRequest(analyses=("vdos", "msd", "rdf"), rdf_max_a=9.0)
+    found = analyze_simulation(tmp_path / "output", request)
+    vdos = found.numbers["vdos"]
+    assert vdos["temperature_k"] == pytest.approx(40.0, rel=0.1)
+    assert vdos["n_modes"] == pytest.approx(3 * 32 - 3, rel=0.1)
+    assert found.numbers["rdf"]["set_temperature_k"] == 40.0
+    # Beyond half of the cell a liquid would repeat itself.
+    assert found.numbers["rdf"]["half_cell_a"] == pytest.approx(5.4)
+
+    ramp = {**parameters, "schedule": parameters["schedule"][:1]}
+    engine.run(solid, ramp, tmp_path / "ramp")
+    found = analyze_simulation(tmp_path / "ramp" / "output", request)
+    assert set(found.failures) == {"vdos", "msd"}
+    assert "temperature changes" in found.failures["msd"].message
+    assert found.numbers["rdf"]["set_temperature_k"] is None
+
+
+def test_rows_of_a_longer_minimization_do_not_follow_the_dynamics(tmp_path):
+    rattled = ARGON * [2, 2, 2]
+    rattled.perturb(0.3, seed=1)
+    parameters = {
+        "potential": lennard_jones_potential({"Ar": (0.01032, 3.405)}, cutoff_a=8.5),
+        "temperature_k": 20.0,
+        "pre_minimize_steps": 500,
+        "max_force_ev_a": 1e-9,
+        "equilibration_steps": 0,
+        "num_steps": 20,
+        "thermo_every": 5,
+        "dump_every": 0,
+    }
+    engine = LAMMPSEngine()
+    engine.run(rattled, parameters, tmp_path)
+    found = engine.parse_output(tmp_path / "output")
+    assert found["steps"] == 20
+    assert found["thermo"]["step"] == [0, 5, 10, 15, 20]
+    assert min(found["thermo"]["temperature_k"]) > 1.0
+    assert found["final_energy"] > found["final_potential_energy"]

@@ -24,6 +24,7 @@ from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.rdf import radial_distribution
 from nanoos_fw.md.recipes import file_potential
+from nanoos_fw.md.relaxation import RelaxationResult, relax_structures
 from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.units import (
     BOLTZMANN_EV_PER_K,
@@ -39,6 +40,7 @@ CUBIC = {
     "bcc": [np.array([[0, 0, 0], [0.5, 0.5, 0.5]])],
     "diamond": [np.vstack([FCC, FCC + 0.25])],
     "zincblende": [FCC, FCC + 0.25],
+    "rocksalt": [FCC, FCC + 0.5],
 }
 
 
@@ -317,6 +319,42 @@ def test_charges_of_the_structure_reach_lammps(scratch):
         calculator.load(["Na", "Cl"], lattice, np.array([0.8, -0.8]))
         energy = calculator.evaluate(lattice, frac).energy_ev
     assert energy == pytest.approx(-14.399645 * 0.64 / 2.0, rel=1e-6)
+
+
+def test_dynamics_of_a_relaxed_ionic_crystal_keep_its_charges(scratch):
+    # Fumi and Tosi's NaCl, with the charges damped and cut off.
+    potential = commands_potential(
+        {
+            "pair_style": "born/coul/dsf 0.25 9.0",
+            "pair_coeff": [
+                "1 1 0.2637 0.317 2.340 1.0486 -0.4993",
+                "1 2 0.2110 0.317 2.755 6.9906 -8.6758",
+                "2 2 0.1582 0.317 3.170 72.4022 -145.4285",
+            ],
+            "elements": ["Na", "Cl"],
+        }
+    )
+    salt = crystal("rocksalt", 5.7, "Na", "Cl")
+    salt.add_site_property(
+        "charge", [1.0 if s == "Na" else -1.0 for s in site_elements(salt)]
+    )
+    (result,) = relax_structures({"x": salt}, potential, scratch / "relax").values()
+    relaxed = RelaxationResult.from_dict(result.to_dict()).structure()
+    assert relaxed.lattice.a == pytest.approx(5.6, abs=0.15)
+    engine = LAMMPSEngine()
+    parameters = {
+        "potential": potential,
+        "temperature": 300.0,
+        "equilibration_steps": 0,
+        "num_steps": 20,
+        "thermo_every": 20,
+        "dump_every": 0,
+    }
+    engine.run(relaxed, parameters, scratch / "md")
+    first = engine.parse_output(scratch / "md" / "output")["thermo"]
+    energy = first["potential_energy_ev"][0]
+    assert energy == pytest.approx(result.energy_ev, rel=1e-9)
+    assert energy / 4 == pytest.approx(-7.9, abs=0.4)  # per pair of ions
 
 
 # ------------------------------------------------------------------------ derivatives

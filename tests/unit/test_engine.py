@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError, LaunchError
 from nanoos_fw.md import engine as engine_module
@@ -10,6 +11,7 @@ from nanoos_fw.md.engine import (
     final_structure,
     get_engine,
     simulation_box,
+    simulation_thermo,
 )
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.potentials import zhou2004_potential
@@ -123,8 +125,13 @@ def pretend_output(structure, folder, parameters, *, final=True):
     for step in range(0, config.total_steps + 1, config.thermo_every):
         hot = 900.0 if step <= config.equilibration_steps else 300.0
         lines.append(f"{step} {step / 500} {hot + rng.normal()} -14 -13.5 5 47.2")
-        # Where the ranks paused; off the grid, so that it must not count.
-        lines += ["Loop time of 1", lines[0], f"{step + 7} 0 5000 -1 -1 -1 -1"]
+        if step + 7 < config.total_steps:
+            # Where the ranks paused; off the grid, so that it must not count.
+            lines += ["Loop time of 1", lines[0], f"{step + 7} 0 5000 -1 -1 -1 -1"]
+    if config.total_steps % config.thermo_every:  # LAMMPS prints the last step too
+        lines.append(
+            f"{config.total_steps} {config.total_steps / 500} 310 -15 -14 6 50"
+        )
     (output / "log.000000000000.lammps").write_text("\n".join(lines) + "\n")
     if final:
         box = simulation_box(output)
@@ -187,3 +194,66 @@ def test_unfinished_output_is_read_as_far_as_it_goes(copper, tmp_path):
     assert empty["steps"] == 0
     assert empty["final_energy"] is None
     assert empty["averages"] == {}
+
+
+def test_final_numbers_are_those_of_the_last_step_off_the_grid_too(copper, tmp_path):
+    parameters = {"equilibration_steps": 0, "num_steps": 4020}
+    engine, output = pretend_output(copper, tmp_path, parameters)
+    result = engine.parse_output(output)
+    assert result["steps"] == 4020
+    assert result["final_energy"] == -14.0
+    assert result["final_potential_energy"] == -15.0
+    # Averages take rows at equal distances.
+    assert result["thermo"]["step"][-1] == 4000
+    assert result["warnings"] == []
+
+
+def test_pressure_components_are_in_the_frame_of_the_crystal(copper, tmp_path):
+    turned = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    lattice = copper.lattice.matrix @ turned
+    crystal = Structure(Lattice(lattice), copper.species, copper.frac_coords)
+    _, output = pretend_output(crystal, tmp_path, RUN)
+    log = output / "log.000000000000.lammps"
+    log.write_text("Step Pxx Pyy Pzz Pxy Pxz Pyz\n0 1 2 3 4 5 6\n")
+    table = simulation_thermo(output)
+    # The box's x, y, z are the crystal's y, z, x.
+    for name, value in {"xx": 3, "yy": 1, "zz": 2, "xy": 5, "xz": 6, "yz": 4}.items():
+        assert table[f"p{name}_bar"][0] == pytest.approx(value), name
+
+
+def test_nothing_is_averaged_over_a_ramp(copper, tmp_path):
+    ramp = {
+        **RUN,
+        "workflow_type": "MD_ANNEAL_LAMMPS",
+        "anneal_temperature_k": 900.0,
+        "num_steps": 4000,
+    }
+    engine, output = pretend_output(copper, tmp_path, ramp)
+    result = engine.parse_output(output)
+    assert result["averages"] == {}
+    assert result["avg_temperature"] is None
+    assert any("temperature changes" in text for text in result["warnings"])
+
+
+def test_another_default_timestep_is_another_simulation(copper, tmp_path):
+    engine = LAMMPSEngine()
+    potential = zhou2004_potential(["Cu"], tmp_path)
+    slower = potential.model_copy(update={"timestep_fs": 1.0})
+
+    def key(name, potential, **more):
+        parameters = {"potential": potential, **more}
+        folder = engine.prepare_input(copper, parameters, tmp_path / name)
+        return read_json(folder / "simulation.json")["key"]
+
+    assert potential.identity == slower.identity
+    assert key("a", potential) != key("b", slower)
+    # Its own timestep, said or not, is the same simulation... of the same potential.
+    still = {"workflow_type": "STATIC_LAMMPS"}
+    assert key("c", potential, **still) == key("d", slower, **still)
+
+
+def test_one_parameter_by_two_names_is_refused(copper, tmp_path):
+    with pytest.raises(InputError, match="temperature_k"):
+        LAMMPSEngine().run(
+            copper, {"temperature": 500.0, "temperature_k": 300.0}, tmp_path
+        )

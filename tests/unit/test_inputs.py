@@ -151,12 +151,18 @@ def test_perpendicular_widths_against_volume_over_area():
 
 def test_names_of_the_functional_description_are_accepted():
     config = MDConfig.from_parameters(
-        {"temperature": 500.0, "pressure": 10.0, "timestep": 0.5}
+        {
+            "workflow_type": "MD_NPT_LAMMPS",
+            "temperature": 500.0,
+            "pressure": 10.0,
+            "timestep": 0.5,
+        }
     )
     assert config.temperature_k == 500.0
     assert config.pressure_bar == 10.0
     assert config.timestep_fs == 0.5
-    assert MDConfig(temperature_k=500.0, pressure_bar=10.0, timestep_fs=0.5) == config
+    own = {"temperature_k": 500.0, "pressure_bar": 10.0, "timestep_fs": 0.5}
+    assert MDConfig(workflow_type="MD_NPT_LAMMPS", **own) == config
     assert MDConfig.model_validate(config.model_dump(mode="json")) == config
 
 
@@ -183,6 +189,70 @@ def test_names_of_the_functional_description_are_accepted():
 def test_bad_values_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=name):
         MDConfig.from_parameters({name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("ELASTIC_LAMMPS", "pressure_bar", 1e5),
+        ("EOS_LAMMPS", "temperature_k", 900.0),
+        ("STATIC_LAMMPS", "relax_cell", True),
+        ("MINIMIZE_LAMMPS", "pressure_bar", 500.0),
+        ("MD_NVT_LAMMPS", "pressure_bar", 500.0),
+        ("MD_NPT_LAMMPS", "relax_cell", True),
+        ("MD_NPT_LAMMPS", "anneal_ensemble", "nvt"),
+        ("MD_NVE_LAMMPS", "max_strain", 0.01),
+        ("MINIMIZE_LAMMPS", "strain_points", 4),
+        ("STATIC_LAMMPS", "pre_minimize_steps", 100),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(kind, name, value):
+    with pytest.raises(InputError, match=f"{name}.*no effect") as caught:
+        MDConfig.from_parameters({"workflow_type": kind, name: value})
+    assert kind in caught.value.message
+    # Its default says nothing, and what was stored before can be read.
+    default = MDConfig.model_fields[name].default
+    MDConfig.from_parameters({"workflow_type": kind, name: default})
+    MDConfig.model_validate({"workflow_type": kind, name: value})
+
+
+def test_what_has_an_effect_is_taken():
+    for parameters in (
+        {"workflow_type": "MD_NPT_LAMMPS", "pressure": 500.0},
+        {"workflow_type": "MINIMIZE_LAMMPS", "relax_cell": True, "pressure": 500.0},
+        {
+            "workflow_type": "MD_MELT_QUENCH_LAMMPS",
+            "anneal_temperature_k": 900.0,
+            "pressure": 500.0,
+        },
+        {"workflow_type": "EOS_LAMMPS", "max_strain": 0.03, "strain_points": 5},
+    ):
+        MDConfig.from_parameters(parameters)
+    with pytest.raises(InputError, match=r"pressure_bar.*no effect"):
+        MDConfig.from_parameters(
+            {
+                "workflow_type": "MD_ANNEAL_LAMMPS",
+                "anneal_temperature_k": 900.0,
+                "anneal_ensemble": "nvt",
+                "pressure": 500.0,
+            }
+        )
+
+
+def test_temperature_of_what_is_averaged():
+    def of(**parameters):
+        config = MDConfig.from_parameters(parameters)
+        return config.production_temperature_k
+
+    assert of(temperature=500.0) == 500.0
+    ramp = {"workflow_type": "MD_ANNEAL_LAMMPS"}
+    assert of(**ramp, anneal_temperature_k=900.0) is None
+    heat = {"action": "heat", "steps": 10, "temperature_k": 1000.0}
+    hold = {"action": "hold", "steps": 10}
+    assert of(**ramp, schedule=[heat, hold]) == 1000.0
+    assert of(**ramp, schedule=[hold, heat]) is None
+    glass = {"workflow_type": "MD_MELT_QUENCH_LAMMPS", "anneal_temperature_k": 900.0}
+    assert of(**glass) == 300.0
 
 
 def test_annealing_needs_a_top_temperature_and_makes_one_schedule():
@@ -275,6 +345,15 @@ def test_resumed_script_reads_the_restart_and_creates_no_velocities():
     assert "read_data" not in parts.script
     assert parts.prelude == ""
     assert "trajectory.000000004001.bin" in parts.output
+    # The time so far is counted in timesteps of their own length.
+    portable = render_parts(
+        MDConfig(),
+        ARGON,
+        ["Ar", "Kr"],
+        LammpsBox.from_lattice(np.eye(3)),
+        origin=Origin(4000, "portable.data"),
+    ).script
+    assert portable.index("timestep 0.004\n") < portable.index("reset_timestep 4000\n")
     with pytest.raises(InputError):
         render_parts(
             MDConfig(),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -207,6 +208,21 @@ def test_failures_become_results_with_their_class():
     result = relax_one(Morse(), close, TIGHT)
     assert result.error_class == "atoms_too_close"
     assert "0.400" in result.error
+
+
+def test_a_relaxed_structure_keeps_its_charges():
+    def relaxed(**more):
+        result = relax_one(Morse(), {**task(*L10), **more}, TIGHT)
+        return dataclasses.replace(result, species=("Cu", "Au"))
+
+    result = relaxed(charges=[0.25, -0.25])
+    stored = RelaxationResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert stored == result
+    assert stored.structure().site_properties["charge"] == [0.25, -0.25]
+    assert "charge" not in relaxed().structure().site_properties
+    # Results of before have no such field.
+    old = {k: v for k, v in result.to_dict().items() if k != "charges"}
+    assert RelaxationResult.from_dict(old).charges is None
 
 
 def test_stop_leaves_no_result():

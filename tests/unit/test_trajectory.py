@@ -197,3 +197,15 @@ def test_wall_time_adds_up_over_runs_and_segments(tmp_path):
     assert table.step.tolist() == [0, 5, 10, 20, 30, 40]
     np.testing.assert_allclose(table["wall_time_s"], [0.0, 1.0, 2.0, 5.0, 6.5, np.nan])
     assert table.to_dict()["wall_time_s"][-1] is None
+
+
+def test_rows_of_a_minimization_before_the_dynamics_are_no_dynamics(tmp_path):
+    path = tmp_path / "log.000000000000.lammps"
+    minimized = "Step Temp PotEng\n0 0 -1.0\n50 0 -2.0\n100 0 -3.0\n137 0 -3.1\n"
+    end = "Loop time of 1.0 on 1 procs for 137 steps with 4 atoms\n"
+    moving = "Step Temp PotEng\n0 300 -3.0\n50 290 -2.5\n"
+    path.write_text(minimized + end + moving)
+    table = read_thermo(path)
+    # LAMMPS counted from zero again: what had later numbers came before.
+    assert table.step.tolist() == [0, 50]
+    assert table["temperature_k"].tolist() == [300.0, 290.0]
