@@ -155,7 +155,7 @@ def default_request(
         "queue": partition.name,
         "account": choices.account,
         "qos": choices.qos,
-        "nodes": 1,
+        "nodes": max(1, partition.min_nodes),
         "ntasks": min(cpus, _MAX_RANKS.get(category, 1)),
         "cpus_per_task": min(cpus, _MAX_THREADS) if category == "infer" else 1,
         "mem_per_cpu": f"{share}M" if share > 1 else None,

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.slurm.access import (
+    Access,
+    Submitter,
+    access_problems,
+    parse_access,
+    read_submitter,
+)
 from nanoos_fw.slurm.commands import run_slurm
 from nanoos_fw.slurm.request import SlurmRequest, memory_mib, walltime_seconds
 
@@ -32,14 +39,24 @@ _AWAY = ("down", "drain", "fail", "maint", "powered_down", "unknown", "future")
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition and its limits; infinite where there is none."""
+    """A partition and its limits; infinite where there is none.
+
+    ``state`` is UP, DOWN (jobs wait), DRAIN or INACTIVE (jobs are refused).
+    """
 
     name: str
     default: bool
-    up: bool
+    state: str
     max_time_s: float
     max_nodes: float
     nodes: tuple[Node, ...]
+    min_nodes: int = 1
+    access: Access = field(default_factory=Access)
+
+    @property
+    def up(self) -> bool:
+        """Whether its jobs begin."""
+        return self.state == "UP"
 
     @property
     def usable(self) -> tuple[Node, ...]:
@@ -65,13 +82,14 @@ class Partition:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A SLURM cluster."""
+    """A SLURM cluster, for a user; without one partitions are open to all."""
 
     name: str
     version: str
     max_array_size: int
     accounting: bool
     partitions: tuple[Partition, ...]
+    submitter: Submitter | None = None
 
     def partition(self, name: str | None) -> Partition:
         """Return a partition by name, or the default one.
@@ -92,14 +110,20 @@ class Cluster:
 
 
 def read_cluster() -> Cluster:
-    """Ask ``scontrol`` and ``sinfo`` what the cluster offers: three short commands."""
-    return parse_cluster(
+    """Ask ``scontrol`` and ``sinfo`` what the cluster offers: three short commands.
+
+    Three more go to accounting if partitions have lists of accounts or QOS.
+    """
+    cluster = parse_cluster(
         partitions=run_slurm(["scontrol", "show", "partition", "--oneliner"]),
         nodes=run_slurm(
             ["sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%m|%G|%T"]
         ),
         config=run_slurm(["scontrol", "show", "config"]),
     )
+    asked = any(partition.access.asks_accounting for partition in cluster.partitions)
+    who = read_submitter(cluster.name, accounting=cluster.accounting and asked)
+    return replace(cluster, submitter=who)
 
 
 def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
@@ -130,9 +154,11 @@ def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
             Partition(
                 name=name,
                 default=fields.get("Default") == "YES",
-                up=fields.get("State", "UP") == "UP",
+                state=fields.get("State", "UP").upper(),
                 max_time_s=walltime_seconds(fields.get("MaxTime", "UNLIMITED")),
                 max_nodes=_limit(fields.get("MaxNodes", "UNLIMITED")),
+                min_nodes=int(fields.get("MinNodes", "1")),
+                access=parse_access(fields),
                 nodes=tuple(_as_allowed(n, fields) for n in by_partition.get(name, ())),
             )
         )
@@ -202,17 +228,34 @@ def check_request(request: SlurmRequest, cluster: Cluster, what: str) -> None:
         raise InputError(
             f"{what}: {'; '.join(problems)}",
             evidence={"request": request.model_dump(mode="json", exclude_none=True)},
-            advice="lower the request, or choose another partition",
+            advice="change the request (_queueadapter, my_qadapter.yaml), or choose "
+            "another partition (queue)",
         )
+
+
+def _door_problems(
+    request: SlurmRequest, cluster: Cluster, partition: Partition, where: str
+) -> list[str]:
+    """Return why a partition takes no such job, whatever its nodes are."""
+    problems = []
+    if not partition.up:
+        state = partition.state
+        refuses = "jobs wait" if state == "DOWN" else "SLURM refuses jobs"
+        problems.append(f"{where} is not up but {state}: {refuses} until it is")
+    problems += access_problems(request, partition.access, cluster.submitter, where)
+    if request.nodes is not None and request.nodes < partition.min_nodes:
+        problems.append(
+            f"{request.nodes} nodes are below the {partition.min_nodes} of {where} "
+            f"(MinNodes)"
+        )
+    return problems
 
 
 def _problems_in(
     request: SlurmRequest, cluster: Cluster, partition: Partition
 ) -> list[str]:
     where = f"partition {partition.name!r}"
-    problems = []
-    if not partition.up:
-        problems.append(f"{where} is not up")
+    problems = _door_problems(request, cluster, partition, where)
     if request.walltime is not None:
         asked = walltime_seconds(request.walltime)
         if asked > partition.max_time_s:

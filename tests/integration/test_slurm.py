@@ -292,3 +292,83 @@ def test_a_job_knows_when_its_allocation_ends(
     _, output = run_job(f"{sys.executable} when.py", "--time=7")
 
     assert output.splitlines()[-1] == "length 420"
+
+
+# What SLURM is to refuse, or never to begin, and what it is to run; as root, whom lists
+# of groups do not concern.
+DOORS = {
+    "two": ("MinNodes=2", ["--nodes=1"], {"nodes": 1}, False),
+    "spread": ("MinNodes=2", [], {}, True),
+    "down": ("State=DOWN", [], {}, False),
+    "drain": ("State=DRAIN", [], {}, False),
+    "off": ("State=INACTIVE", [], {}, False),
+    "reserved": ("ReqResv=YES", [], {}, False),
+    "staff": ("RootOnly=YES AllowGroups=daemon", [], {}, True),
+    "chem": ("AllowAccounts=chem", [], {}, False),
+    "nochem": ("DenyAccounts=chem", [], {}, True),
+    "noroot": ("DenyAccounts=root", [], {}, False),
+    "high": ("AllowQos=high", [], {}, False),
+    "low": ("DenyQos=normal", [], {}, False),
+}
+OF_ACCOUNTING = {"chem", "nochem", "noroot", "high", "low"}
+
+
+def test_slurm_agrees_on_who_may_use_a_partition() -> None:
+    from nanoos_fw.slurm import (
+        queued_jobs,
+        read_cluster,
+        request_problems,
+        run_slurm,
+        slurm_request,
+    )
+
+    doors = dict(DOORS)
+    if not read_cluster().accounting:
+        doors = {
+            name: door for name, door in doors.items() if name not in OF_ACCOUNTING
+        }
+    jobs: dict[str, str] = {}
+    try:
+        for name, (fields, *_) in doors.items():
+            up = [] if "State=" in fields else ["State=UP"]
+            run_slurm(
+                ["scontrol", "create", f"PartitionName=door-{name}", "Nodes=n[1-2]",
+                 *up, *fields.split()]
+            )  # fmt: skip
+        cluster = read_cluster()
+        problems, fits = {}, {}
+        for name, (_, options, fields, _) in doors.items():
+            request = slurm_request({"queue": f"door-{name}", **fields})
+            problems[name] = request_problems(request, cluster)
+            fits[name] = not problems[name]
+            done = subprocess.run(
+                ["sbatch", "--parsable", f"--partition=door-{name}", "--mem=10M",
+                 "--output=/dev/null", *options, "--wrap=true"],
+                check=False, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode == 0:
+                jobs[name] = done.stdout.strip()
+        until = time.monotonic() + HANGING_S
+        runs = {name for name, door in doors.items() if door[-1]}
+        while time.monotonic() < until and any(
+            jobs[name] in queued_jobs() for name in runs
+        ):
+            time.sleep(0.5)
+        there = queued_jobs()
+        ran = {name: name in jobs and jobs[name] not in there for name in doors}
+        reasons = {
+            name: there[job].reason for name, job in jobs.items() if job in there
+        }
+    finally:
+        subprocess.run(["scancel", *jobs.values()], check=False)
+        for name in doors:
+            for _ in range(20):
+                deleted = subprocess.run(
+                    ["scontrol", "delete", f"PartitionName=door-{name}"], check=False
+                )
+                if deleted.returncode == 0:
+                    break
+                time.sleep(0.5)  # its job is still ending
+
+    assert ran == {name: door[-1] for name, door in doors.items()}, reasons
+    assert fits == ran, (problems, reasons)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from nanoos_fw.errors import InputError
 from nanoos_fw.slurm import (
     batch_script,
+    check_request,
     memory_mib,
     parse_cluster,
     parse_sacct,
@@ -17,6 +20,7 @@ from nanoos_fw.slurm import (
     slurm_request,
     walltime_seconds,
 )
+from nanoos_fw.slurm.access import Submitter, parse_submitter
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "slurm"
 CASES = sorted(path.stem for path in REFERENCE.glob("*.json"))
@@ -222,6 +226,102 @@ def test_a_request_that_can_never_run_is_found(
 )
 def test_a_request_that_fits_has_no_problem(values: dict[str, object]) -> None:
     assert request_problems(slurm_request(values), CLUSTER) == []
+
+
+DOORS = parse_cluster(
+    partitions=(
+        "PartitionName=two MinNodes=2 MaxNodes=2 State=UP\n"
+        "PartitionName=chem AllowAccounts=chem,bio State=UP\n"
+        "PartitionName=nochem DenyAccounts=chem State=UP\n"
+        "PartitionName=staff AllowGroups=staff State=UP\n"
+        "PartitionName=root RootOnly=YES State=UP\n"
+        "PartitionName=high AllowQos=high State=UP\n"
+        "PartitionName=low DenyQos=normal State=UP\n"
+        "PartitionName=reserved ReqResv=YES State=UP\n"
+        "PartitionName=down State=DOWN\nPartitionName=drain State=DRAIN\n"
+        "PartitionName=off State=INACTIVE\nPartitionName=open AllowGroups=ALL "
+        "AllowAccounts=ALL AllowQos=ALL MinNodes=0 RootOnly=NO ReqResv=NO State=UP\n"
+    ),
+    nodes="".join(
+        f"{name}|n{n}|32|128000|(null)|idle\n"
+        for name in (
+            "two", "chem", "nochem", "staff", "root", "high", "low", "reserved",
+            "down", "drain", "off", "open",
+        )
+        for n in (1, 2)
+    ),
+    config="ClusterName = mat\n",
+)  # fmt: skip
+ANN = parse_submitter(
+    Submitter("ann", frozenset({"users", "lab"})),
+    associations="phys|normal|normal\nchem||high\nsub||high,normal\n",
+    default="phys\n",
+    accounts="root|\nphys|root\nchem|root\nsub|chem\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"queue": "two", "nodes": 1}, "1 nodes are below the 2 .* \\(MinNodes"),
+        ({"queue": "chem"}, "accounts bio, chem .*'phys'; set account: chem"),
+        (
+            {"queue": "chem", "account": "zoo"},
+            "'phys', as ann has no 'zoo'; set account: chem",
+        ),
+        ({"queue": "nochem", "account": "chem"}, "DenyAccounts.*; set account: phys"),
+        ({"queue": "staff"}, "groups staff .*ann is in lab, users"),
+        ({"queue": "root"}, "root only"),
+        ({"queue": "high"}, "QOS high .*'normal'; set qos"),
+        ({"queue": "low"}, "DenyQos"),
+        ({"queue": "reserved"}, "ReqResv"),
+        ({"queue": "down"}, "not up but DOWN: jobs wait"),
+        ({"queue": "drain"}, "not up but DRAIN: SLURM refuses"),
+        ({"queue": "off"}, "INACTIVE: SLURM refuses"),
+    ],
+)
+def test_a_partition_that_is_not_for_the_user_is_named(
+    values: dict[str, object], problem: str
+) -> None:
+    cluster = replace(DOORS, submitter=ANN)
+    problems = request_problems(slurm_request(values), cluster)
+    assert len(problems) == 1
+    assert re.search(problem, problems[0]), problems
+    assert f"partition {values['queue']!r}" in problems[0]
+    with pytest.raises(InputError, match="another partition"):
+        check_request(slurm_request(values), cluster, "category 'md'")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"queue": "two"},  # SLURM gives it two
+        {"queue": "two", "nodes": 2},
+        {"queue": "chem", "account": "chem"},
+        {"queue": "chem", "account": "sub"},  # below it
+        {"queue": "nochem"},
+        {"queue": "high", "qos": "high"},
+        {"queue": "high", "account": "chem"},  # whose only one it is
+        {"queue": "low", "account": "sub"},  # two, and nobody says which
+        {"queue": "reserved", "reservation": "course"},
+        {"queue": "root,open"},
+        {"queue": "open", "nodes": 1},
+    ],
+)
+def test_a_partition_that_may_be_for_the_user_is_let_pass(
+    values: dict[str, object],
+) -> None:
+    cluster = replace(DOORS, submitter=ANN)
+    assert request_problems(slurm_request(values), cluster) == []
+
+
+def test_what_accounting_does_not_tell_is_no_problem() -> None:
+    stranger = replace(DOORS, submitter=Submitter("bob", frozenset({"staff"})))
+    for queue in ("chem", "nochem", "high", "low", "staff"):
+        assert request_problems(slurm_request({"queue": queue}), stranger) == []
+    root = replace(DOORS, submitter=Submitter("root", is_root=True))
+    for queue in ("staff", "root"):
+        assert request_problems(slurm_request({"queue": queue}), root) == []
 
 
 # ------------------------------------------------------------------------------- jobs
