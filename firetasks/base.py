@@ -203,18 +203,17 @@ class NanoTask(FiretaskBase):
     def _context(self, fw_spec: Mapping[str, Any]) -> TaskContext:
         launchpad = getattr(self, "launchpad", None)
         settings = load_settings()
+        patience = Patience(settings.database_wait_s)
         if launchpad is None:
             if embedded_file():
                 raise InputError(
                     "the embedded database belongs to the launchpad of this process",
                     advice="set _add_launchpad_and_fw_id: true in the spec",
                 )
-            launchpad = load_launchpad(settings.launchpad)
+            launchpad = patience.run(lambda: load_launchpad(settings.launchpad))
         outlast_outages(launchpad, settings.database_wait_s)
         # Indexes are made by commands, which the connection does not repeat.
-        database = Patience(settings.database_wait_s).run(
-            lambda: open_database(launchpad)
-        )
+        database = patience.run(lambda: open_database(launchpad))
         root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
         return TaskContext(
             database=database,

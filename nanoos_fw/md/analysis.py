@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.faults import is_environment
 from nanoos_fw.md.box import perpendicular_widths
 from nanoos_fw.md.output import (
     read_simulation,
@@ -173,6 +174,8 @@ def analyze_simulation(output_dir: Path, request: AnalysisRequest) -> Analysis:
         try:
             _MAKERS[name](source, request, found)
         except InputError as error:
+            if is_environment(error):  # a file that could not be read, say
+                raise
             logger.warning("%s of %s: %s", name, output_dir, error)
             found.failures[name] = error
     return found

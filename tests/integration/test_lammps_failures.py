@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,12 +18,15 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main
 from nanoos_fw.errors import LaunchError, OutOfTimeError, SimulationError
+from nanoos_fw.md import relaxation
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.fork_server import ForkServer, shared_server
 from nanoos_fw.md.output import newest_try
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.recipes import file_potential
+from nanoos_fw.md.relaxation import RelaxationSettings, relax_structures
 from nanoos_fw.md.restarts import PORTABLE
+from nanoos_fw.operations.rerun import failure_class
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import read_json
 
@@ -210,6 +216,94 @@ def test_segmentation_fault_ends_the_ranks_and_not_the_parent(
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(OutOfTimeError):
         LAMMPSEngine().execute(inputs, output, timeout=1.0)
+
+
+DEATH = """
+import os, sys, threading, time
+from pathlib import Path
+
+def die():
+    started = Path("started." + os.environ.get("PMI_RANK", "0"))
+    while True:
+        try:
+            if started.read_text() == os.environ["TEST_DEATH_AT"]:
+                os.kill(os.getpid(), int(os.environ["TEST_DEATH_SIGNAL"]))
+        except OSError:
+            pass
+        time.sleep(0.001)
+
+if "nanoos_fw.md.relaxation" in " ".join(sys.orig_argv):
+    threading.Thread(target=die, daemon=True).start()
+"""
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch):
+    """Structures, and a function: a signal ends the rank that begins the slow one."""
+    rough = silicon(2)
+    rough.perturb(0.1, seed=1)
+    structures = {"slow": rough}
+    structures |= {f"s{i}": silicon().scale_lattice(150.0 + i) for i in range(6)}
+    potential = file_potential("sw", "Si.sw")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DEATH)
+    key = relaxation._task(rough, potential, RelaxationSettings())["key"]
+
+    def let(number):
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        monkeypatch.setenv("TEST_DEATH_AT", key)
+        monkeypatch.setenv("TEST_DEATH_SIGNAL", str(int(number)))
+
+    return structures, potential, let
+
+
+@pytest.mark.mpi
+def test_a_rank_killed_from_outside_leaves_no_result(tmp_path, monkeypatch, dying):
+    structures, potential, let = dying
+    let(signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(LaunchError, match="SIGKILL") as died:
+            relax_structures(
+                structures, potential, tmp_path / "w", resources=Resources(2)
+            )
+        assert failure_class(died.value) == "killed"
+    monkeypatch.delenv("PYTHONPATH")
+    found = relax_structures(
+        structures, potential, tmp_path / "w", resources=Resources(2)
+    )
+    assert [result.error for result in found.values()] == [None] * len(structures)
+
+
+@pytest.mark.mpi
+def test_a_structure_that_crashes_its_rank_is_given_up_alone(tmp_path, dying):
+    structures, potential, let = dying
+    let(signal.SIGSEGV)
+    found = relax_structures(
+        structures, potential, tmp_path / "w", resources=Resources(2)
+    )
+    slow = found.pop("slow")
+    assert (slow.converged, slow.error_class) == (False, "crash")
+    assert "SIGSEGV" in slow.error
+    assert [result.error for result in found.values()] == [None] * len(found)
+
+
+def test_a_server_that_is_killed_is_no_crash_of_its_child(tmp_path):
+    with ForkServer() as server:
+        engine = LAMMPSEngine(server=server)
+        parameters = {**SHORT, "potential": file_potential("sw", "Si.sw")}
+        parameters["num_steps"] = 1_000_000
+        inputs = engine.prepare_input(silicon(2), parameters, tmp_path)
+        output = tmp_path / "output"
+
+        def kill():
+            while not (output / "progress.json").exists():
+                time.sleep(0.01)
+            os.kill(server.pid, signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        with pytest.raises(LaunchError, match="SIGKILL") as died:
+            engine.execute(inputs, output)
+    assert failure_class(died.value) == "killed"
 
 
 # ------------------------------------------------------------------- minimizations

@@ -10,7 +10,8 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main
-from nanoos_fw.md.analysis import AnalysisRequest, analyze_simulation
+from nanoos_fw.errors import InputError
+from nanoos_fw.md.analysis import _MAKERS, AnalysisRequest, analyze_simulation
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.output import (
     averages,
@@ -110,11 +111,19 @@ def test_the_table_knows_wall_time_and_averages_know_their_error(liquid):
     assert mean["inefficiency"] > 1.0
 
 
-def test_an_analysis_that_is_not_possible_says_why(liquid, capsys):
+def test_an_analysis_that_is_not_possible_says_why(liquid, capsys, monkeypatch):
     request = AnalysisRequest(analyses=("rdf", "npt"), rdf_max_a=5.0)
     found = analyze_simulation(liquid / "output", request)
     assert set(found.numbers) == {"rdf"}
     assert "MD_NPT_LAMMPS" in str(found.failures["npt"])
+
+    def unreadable(*_arguments):
+        raise InputError("cannot read it") from OSError(5, "Input/output error")
+
+    with monkeypatch.context() as ill:  # the disk's fault, and no result
+        ill.setitem(_MAKERS, "rdf", unreadable)
+        with pytest.raises(InputError, match="cannot read it"):
+            analyze_simulation(liquid / "output", request)
     assert main(["md", "analyze", str(liquid), "--analyses", "npt"]) == 1
     assert "npt: not possible" in capsys.readouterr().out
     assert main(["md", "analyze", str(liquid), "--analyses", "entropy"]) == 1
