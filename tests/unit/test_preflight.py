@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo.errors import ServerSelectionTimeoutError
 
 from nanoos_fw.cli import main
-from nanoos_fw.errors import LaunchError
+from nanoos_fw.errors import LaunchError, SimulationError
 from nanoos_fw.md.installed import InstalledLammps
 from nanoos_fw.md.rank_probe import mpi_libraries
-from nanoos_fw.operations import preflight
+from nanoos_fw.operations import cluster_checks, preflight
+from nanoos_fw.operations.checks import Check
 from nanoos_fw.operations.cluster_files import (
     ClusterChoices,
     launchpad_text,
     write_cluster_files,
 )
-from nanoos_fw.operations.preflight import Check
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings
 from nanoos_fw.slurm import parse_cluster
@@ -98,6 +99,26 @@ def test_a_stray_configuration_that_hides_the_one_meant_fails(tmp_path: Path) ->
     assert_fails(gone, "/no/file")
 
 
+def test_two_configurations_of_which_none_is_named_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    for folder in (tmp_path, home / ".fireworks"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "FW_config.yaml").write_text("{}")
+    monkeypatch.setenv("HOME", str(home))
+
+    check = preflight.check_fireworks_config(tmp_path, {})
+
+    assert check.status == "warn"
+    assert f"and not {home / '.fireworks' / 'FW_config.yaml'}" in check.evidence
+
+
+def test_no_problem_is_told_without_a_next_step() -> None:
+    with pytest.raises(ValueError, match="no next step"):
+        Check("clock", "warn", "the server does not tell its time")
+
+
 # ------------------------------------------------------------------------- database
 
 
@@ -150,6 +171,37 @@ def test_a_database_that_forgets_fails(
     monkeypatch.setattr(type(collection), "find_one", lambda *_args: None)
 
     assert_fails(preflight.check_round_trip(embedded_database), "reads back as None")
+
+
+def test_a_server_that_is_away_fails_each_check_that_asks_it() -> None:
+    class Away:
+        name = "nanoos"
+        admin = property(lambda self: self)
+
+        def __getitem__(self, _name: str) -> Any:
+            return self
+
+        def __getattr__(self, _name: str) -> Any:
+            def refuse(*_args: Any, **_options: Any) -> Any:
+                raise ServerSelectionTimeoutError("connection refused")
+
+            return refuse
+
+    for check in (
+        preflight.check_round_trip(Away()),
+        preflight.check_schema(Away()),
+        preflight.check_clock(Away()),
+    ):
+        assert_fails(check, "connection refused")
+
+
+def test_a_database_of_a_newer_release_asks_for_that(embedded_database: Any) -> None:
+    embedded_database["nanoos_schema"].insert_one({"_id": "schema", "version": 999})
+
+    check = preflight.check_schema(embedded_database)
+
+    assert_fails(check, "schema 999")
+    assert check.next_step == "upgrade nanoos_fw here"
 
 
 class Server:
@@ -207,6 +259,37 @@ def test_a_work_directory_that_is_no_folder_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     assert_fails(preflight.check_work_dir(tmp_path / "file"), "cannot write")
+
+
+def test_a_work_directory_that_loses_what_is_written_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "write_atomic", lambda path, _: path.write_text(""))
+
+    assert_fails(preflight.check_work_dir(tmp_path), "loses what is written")
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_args: Any) -> None:
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+
+    check = preflight.check_work_dir(tmp_path, lambda _: Usage(0, 0, 2**40))
+
+    assert check.status == "warn"
+    assert "no locks" in check.evidence
+
+
+def test_a_lammps_that_does_not_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_command: str | None) -> Any:
+        raise SimulationError("libmpi.so.12: cannot open shared object file")
+
+    monkeypatch.setattr("nanoos_fw.md.installed.installed_lammps", broken)
+
+    assert_fails(preflight.check_lammps(None), "libmpi.so.12")
 
 
 def test_a_lammps_without_the_styles_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +389,7 @@ def test_files_of_categories_are_held_against_the_cluster(tmp_path: Path) -> Non
     good = adapter.read_text()
 
     def check() -> Check:
-        return preflight.check_category(tmp_path, "md", CLUSTER)
+        return cluster_checks.check_category(tmp_path, "md", CLUSTER)
 
     assert check().status == "ok", check().evidence
     adapter.write_text(good.replace("nodes: 1", "nodes: 3"))
@@ -322,7 +405,7 @@ def test_files_of_categories_are_held_against_the_cluster(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_its_files_fails(tmp_path: Path) -> None:
-    (check,) = preflight.check_slurm(tmp_path)
+    (check,) = cluster_checks.check_slurm(tmp_path)
 
     assert_fails(check, "my_launchpad.yaml")
 
@@ -331,9 +414,9 @@ def test_slurm_is_not_asked_for_where_it_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    (unused,) = preflight.check_slurm(None)
+    (unused,) = cluster_checks.check_slurm(None)
     write(tmp_path / "cluster")
-    (wanted,) = preflight.check_slurm(tmp_path / "cluster")
+    (wanted,) = cluster_checks.check_slurm(tmp_path / "cluster")
 
     assert unused.status == "ok"
     assert_fails(wanted, "no sbatch")
@@ -348,9 +431,56 @@ def test_a_controller_that_does_not_answer_fails(
     monkeypatch.setattr("nanoos_fw.slurm.read_cluster", no_answer)
     monkeypatch.setattr("shutil.which", lambda *_args, **_kwargs: "/usr/bin/sbatch")
 
-    (check,) = preflight.check_slurm(None)
+    (check,) = cluster_checks.check_slurm(None)
 
     assert_fails(check, "did not answer")
+
+
+@pytest.mark.parametrize(
+    ("state", "accounting", "status", "words"),
+    [
+        ("DOWN", "slurmdbd", "fail", "no partition is up"),
+        ("UP", "none", "warn", "no accounting"),
+        ("UP", "slurmdbd", "ok", "partitions: cpu"),
+    ],
+)
+def test_a_cluster_that_runs_no_jobs_or_forgets_them_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    accounting: str,
+    status: str,
+    words: str,
+) -> None:
+    cluster = parse_cluster(
+        partitions=f"PartitionName=cpu Default=YES State={state}\n",
+        nodes="cpu|n1|16|64000|(null)|idle\n",
+        config="ClusterName = mat\n"
+        f"AccountingStorageType = accounting_storage/{accounting}\n",
+    )
+    monkeypatch.setattr("nanoos_fw.slurm.read_cluster", lambda: cluster)
+    monkeypatch.setattr("shutil.which", lambda *_args, **_kwargs: "/usr/bin/sbatch")
+
+    (check,) = cluster_checks.check_slurm(None)
+
+    assert check.status == status
+    assert words in check.evidence
+    assert (check.next_step is None) == (status == "ok")
+
+
+def test_files_for_another_adapter_or_that_are_gone_fail(tmp_path: Path) -> None:
+    write(tmp_path)
+    folder = tmp_path / "md"
+    (folder / "my_fworker.yaml").unlink()
+    assert_fails(
+        cluster_checks.check_category(tmp_path, "md", CLUSTER), "FileNotFoundError"
+    )
+    (folder / "my_qadapter.yaml").write_text(
+        "_fw_name: CommonAdapter\n_fw_q_type: SLURM\nrocket_launch: rlaunch\n"
+    )
+    assert_fails(
+        cluster_checks.check_category(tmp_path, "md", CLUSTER),
+        "is for CommonAdapter",
+    )
 
 
 # --------------------------------------------------------------------- command line
