@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
-from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.metrics import calibrate
 from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text
 from nanoos_fw.ml.uncertainty import (
