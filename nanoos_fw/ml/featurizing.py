@@ -76,8 +76,8 @@ class FeatureGuard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timeout_s: float = Field(default=120.0, gt=0)
-    memory_mb: int = Field(default=2048, ge=64, description="MiB")
+    timeout_s: float = Field(default=120.0, gt=0, le=1e9)
+    memory_mb: int = Field(default=2048, ge=64, le=2**30, description="MiB")
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ def test_many_in_one_call_are_each_alone(
             graph, ours, none = found[key]
             assert none is None
             assert graph == pack_graph(graph_from_repr(graph_repr))
-            assert ours == pytest.approx(scalars, rel=1e-13, abs=1e-13)
+            assert ours == scalars
     assert sum(error is None for _, _, error in found.values()) > 30
     assert sum(error is not None for _, _, error in found.values()) > 3
 
@@ -392,6 +392,10 @@ def test_what_is_there_is_not_computed_again(database: Any) -> None:
 def test_what_would_compute_nothing_is_refused(embedded_database: Any) -> None:
     with pytest.raises(InputError, match="workers must be at least 1"):
         compute_features(embedded_database, [], workers=0)
+    # No clock and no limit of the kernel can be set to it.
+    for beyond in ({"timeout_s": float("inf")}, {"memory_mb": 2**60}):
+        with pytest.raises(ValidationError):
+            FeatureGuard(**beyond)
     # Every structure would be quarantined for it.
     for wrong in ({"cutoff_radius": float("inf")}, {"max_neighbors": 70_000}):
         with pytest.raises(ValidationError):
