@@ -280,7 +280,8 @@ def _guarded(
         with limit:
             result = _featurize(encoded, parameters, guard)
     except MemoryError:
-        result = (b"", {}, _too_large(guard, {}).to_dict())
+        error = _too_large(guard, {}) if limit.ours else _no_memory(limit)
+        result = (b"", {}, {**error.to_dict(), _OF_THE_MACHINE: not limit.ours})
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     return result
 
@@ -413,6 +414,14 @@ def _too_large(guard: FeatureGuard, evidence: dict[str, Any]) -> OutOfMemoryErro
     )
 
 
+def _no_memory(limit: _MemoryLimit) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "featurizing was refused memory within its own limit",
+        evidence={"hard_limit_bytes": limit.hard},
+        advice="raise the job's limit (ulimit -d), or lower memory_mb below it",
+    )
+
+
 def _warm_up(parameters: Mapping[str, Any]) -> None:
     """Import, read tables and compile before any structure's time runs."""
     from pymatgen.core import Lattice, Structure
@@ -433,13 +442,17 @@ class _MemoryLimit:
     def __init__(self, n_bytes: int) -> None:
         # Not Linux: the estimate alone guards.
         self._bounds: tuple[int, int] | None = None
+        self.hard = resource.RLIM_INFINITY
+        self.ours = True  # whether it is our limit that is met first
         status = Path("/proc/self/status")
         if status.exists():
             lines = status.read_text().splitlines()
             line = next(line for line in lines if line.startswith("VmData:"))
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             limit = int(line.split()[1]) * 1024 + n_bytes
+            self.hard = hard
             if hard != resource.RLIM_INFINITY:
+                self.ours = limit <= hard
                 limit = min(limit, hard)
             self._bounds = (limit, hard)
 

@@ -21,6 +21,7 @@ from nanoos_fw.errors import (
     InputError,
     LaunchError,
     NanoOSError,
+    OutOfMemoryError,
 )
 from nanoos_fw.firetasks import featurization
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
@@ -349,6 +350,24 @@ def test_what_the_machine_does_to_a_child_is_no_fault_of_its_structure(
     # On a machine that is well, by a plain rerun.
     report = compute_features(embedded_database, keys)
     assert len(report.hit) + len(report.computed) == 2
+
+
+def test_memory_that_the_machine_refuses_is_no_fault_of_a_structure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    spoil(monkeypatch, tmp_path, "numpy.ones(500_000_000)")
+    site = tmp_path / "sitecustomize.py"
+    hard = 3 * 1024**3
+    limit = f"resource.setrlimit(resource.RLIMIT_DATA, ({hard}, {hard}))"
+    site.write_text(f"import resource\n{limit}\n{site.read_text()}")
+    guard = FeatureGuard(memory_mb=60_000)
+    with (
+        FeaturizingChild(DESCRIBED, guard) as child,
+        pytest.raises(OutOfMemoryError) as caught,
+    ):
+        list(child.featurize(THREE_AND_TWO))
+    assert caught.value.evidence["hard_limit_bytes"] == hard
+    assert failure_class(caught.value) == "oom"
 
 
 def test_a_crash_is_told_with_its_evidence(
