@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from nanoos_fw.operations.campaigns import Changed
     from nanoos_fw.operations.status import CampaignStatus
     from nanoos_fw.stores.launches import FailedFirework
-    from nanoos_fw.workflows import CampaignPlan
 
 _SHOWN_FAILURES = 20
 
@@ -109,96 +109,39 @@ def _finish_status(parser: argparse.ArgumentParser) -> None:
 
 def _create(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.errors import InputError
-    from nanoos_fw.operations import prepare_launchpad
-    from nanoos_fw.operations.estimates import sized_plan
-    from nanoos_fw.stores.campaigns import CampaignStore
-    from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.structures import StructureStore
-    from nanoos_fw.workflows import choose_labelled
+    from nanoos_fw.operations.campaigns import create, read_plan
 
-    plan = _read_plan(arguments.plan)
-    prepare_launchpad(launchpad)
-    database = open_database(launchpad)
-    store = StructureStore(database)
-    sets = {
-        plan.candidates: arguments.candidates,
-        plan.references: arguments.references,
-    }
-    found = {name: store.keys(given) for name, given in sets.items()}
-    for name, given in sets.items():
-        if not found[name]:
-            raise InputError(
-                f"set {given!r} has no structures",
-                advice=f"nanoos import FILES --set {given}",
-            )
-    every = sorted({key for keys in found.values() for key in keys})
-    plan = sized_plan(database, plan, plan.model_fields_set, every)
-    CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
-    for name, keys in found.items():
-        store.add_to_set(keys, name)
-    candidates = found[plan.candidates]
-    labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
-    store.add_to_set(labelled, plan.labelled)
+    plan = read_plan(arguments.plan)
+    candidates = create(
+        launchpad,
+        plan,
+        candidates=arguments.candidates,
+        references=arguments.references,
+    )
     save_if_embedded(launchpad)
     if arguments.json:
-        print_json({"campaign": plan.name, "candidates": len(candidates)})
+        print_json({"campaign": plan.name, "candidates": candidates})
     else:
         print(
-            f"campaign {plan.name!r}: {len(candidates)} candidates\n"
+            f"campaign {plan.name!r}: {candidates} candidates\n"
             f"next: nanoos campaign submit {plan.name}"
         )
     return 0
 
 
-def _read_plan(path: Path) -> CampaignPlan:
-    from pydantic import ValidationError
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    from nanoos_fw.errors import InputError
-    from nanoos_fw.workflows import CampaignPlan
-
-    try:
-        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (OSError, YAMLError) as error:
-        raise InputError(f"cannot read the plan {path}: {error}") from error
-    try:
-        return CampaignPlan.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
-        raise InputError(f"{path} is no plan of a campaign: {problems}") from error
-
-
 def _submit(arguments: argparse.Namespace) -> int:
     launchpad = launchpad_of(arguments)
-    from nanoos_fw.operations import submit_many
-    from nanoos_fw.stores.campaigns import CampaignStore
-    from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.structures import StructureStore
-    from nanoos_fw.workflows import (
-        CampaignPlan,
-        screening_workflow,
-        verification_workflow,
-    )
+    from nanoos_fw.operations.campaigns import submit
 
-    database = open_database(launchpad)
-    document = CampaignStore(database).get(arguments.campaign)
-    plan = CampaignPlan.model_validate(document["plan"])
-    store = StructureStore(database)
-    candidates = store.keys(plan.candidates)
-    workflows = [screening_workflow(plan, candidates, store.keys(plan.references))]
-    if arguments.verify:
-        workflows.append(verification_workflow(plan, candidates))
-    added, mended = submit_many(launchpad, workflows)
+    done = submit(launchpad, arguments.campaign, verify=arguments.verify)
     save_if_embedded(launchpad)
-    there = len(workflows) - added - mended
     if arguments.json:
-        print_json({"added": added, "completed": mended, "there": there})
+        print_json(asdict(done))
     else:
-        print(f"workflows: {added} added, {mended} completed, {there} were there")
+        print(
+            f"workflows: {done.added} added, {done.completed} completed, {done.there} "
+            "were there"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Campaigns as a whole: pause, resume, cancel, archive.
+"""Campaigns as a whole: create, submit, pause, resume, cancel, archive.
 
 Everything that changes a firework goes through FireWorks' own functions, so that
 ``lpad`` by hand and these commands can be mixed.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import InputError, LaunchError
 from nanoos_fw.operations.status import campaign_status
@@ -23,12 +23,150 @@ from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import PARKED, SPEC_KEY
 
+if TYPE_CHECKING:
+    from nanoos_fw.workflows import CampaignPlan
+
 logger = logging.getLogger(__name__)
 
 _CAMPAIGN = f"spec.{SPEC_KEY}.campaign"
 _ACTIVE = ("RUNNING", "RESERVED")
 _JOBS_GONE_S = 90.0
 _JOBS_POLL_S = 1.0
+
+
+# ---------------------------------------------------------------- create and submit
+
+
+def read_plan(path: Path) -> CampaignPlan:
+    """Read a plan from YAML or JSON.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read, or is no plan; names all fields that are wrong.
+    """
+    from pydantic import ValidationError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    from nanoos_fw.workflows import CampaignPlan
+
+    try:
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise InputError(
+            f"cannot read the plan {path}: {error}",
+            advice="a plan is YAML or JSON with the fields of CampaignPlan",
+        ) from error
+    try:
+        return CampaignPlan.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+        )
+        raise InputError(
+            f"{path} is no plan of a campaign: {problems}",
+            advice=f"known fields: {', '.join(CampaignPlan.model_fields)}",
+        ) from error
+
+
+def create(
+    launchpad: Any, plan: CampaignPlan, *, candidates: str, references: str
+) -> int:
+    """Store a campaign's plan, and choose its structures from named sets.
+
+    The same plan again is accepted. Chunk sizes that the plan does not give follow from
+    the size of the structures.
+
+    Parameters
+    ----------
+    launchpad
+        Of FireWorks; it is prepared if nobody has.
+    plan
+        As read: its fields that were set are known.
+    candidates, references
+        Sets of structures, as ``nanoos import --set`` fills them.
+
+    Returns
+    -------
+    int
+        Number of candidates.
+
+    Raises
+    ------
+    InputError
+        If a set has no structures, or a campaign of this name has another plan.
+    """
+    from nanoos_fw.operations.campaign import prepare_launchpad
+    from nanoos_fw.operations.estimates import sized_plan
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.structures import StructureStore
+    from nanoos_fw.workflows import choose_labelled
+
+    prepare_launchpad(launchpad)
+    database = open_database(launchpad)
+    store = StructureStore(database)
+    sets = {plan.candidates: candidates, plan.references: references}
+    found = {name: store.keys(given) for name, given in sets.items()}
+    for name, given in sets.items():
+        if not found[name]:
+            raise InputError(
+                f"set {given!r} has no structures",
+                advice=f"nanoos import FILES --set {given}",
+            )
+    every = sorted({key for keys in found.values() for key in keys})
+    plan = sized_plan(database, plan, plan.model_fields_set, every)
+    CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
+    for name, keys in found.items():
+        store.add_to_set(keys, name)
+    mine = found[plan.candidates]
+    store.add_to_set(
+        choose_labelled(mine, plan.label_fraction, plan.seed), plan.labelled
+    )
+    return len(mine)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Workflows of a campaign: added, completed after a kill, or there before."""
+
+    added: int
+    completed: int
+    there: int
+
+
+def submit(launchpad: Any, campaign: str, *, verify: bool = False) -> Submitted:
+    """Submit what is not submitted yet of a campaign.
+
+    Parameters
+    ----------
+    verify
+        Also relax all candidates, to compare.
+
+    Raises
+    ------
+    InputError
+        If there is no such campaign, or SLURM cannot give what a firework asks for.
+    """
+    from nanoos_fw.operations.submission import submit_many
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.structures import StructureStore
+    from nanoos_fw.workflows import (
+        CampaignPlan,
+        screening_workflow,
+        verification_workflow,
+    )
+
+    database = open_database(launchpad)
+    document = CampaignStore(database).get(campaign)
+    plan = CampaignPlan.model_validate(document["plan"])
+    store = StructureStore(database)
+    candidates = store.keys(plan.candidates)
+    workflows = [screening_workflow(plan, candidates, store.keys(plan.references))]
+    if verify:
+        workflows.append(verification_workflow(plan, candidates))
+    added, mended = submit_many(launchpad, workflows)
+    return Submitted(added, mended, len(workflows) - added - mended)
 
 
 # ----------------------------------------------------------------- pause and resume

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from fireworks import Firework, FWorker, PyTask, Workflow
 from fireworks.core.rocket_launcher import launch_rocket
+from pymatgen.core import Lattice, Structure
 
+from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import (
     DiskFullError,
     InputError,
@@ -28,6 +30,8 @@ from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.provenance import sha256_file
 from nanoos_fw.slurm import QueuedJob
 from nanoos_fw.stores.campaigns import CampaignStore
+from nanoos_fw.stores.database import open_database
+from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 
 @pytest.fixture
@@ -138,6 +142,59 @@ def test_a_workflow_that_another_process_inserts_meanwhile_is_there_once(
     for document in launchpad.workflows.find():
         there = launchpad.fireworks.find({"fw_id": {"$in": document["nodes"]}})
         assert len(list(there)) == 2
+
+
+def test_a_campaign_is_created_from_sets_and_submitted_once(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    store = StructureStore(open_database(launchpad))
+    cells = [
+        NewStructure(Structure(Lattice.cubic(3 + n / 50), ["Cu"], [[0, 0, 0]]), f"s{n}")
+        for n in range(24)
+    ]
+    store.add(cells, in_set="mine")
+    store.add(cells[:2], in_set="pure")
+    made = demo_plan("new", tmp_path, tmp_path / "report.html")
+    file = tmp_path / "plan.json"
+    file.write_text(made.model_dump_json(exclude={"relaxations_per_firework"}))
+    sets = {"candidates": "mine", "references": "pure"}
+    plan = campaigns.read_plan(file)
+
+    assert [campaigns.create(launchpad, plan, **sets) for _ in range(2)] == [24, 24]
+    stored = CampaignStore(launchpad.db).get("new")["plan"]
+    assert stored["relaxations_per_firework"] > made.relaxations_per_firework
+    assert len(store.keys(plan.candidates)) == 24
+    assert len(store.keys(plan.references)) == 2
+    assert store.keys(plan.labelled)
+    with pytest.raises(InputError, match="another plan"):
+        campaigns.create(launchpad, plan.model_copy(update={"top_k": 3}), **sets)
+    with pytest.raises(InputError, match="set 'none' has no structures"):
+        campaigns.create(launchpad, plan, candidates="none", references="pure")
+
+    assert campaigns.submit(launchpad, "new") == campaigns.Submitted(1, 0, 0)
+    assert campaigns.submit(launchpad, "new") == campaigns.Submitted(0, 0, 1)
+    verified = campaigns.submit(launchpad, "new", verify=True)
+    assert verified == campaigns.Submitted(1, 0, 1)
+    with pytest.raises(InputError, match="no campaign 'old'"):
+        campaigns.submit(launchpad, "old")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot read the plan"),
+        ("name: x y\ntop_q: 3\n", "name: .*; .*top_q: "),
+        (None, "cannot read the plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused_with_all_its_faults(
+    tmp_path: Path, text: str | None, words: str
+) -> None:
+    file = tmp_path / "plan.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=words):
+        campaigns.read_plan(file)
 
 
 # ----------------------------------------------------------------------------- status
