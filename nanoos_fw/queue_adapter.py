@@ -36,10 +36,14 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.settings import load_settings
 from nanoos_fw.slurm import (
+    Cluster,
+    Partition,
     SlurmRequest,
     SubmitLimit,
     batch_script,
     jobs_of,
+    memory_mib,
+    read_cluster,
     run_slurm,
     slurm_request,
     submit_limits,
@@ -161,7 +165,8 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
             return request
         spec = (firework or {}).get("spec") or {}
         needs = (spec.get(SPEC_KEY) or {}).get("needs") or {}
-        return sized_request(request, needs, spec.get("_queueadapter") or {})
+        own = spec.get("_queueadapter") or {}
+        return sized_request(request, needs, own, _known_partition(request.queue))
 
     def submit_to_queue(self, script_file: str) -> int | str:
         """Submit the script and return the job's number.
@@ -318,6 +323,20 @@ def _known_limits(
     return _asked[key][1]
 
 
+def _known_partition(queue: str | None) -> Partition | None:
+    """Return a partition, asked not too often; None if SLURM does not say which."""
+    try:
+        return _cluster(int(time.monotonic() // _LIMITS_KEPT_S)).partition(queue)
+    except NanoOSError as error:
+        logger.warning("limits of the partition are not known: %s", error)
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _cluster(_period: int) -> Cluster:
+    return read_cluster()
+
+
 @functools.lru_cache(maxsize=4)  # one connection for all jobs of a qlaunch
 def _open_launchpad(path: Path | None) -> Any:
     from nanoos_fw.stores.database import load_launchpad
@@ -326,9 +345,14 @@ def _open_launchpad(path: Path | None) -> Any:
 
 
 def sized_request(
-    request: SlurmRequest, needs: Mapping[str, Any], own: Mapping[str, Any]
+    request: SlurmRequest,
+    needs: Mapping[str, Any],
+    own: Mapping[str, Any],
+    partition: Partition | None = None,
 ) -> SlurmRequest:
     """Return a request of no more walltime, tasks and nodes than a firework needs.
+
+    And of no less memory, as far as a node of the partition has it.
 
     Parameters
     ----------
@@ -338,6 +362,8 @@ def sized_request(
         See ``operations.estimates``.
     own
         Fields that the firework has itself; they are not changed.
+    partition
+        Where it goes to; None if it is not known: then memory stays as it is.
     """
     changes: dict[str, Any] = {}
     enough = needs.get("walltime")
@@ -353,10 +379,31 @@ def sized_request(
         on_each = request.ntasks_per_node or math.ceil(request.tasks / nodes)
         changes["ntasks"] = tasks
         if request.nodes is not None:
-            changes["nodes"] = math.ceil(tasks / on_each)
+            least = partition.min_nodes if partition is not None else 1
+            changes["nodes"] = min(nodes, max(least, math.ceil(tasks / on_each)))
         if request.ntasks_per_node is not None:
             changes["ntasks_per_node"] = min(tasks, on_each)
-    return request.with_overrides(changes) if changes else request
+    sized = request.with_overrides(changes) if changes else request
+    if partition is not None and not own.keys() & {"mem", "mem_per_cpu", "exclusive"}:
+        more = _more_memory(sized, needs, partition)
+        return sized.with_overrides({"mem": more}) if more else sized
+    return sized
+
+
+def _more_memory(
+    request: SlurmRequest, needs: Mapping[str, Any], partition: Partition
+) -> str | None:
+    """Return the memory of a node that a firework needs; None if it is asked for."""
+    on_node = request.ntasks_per_node or math.ceil(request.tasks / (request.nodes or 1))
+    needed = needs.get("memory_mib", 0) + on_node * needs.get("rank_memory_mib", 0)
+    asked = math.inf  # what a site gives by itself, nobody here knows
+    if request.mem is not None:
+        asked = memory_mib(request.mem) or math.inf  # 0 asks for all of the node
+    elif request.mem_per_cpu is not None:
+        cpus = on_node * (request.cpus_per_task or 1)
+        asked = cpus * memory_mib(request.mem_per_cpu)
+    given = min(needed, partition.memory_mib)
+    return f"{math.ceil(given)}M" if given > asked else None
 
 
 def _file_is_refused() -> bool:

@@ -1,4 +1,4 @@
-"""How long fireworks take, from the size of their work: what the queue is asked for.
+"""What fireworks need, from the size of their work: what the queue is asked for.
 
 A firework of a known kind gets ``spec.nanoos.needs`` when it is submitted:
 
@@ -11,6 +11,10 @@ A firework of a known kind gets ``spec.nanoos.needs`` when it is submitted:
     What a job of it can make use of at most: ``qlaunch -r`` asks for the lesser of
     these and what ``my_qadapter.yaml`` says, and for no more nodes than the tasks fill.
     What stands in the firework's own ``_queueadapter`` goes before.
+``memory_mib``, ``rank_memory_mib``
+    Memory that it takes once, and for each rank (``operations.memory``): where the file
+    gives a node less, ``qlaunch -r`` asks for so much, up to what a node has. It never
+    asks for less than the file: an estimate that is too low would cost a job.
 ``kind``, ``amount``, ``unit``, ``source``
     What was estimated, and from what.
 
@@ -29,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanoos_fw.operations.memory import memory_needs
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY
 
@@ -79,6 +84,16 @@ class _Sizes:
     def __init__(self, sites: Mapping[str, int], labelled: int | None = None) -> None:
         self._sites, self.labelled = sites, labelled
         self.mean = float(np.mean(list(sites.values()))) if sites else _UNKNOWN_SITES
+        self.largest = float(max(sites.values(), default=_UNKNOWN_SITES))
+
+    def largest_of(self, task: Mapping[str, Any]) -> float:
+        """Return the sites of the largest of a task's structures."""
+        known = [
+            self._sites[key]
+            for key in task.get("structures") or ()
+            if key in self._sites
+        ]
+        return float(max(known, default=self.largest))
 
     def of(self, task: Mapping[str, Any]) -> float:
         """Return the sites of a task's structures, or of as many as its ranks."""
@@ -242,6 +257,21 @@ def _needs(
     if tasks[0][0] == "RunMDTask":
         atoms = _atoms(tasks[0][1], sizes)
         needs["ntasks"] = max(1, int(atoms // _ATOMS_PER_RANK))
+    memory = [
+        memory_needs(
+            name,
+            task,
+            atoms=_atoms(task, sizes) if "md" in task else 0.0,
+            largest=sizes.largest_of(task),
+            mean=sizes.mean,
+        )
+        for name, task in tasks
+    ]
+    # One after the other in one process: the most that one of them takes.
+    for field, of_tasks in zip(
+        ("memory_mib", "rank_memory_mib"), zip(*memory, strict=True), strict=True
+    ):
+        needs[field] = math.ceil(max(of_tasks))
     return needs
 
 

@@ -15,6 +15,7 @@ from nanoos_fw.errors import LaunchError
 from nanoos_fw.firetasks import FeaturizeStructuresTask
 from nanoos_fw.operations import estimates, submission, submit_many
 from nanoos_fw.operations.estimates import KINDS, set_needs, sized_plan
+from nanoos_fw.operations.memory import memory_needs
 from nanoos_fw.operations.submission import ClusterLimits
 from nanoos_fw.queue_adapter import SlurmAdapter, sized_request
 from nanoos_fw.slurm import parse_cluster, slurm_request
@@ -91,6 +92,9 @@ def test_a_campaign_gets_needs_from_its_plan(
     for need in needs.values():
         assert 0 < need["minimum_s"] <= need["expected_s"]
         assert need["source"] == "no such work was measured yet"
+    assert all(need["memory_mib"] >= 400 for need in needs.values())
+    assert needs["md"]["rank_memory_mib"] > needs["rank"]["rank_memory_mib"] == 0
+    assert needs["screen"]["memory_mib"] > needs["report"]["memory_mib"]
     # Training and dynamics go on where they were stopped: a minute is worth it.
     assert needs["train"]["minimum_s"] <= 60
     assert needs["rank"]["minimum_s"] == needs["rank"]["expected_s"]
@@ -237,11 +241,72 @@ def test_no_more_is_asked_for_than_is_needed_and_explicit_fields_stay(
     assert found == request.with_overrides(expected)
 
 
+PARTITION = parse_cluster(
+    partitions="PartitionName=cpu MinNodes=2 State=UP\n",
+    nodes="cpu|n1|16|6000|(null)|idle\ncpu|n2|16|6000|(null)|idle\n",
+    config="ClusterName = mat\n",
+).partition("cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "memory", "own", "expected"),
+    [
+        ({"mem": "1G"}, (900, 50), {}, {}),
+        ({"mem": "1G"}, (1200, 50), {}, {"mem": "1250M"}),
+        ({"mem": "1G"}, (9000, 0), {}, {"mem": "6000M"}),  # what a node has
+        ({"mem": "1G"}, (9000, 0), {"mem": "1G"}, {}),
+        ({"mem": "1G"}, (9000, 0), {"mem_per_cpu": "2G"}, {}),
+        ({"mem": 0}, (9000, 0), {}, {}),
+        ({}, (9000, 0), {}, {}),
+        ({"nodes": 2, "ntasks": 8, "mem_per_cpu": "250M"}, (900, 25), {}, {}),
+        (
+            {"nodes": 2, "ntasks": 8, "mem_per_cpu": "250M"}, (900, 50), {},
+            {"mem": "1100M"},
+        ),
+        (
+            {"ntasks": 1, "cpus_per_task": 4, "mem_per_cpu": "250M"}, (900, 101), {},
+            {"mem": "1001M"},
+        ),
+    ],
+)  # fmt: skip
+def test_memory_is_asked_for_where_the_file_gives_less(
+    file: dict[str, Any], memory: tuple[int, int], own: Any, expected: dict[str, Any]
+) -> None:
+    needs = {"memory_mib": memory[0], "rank_memory_mib": memory[1]}
+    request = slurm_request(file).with_overrides(own)
+    found = sized_request(request, needs, own, PARTITION)
+    assert found == request.with_overrides(expected)
+    assert sized_request(request, needs, own) == request  # who knows what a node has
+
+
+def test_nodes_are_not_lowered_below_what_the_partition_takes() -> None:
+    request = slurm_request({"nodes": 3, "ntasks": 12})
+    assert sized_request(request, {"ntasks": 2}, {}).nodes == 1
+    assert sized_request(request, {"ntasks": 2}, {}, PARTITION).nodes == 2
+
+
+def test_memory_follows_the_size_of_the_work() -> None:
+    def needs(name: str, **size: Any) -> tuple[float, float]:
+        task = size.pop("task", {})
+        sizes = {"atoms": 0.0, "largest": 10.0, "mean": 10.0, **size}
+        return memory_needs(name, task, **sizes)
+
+    small, large = (needs("RunMDTask", atoms=n) for n in (1000.0, 1_000_000.0))
+    assert large[0] - small[0] == pytest.approx(1.5 * 999_000 * 5 / 1024)
+    assert small[1] == large[1] > 0
+    task = {"training": {"batch_size": 32}}
+    wide = {"training": {"batch_size": 256, "hidden_dim": 128}}
+    assert needs("TrainModelTask", task=wide)[0] > needs("TrainModelTask", task=task)[0]
+    few, many = (needs("FeaturizeStructuresTask", largest=n) for n in (10.0, 1e5))
+    assert many[0] > few[0]
+
+
 def test_the_script_of_a_reserved_firework_asks_for_what_it_needs(
     launchpad: Any, keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit_many(launchpad, [featurization(keys)])
     monkeypatch.setattr(SlurmAdapter, "_launchpad", lambda _self: launchpad)
+    monkeypatch.setattr("nanoos_fw.queue_adapter._known_partition", lambda _: PARTITION)
     command = "rlaunch singleshot"
     reserved = SlurmAdapter({**FILE, "rocket_launch": f"{command} --fw_id 1"})
     assert "--time=0:10:00" in reserved.get_script_str("/tmp")
