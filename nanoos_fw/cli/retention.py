@@ -21,8 +21,9 @@ def add_commands(commands: Any) -> None:
             "refers to, parts of artifacts that were never finished, actions of "
             "launches that are gone, and features of older versions. What a model, a "
             "simulation, a campaign or a launch refers to is kept, and so is what is "
-            "young. Nothing is changed without --yes. What was removed stays in the "
-            "journal. (For weights of models: nanoos models gc.)"
+            "young. Nothing is changed without --yes. A removal cannot be undone: the "
+            "journal names what was removed, when, by whom and why, and holds no copy. "
+            "(For weights of models: nanoos models gc.)"
         ),
     )
     chosen = collect.add_mutually_exclusive_group()
@@ -85,6 +86,6 @@ def _gc(arguments: argparse.Namespace) -> int:
         if len(entries) > _SHOWN:
             print(f"{word:12} and {len(entries) - _SHOWN} more (--json lists all)")
     total = ", ".join(f"{n} {kind}" for kind, n in by_kind(found.waste).items())
-    end = "" if arguments.yes or not found.waste else "; --yes removes them"
+    end = "" if arguments.yes or not found.waste else "; --yes removes them, for good"
     print(f"{total or 'nothing'}: {found.bytes} bytes{end}")
     return 0

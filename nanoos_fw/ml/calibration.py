@@ -7,7 +7,6 @@ learned give both kinds intervals with a stated coverage, for structures like th
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,7 @@ class Calibration:
         return {**asdict(self), "parts": list(self.parts)}
 
 
-def calibrate_model(
-    model: PropertyModel,
-    dataset: Dataset,
-    path: Path,
-    *,
-    learned: Collection[str] = (),
-) -> Calibration:
+def calibrate_model(model: PropertyModel, dataset: Dataset, path: Path) -> Calibration:
     """Write a model with intervals that go by its errors on a dataset.
 
     Parameters
@@ -78,9 +71,6 @@ def calibrate_model(
         validation part: errors on rows it has learned are too small.
     path
         File to write.
-    learned
-        Hashes of other datasets whose training parts it has learned, such as that of
-        a model it was trained from.
 
     Raises
     ------
@@ -99,7 +89,7 @@ def calibrate_model(
         )
     _check(model, dataset)
     parts: tuple[str, ...] = ("train", "val", "test", "outlier")
-    if dataset.dataset_hash in {model.card.dataset_hash, *learned}:
+    if model.card.dataset_hash == dataset.dataset_hash:
         parts = ("val",)
     rows = np.concatenate([dataset.rows(part) for part in parts])
     if len(rows) < MIN_ROWS:
