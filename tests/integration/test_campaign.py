@@ -92,6 +92,25 @@ def test_every_row_is_there_once(undisturbed: dict[str, Any]) -> None:
     assert statuses == {"done"}
 
 
+def test_trajectories_are_analysed_in_every_way_asked_for(
+    undisturbed: dict[str, Any],
+) -> None:
+    results = [r for (k, _), (_, r) in undisturbed["simulations"].items() if k == "md"]
+    for result in results:
+        found = result["analyses"]
+        assert set(found) == {"rdf", "msd", "vdos"}
+        for numbers in found.values():
+            assert "error" not in numbers
+            assert numbers["n_frames"] == 40
+            assert numbers["artifact"]
+        # A hot crystal: its atoms swing about their places.
+        assert found["msd"]["diffusion"]["all"]["value"] is None
+        modes = 3 * result["n_atoms"] - 3
+        assert found["vdos"]["n_modes_expected"] == modes
+        assert found["vdos"]["n_modes"] == pytest.approx(modes, rel=0.2)
+        assert max(found["rdf"]["total"]) > 1.5
+
+
 @pytest.mark.parametrize("stage", ["label", "train", "md"])
 def test_killed_at_any_stage_it_continues_to_the_same_rows(
     stage: str, tmp_path: Path, undisturbed: dict[str, Any]
