@@ -172,7 +172,7 @@ class NanoTask(FiretaskBase):
             ) from error
         except Exception as error:
             root = fw_spec.get(SPEC_KEY, {}).get("work_root")
-            full = disk_full(error, root or Path.cwd())
+            full = disk_full(error, [*filter(None, [root]), Path.cwd()])
             if full is not None and full is not error:
                 raise full from error
             if full is None and is_environment(error):

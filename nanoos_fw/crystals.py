@@ -40,7 +40,8 @@ _FLAT = 1e-6
 _MAX_FRACTION = 1e6  # beyond, a double places an atom worse than 1e-10 of the cell
 _DENSE_SITES = 128
 _LATTICE_BYTES = 72
-_HEAVIEST = 118
+HEAVIEST = 118
+"""Highest atomic number."""
 _ISOTOPES = ("D", "T")
 
 
@@ -89,7 +90,7 @@ def check_structure(
     closest = _closest_pair(matrix, frac, min_distance)
     if closest is not None:
         first, second, distance = closest
-        symbols = [_symbol(int(numbers[first])), _symbol(int(numbers[second]))]
+        symbols = [element_symbol(int(numbers[site])) for site in (first, second)]
         raise InputError(
             f"sites {first} ({symbols[0]}) and {second} ({symbols[1]}) of "
             f"{_formula(structure)} are {distance:.3f} Å apart, closer than "
@@ -167,7 +168,9 @@ def _number_of_name() -> dict[str, int]:
     }
 
 
-def _symbol(number: int) -> str:
+@functools.cache
+def element_symbol(number: int) -> str:
+    """Return the symbol of an atomic number."""
     from pymatgen.core import Element
 
     return str(Element.from_Z(number).symbol)
@@ -444,8 +447,8 @@ def decode_arrays(
         raise _corrupt(f"n_sites is {n_sites!r}")
     numbers = np.frombuffer(_field(document, "numbers", n_sites), dtype=np.uint8)
     # 0 wraps to 255: one comparison for both ends.
-    if (numbers - np.uint8(1)).max() >= _HEAVIEST:
-        strange = numbers[(numbers < 1) | (numbers > _HEAVIEST)]
+    if (numbers - np.uint8(1)).max() >= HEAVIEST:
+        strange = numbers[(numbers < 1) | (numbers > HEAVIEST)]
         raise _corrupt(f"{int(strange[0])} is no atomic number")
     lattice = _doubles(document, "lattice", _LATTICE_BYTES)
     frac = _doubles(document, "frac_coords", 24 * n_sites)

@@ -8,11 +8,13 @@ must fail the firework, which is then run again, and leave no row behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
@@ -47,6 +49,7 @@ _DISK_FULL = re.compile("|".join(map(re.escape, DISK_FULL)), re.IGNORECASE)
 _NAMED_FILE = re.compile(
     r"(?:No space left on device|Disk quota exceeded)[^'\n]*'([^'\n]+)'"
 )
+_NO_ROOM_BYTES = 1 << 20
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MACHINE_ERRNOS = _DISK_ERRNOS | {
     errno.EIO,
@@ -169,8 +172,11 @@ def disk_full(error: BaseException, where: object = None) -> DiskFullError | Non
     error
         Any error; those that led to it are looked at too.
     where
-        What to name if the error names no file.
+        What to name if the error names no file: a folder, or several; of these the
+        first that is full.
     """
+    if isinstance(where, Sequence) and not isinstance(where, str):
+        where = _full_one(where)
     for cause in _chain(error):
         if isinstance(cause, DiskFullError):
             return cause
@@ -199,14 +205,23 @@ def disk_full_in_text(text: str, where: object = None) -> DiskFullError | None:
     return _disk_full(named[1] if named else where, line)
 
 
+def _full_one(folders: Sequence[object]) -> str:
+    """Return the folder without room; all of them if none is known to be full."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(str(folder)).free < _NO_ROOM_BYTES:
+                return str(folder)
+    return "a file in one of " + ", ".join(map(str, folders))
+
+
 def _disk_full(where: object, said: str) -> DiskFullError:
-    place = str(where or "an unnamed file")
+    place = str(where or "a file that the error does not name")
     return DiskFullError(
         f"no space left, or quota exceeded, for {place}",
         evidence={"class": DISK_CLASS, "path": place, "error": said[-500:]},
         advice=(
-            f"free space where {place} is ('nanoos gc' names what nothing needs), then "
-            "run 'nanoos rerun --failed --class disk'"
+            "free space there ('nanoos gc' names what nothing needs), then run 'nanoos "
+            "rerun --failed --class disk'"
         ),
     )
 

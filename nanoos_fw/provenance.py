@@ -89,8 +89,10 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write does not know it
         raise
     if durable:
         _fsync_directory(path.parent)

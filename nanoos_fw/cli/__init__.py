@@ -41,6 +41,7 @@ from nanoos_fw.cli.common import (
     save_if_embedded,
 )
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.faults import disk_full
 from nanoos_fw.parallel.files import RESUMABLE_EXIT
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if (full := disk_full(error)) is not None:
+            print(
+                f"error: {full.message}\n"
+                "  next: free space there, then run the same command again",
+                file=sys.stderr,
+            )
+            return 1
         print(
             f"error: unexpected {type(error).__name__}: {error}\n"
             "  next: run again with 'nanoos --debug …' and report what it prints",

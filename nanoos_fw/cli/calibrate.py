@@ -33,43 +33,23 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     settings = load_settings()
     launchpad = open_launchpad(arguments, settings)
-    from nanoos_fw.ml.calibration import calibrate_model
-    from nanoos_fw.ml.datasets import open_dataset
-    from nanoos_fw.provenance import content_key, run_environment
+    from nanoos_fw.operations.models import calibrate_registered
     from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.models import ModelRegistry
 
-    registry = ModelRegistry(open_database(launchpad))
-    parent = registry.get(arguments.reference)
-    model = registry.load(parent)
-    dataset = open_dataset(arguments.dataset)
-    key = content_key(
-        "calibrated", {"model": parent.sha256, "dataset": dataset.dataset_hash}
-    )
-    folder = settings.work_dir.resolve() / "models" / f"calibrated-{key[:16]}"
-    weights = folder / "weights.safetensors"
-    found = calibrate_model(model, dataset, weights)
-    told = {**found.to_dict(), "dataset_hash": dataset.dataset_hash}
-    record = registry.register(
-        name=parent.name,
-        target=parent.target,
-        unit=parent.unit,
-        model_type=parent.model_type,
-        weights=weights,
-        training_key=content_key("calibrated version", [parent.name, key]),
-        training_config=parent.training_config,
-        metrics={**parent.metrics, "calibration": {"n": found.n, "mae": found.mae}},
-        dataset_info={**parent.dataset_info, "calibration": told},
-        environment=run_environment(),
-        parent=parent.reference,
+    answer = calibrate_registered(
+        open_database(launchpad),
+        arguments.reference,
+        arguments.dataset,
+        settings.work_dir.resolve(),
     )
     save_if_embedded(launchpad)
     if arguments.json:
-        print_json({"model": record.reference, "parent": parent.reference, **told})
+        print_json(answer.to_dict())
         return 0
+    record, found = answer.record, answer.calibration
     unit = f" {record.unit}" if record.unit else ""
     print(
-        f"{record.reference}: {parent.reference} with intervals from {found.n} "
+        f"{record.reference}: {answer.parent.reference} with intervals from {found.n} "
         f"structures of {arguments.dataset}, where its MAE is {found.mae:.4g}{unit}"
     )
     print(

@@ -43,41 +43,19 @@ def _import(arguments: argparse.Namespace) -> int:
 
     settings = load_settings()
     launchpad = open_launchpad(arguments, settings)
-    from nanoos_fw.ml.published import MODEL_TYPE, import_published, read_published
-    from nanoos_fw.provenance import content_key, run_environment
+    from nanoos_fw.operations.models import import_checkpoint
     from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.models import ModelRegistry
 
-    checkpoint = read_published(arguments.file)
-    folder = settings.work_dir.resolve() / "models" / f"cgcnn-{checkpoint.sha256[:16]}"
-    weights = folder / "weights.safetensors"
-    card, digest = import_published(
+    answer = import_checkpoint(
+        open_database(launchpad),
         arguments.file,
-        weights,
+        arguments.name,
         arguments.target,
+        settings.work_dir.resolve(),
         unit=arguments.unit,
         atom_init=arguments.atom_init,
     )
-    measure = "auc" if card.classes else "mae"
-    metrics = (
-        {}
-        if checkpoint.best_metric is None
-        else {"val": {measure: checkpoint.best_metric}}
-    )
-    record = ModelRegistry(open_database(launchpad)).register(
-        name=arguments.name,
-        target=card.target_property,
-        unit=card.unit,
-        model_type=MODEL_TYPE,
-        weights=weights,
-        training_key=content_key(
-            "imported", {"name": arguments.name, "sha256": digest}
-        ),
-        training_config={"architecture": card.architecture.model_dump(mode="json")},
-        metrics=metrics,
-        dataset_info={"origin": card.origin, "counts": {"train": card.n_train}},
-        environment=run_environment(),
-    )
+    record, card, checkpoint = answer.record, answer.card, answer.checkpoint
     save_if_embedded(launchpad)
     if arguments.json:
         print_json(record.to_dict())

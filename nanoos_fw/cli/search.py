@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
+
+if TYPE_CHECKING:
+    from nanoos_fw.operations.searches import SubmittedSearch
 
 
 def add_commands(commands: Any) -> None:
@@ -63,39 +67,38 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    store, launchpad = _open(arguments)
-    from nanoos_fw.ml.search import check_dataset
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.operations.searches import create_search, read_search_file
 
-    config = _read(arguments.file)
-    config = config.model_copy(
-        update={"dataset_dir": str(Path(config.dataset_dir).resolve())}
-    )
-    store.create(config, check_dataset(config))
-    return _submit(arguments, store, launchpad, config.name)
+    config = read_search_file(arguments.file)
+    found = create_search(launchpad, config, _work_root(), workers=arguments.workers)
+    return _tell_submitted(arguments, launchpad, found)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    store, launchpad = _open(arguments)
-    store.resume(arguments.name)
-    return _submit(arguments, store, launchpad, arguments.name)
+    launchpad = launchpad_of(arguments)
+    from nanoos_fw.operations.searches import resume_search
+
+    found = resume_search(
+        launchpad, arguments.name, _work_root(), workers=arguments.workers
+    )
+    return _tell_submitted(arguments, launchpad, found)
 
 
-def _submit(
-    arguments: argparse.Namespace, store: Any, launchpad: Any, name: str
-) -> int:
-    from nanoos_fw.operations import prepare_launchpad, submit
+def _work_root() -> Path:
     from nanoos_fw.settings import load_settings
-    from nanoos_fw.workflows import search_workflow
 
-    root = str(load_settings().work_dir.resolve())
-    turn = 0 if arguments.command is _create else 1 + store.next_turn(name)
-    prepare_launchpad(launchpad)
-    added = submit(launchpad, search_workflow(name, root, arguments.workers, turn))
+    return load_settings().work_dir
+
+
+def _tell_submitted(
+    arguments: argparse.Namespace, launchpad: Any, found: SubmittedSearch
+) -> int:
     save_if_embedded(launchpad)
-    workers = arguments.workers if added else 0
+    name, workers = found.search, found.workers
     if arguments.json:
-        print_json({"search": name, "workers": workers, "work_root": root})
-    elif added:
+        print_json(asdict(found))
+    elif workers:
         print(f"search {name!r}: {workers} workers are submitted; rlaunch runs them")
     else:
         print(f"search {name!r} has its workers; 'nanoos search resume' adds more")
@@ -176,24 +179,6 @@ def _stop(arguments: argparse.Namespace) -> int:
     else:
         print(f"search {arguments.name!r} is {state}; running trials run to their end")
     return 0
-
-
-def _read(path: Path) -> Any:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    from nanoos_fw.errors import InputError
-    from nanoos_fw.ml.search import read_search
-
-    try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read search {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path} describes no search", advice="see 'nanoos search create --help'"
-        )
-    return read_search(values)
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Any, Any]:

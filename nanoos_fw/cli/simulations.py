@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from nanoos_fw.console import CountProgress
 
-_SHOWN = ("temperature_k", "total_energy_ev", "pressure_bar", "volume_a3")
-
 
 def add_commands(commands: Any) -> None:
     """Add ``md`` and what it can do."""
@@ -168,6 +166,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from nanoos_fw.md.engine import LAMMPSEngine
     from nanoos_fw.md.inputs import MDConfig
     from nanoos_fw.md.output import read_simulation
+    from nanoos_fw.operations.simulation_folders import simulation_status
     from nanoos_fw.parallel import Resources, locked
 
     engine = LAMMPSEngine()
@@ -197,7 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print_json(outcome)
     else:
         output = Path(outcome["output_dir"])
-        print("\n".join(_status_lines(_status_of(output))))
+        print("\n".join(_status_lines(simulation_status(output))))
         print(output)
     return 0 if outcome["success"] else 1
 
@@ -261,38 +260,14 @@ def _shown_by(bar: CountProgress) -> Iterator[None]:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    found = _status_of(trajectories.output_dir_of(arguments.run))
+    from nanoos_fw.operations.simulation_folders import simulation_status
+
+    found = simulation_status(arguments.run)
     if arguments.json:
         print_json(found)
     else:
         print("\n".join(_status_lines(found)))
     return 0
-
-
-def _status_of(output: Path) -> dict[str, Any]:
-    from nanoos_fw.md.engine import FINISHED
-    from nanoos_fw.md.inputs import MDConfig
-    from nanoos_fw.md.output import convergence, read_simulation, simulation_thermo
-    from nanoos_fw.md.restarts import newest_origin
-
-    config = MDConfig.model_validate(read_simulation(output)["config"])
-    finished = (output / FINISHED).exists()
-    table = simulation_thermo(output)
-    # Stopped before its first row, it has none.
-    last = {n: float(values[-1]) for n, values in table.columns.items() if len(values)}
-    return {
-        "workflow_type": config.workflow_type,
-        "finished": finished,
-        "converged": (convergence(output) or {}).get("converged") if finished else None,
-        "step": int(table.step[-1]) if len(table) else 0,
-        "total_steps": config.total_steps,
-        "restart_step": newest_origin(output).step,
-        "last": {
-            name: {"value": last[name], "unit": table.units[name]}
-            for name in _SHOWN
-            if name in last
-        },
-    }
 
 
 def _status_lines(found: dict[str, Any]) -> list[str]:

@@ -104,19 +104,6 @@ def _add_request(parser: Any) -> None:
     parser.add_argument("--memory", type=float, metavar="MB", help="for time series")
 
 
-def output_dir_of(run: Path) -> Path:
-    """Return the output folder of a simulation, or of its last try."""
-    from nanoos_fw.md.output import OUTPUT, SIMULATION, newest_try
-
-    # prepare_input leaves its own copy beside the output.
-    for folder in (newest_try(run) / OUTPUT, run):
-        if (folder / SIMULATION).exists():
-            return folder
-    raise InputError(
-        f"{run} holds no simulation", advice=f"give the folder with {SIMULATION}"
-    )
-
-
 def analyses_of(text: str) -> list[str]:
     """Return the names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -156,6 +143,7 @@ def _request(arguments: argparse.Namespace) -> AnalysisRequest:
 def _analyze(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
     from nanoos_fw.md.analysis import analyze_simulation
+    from nanoos_fw.operations.simulation_folders import output_dir_of
 
     found = analyze_simulation(output_dir_of(arguments.run), request)
     if arguments.output is not None:
@@ -237,41 +225,21 @@ def _write_csv(found: Analysis, folder: Path) -> None:
 
 def _plot(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
-    from nanoos_fw.md.analysis import analyze_simulation
-    from nanoos_fw.md.output import (
-        production_averages,
-        read_simulation,
-        simulation_thermo,
-    )
-    from nanoos_fw.md.plots import plot_simulation
-    from nanoos_fw.md.protocols import MDConfig
+    from nanoos_fw.operations.simulation_folders import plot_run
 
-    folder = output_dir_of(arguments.run)
-    config = MDConfig.model_validate(read_simulation(folder)["config"])
-    table = simulation_thermo(folder)
-    if not len(table):
-        raise InputError(f"{folder} has no thermo output yet", advice="run it first")
-    found = None
-    if config.is_dynamics and config.dump_every:
-        found = analyze_simulation(folder, request)
-        for name, error in found.failures.items():
-            print(f"{name}: not possible: {error}")
-    start = config.production_start if config.is_dynamics else 0
-    paths = plot_simulation(
-        table,
-        production_averages(table, config),
-        found,
-        arguments.output,
-        plot_format=arguments.format,
-        production_ps=_time_of(table, start),
+    found = plot_run(
+        arguments.run, request, arguments.output, plot_format=arguments.format
     )
-    for path in paths:
+    for name, error in found.failures.items():
+        print(f"{name}: not possible: {error}")
+    for path in found.paths:
         print(path)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from nanoos_fw.md.exports import description_of, export_simulation
+    from nanoos_fw.operations.simulation_folders import output_dir_of
 
     found = export_simulation(
         output_dir_of(arguments.run),
@@ -286,11 +254,3 @@ def _export(arguments: argparse.Namespace) -> int:
         print(arguments.output)
         print(description_of(arguments.output))
     return 0
-
-
-def _time_of(table: Any, step: int) -> float:
-    import numpy as np
-
-    if "time_ps" not in table.columns or step == 0:
-        return 0.0
-    return float(np.interp(step, table["step"], table["time_ps"]))

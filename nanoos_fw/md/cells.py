@@ -48,31 +48,38 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
     InputError
         Naming the two sites, or the one whose coordinates are not finite.
     """
-    box = check_finite(species, lattice, frac)  # reduced: 27 images are enough
-    reduced = frac @ np.linalg.inv(box.basis)
-    shifts = np.array(np.meshgrid(*[(-1, 0, 1)] * 3, indexing="ij")).reshape(3, -1).T
-    self_images = np.linalg.norm(shifts[np.any(shifts, axis=1)] @ box.matrix, axis=1)
-    if self_images.min() < MIN_DISTANCE_A:
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
+    box = check_finite(species, lattice, frac)
+    positions = np.ascontiguousarray(box.positions(frac))
+    # In time that grows with the number of atoms, not with its square.
+    first, second, shifts, distances = find_points_in_spheres(
+        positions,
+        positions,
+        MIN_DISTANCE_A,
+        np.ones(3, dtype=np.int64),
+        np.ascontiguousarray(box.matrix),
+        1e-8,
+    )
+    image = first == second
+    repeats = image & shifts.any(axis=1)
+    if repeats.any():
         raise InputError(
-            f"the cell repeats after {self_images.min():.3f} Å",
+            f"the cell repeats after {distances[repeats].min():.3f} Å",
             evidence={"class": "atoms_too_close"},
             advice="check the lattice vectors and their unit",
         )
-    # By rows: memory stays linear in the number of atoms.
-    for i in range(len(species) - 1):
-        delta = reduced[i + 1 :] - reduced[i]
-        delta -= np.rint(delta)
-        vectors = (delta[:, None, :] + shifts[None, :, :]) @ box.matrix
-        distances = np.sqrt(np.einsum("ijk,ijk->ij", vectors, vectors)).min(axis=1)
-        j = int(distances.argmin())
-        if distances[j] < MIN_DISTANCE_A:
-            other = i + 1 + j
-            raise InputError(
-                f"sites {i} ({species[i]}) and {other} ({species[other]}) are "
-                f"{distances[j]:.3f} Å apart",
-                evidence={"class": "atoms_too_close", "sites": [i, other]},
-                advice="remove duplicate atoms, or check the cell and its units",
-            )
+    if image.all():
+        return
+    first, second, distances = first[~image], second[~image], distances[~image]
+    closest = int(distances.argmin())
+    i, j = sorted((int(first[closest]), int(second[closest])))
+    raise InputError(
+        f"sites {i} ({species[i]}) and {j} ({species[j]}) are "
+        f"{distances[closest]:.3f} Å apart",
+        evidence={"class": "atoms_too_close", "sites": [i, j]},
+        advice="remove duplicate atoms, or check the cell and its units",
+    )
 
 
 def site_elements(structure: Structure) -> list[str]:

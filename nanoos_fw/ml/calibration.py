@@ -7,6 +7,7 @@ learned give both kinds intervals with a stated coverage, for structures like th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,13 @@ class Calibration:
         return {**asdict(self), "parts": list(self.parts)}
 
 
-def calibrate_model(model: PropertyModel, dataset: Dataset, path: Path) -> Calibration:
+def calibrate_model(
+    model: PropertyModel,
+    dataset: Dataset,
+    path: Path,
+    *,
+    learned: Collection[str] = (),
+) -> Calibration:
     """Write a model with intervals that go by its errors on a dataset.
 
     Parameters
@@ -71,6 +78,9 @@ def calibrate_model(model: PropertyModel, dataset: Dataset, path: Path) -> Calib
         validation part: errors on rows it has learned are too small.
     path
         File to write.
+    learned
+        Hashes of other datasets whose training parts it has learned, such as that of
+        a model it was trained from.
 
     Raises
     ------
@@ -89,7 +99,7 @@ def calibrate_model(model: PropertyModel, dataset: Dataset, path: Path) -> Calib
         )
     _check(model, dataset)
     parts: tuple[str, ...] = ("train", "val", "test", "outlier")
-    if model.card.dataset_hash == dataset.dataset_hash:
+    if dataset.dataset_hash in {model.card.dataset_hash, *learned}:
         parts = ("val",)
     rows = np.concatenate([dataset.rows(part) for part in parts])
     if len(rows) < MIN_ROWS:

@@ -228,7 +228,7 @@ class _Substitutions(CandidateSource):
     def _known(self, numbers: NDArray[np.uint8]) -> NDArray[np.float64]:
         volumes = np.asarray(self._volumes)[numbers]
         if np.isnan(volumes).any():
-            from nanoos_fw.ml.graphs import element_symbol
+            from nanoos_fw.crystals import element_symbol
 
             missing = np.unique(numbers[np.isnan(volumes)])
             names = ", ".join(element_symbol(int(z)) for z in missing)

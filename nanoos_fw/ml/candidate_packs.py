@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from nanoos_fw.crystals import encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.ml.candidates import CandidateSource, PackSpec
-from nanoos_fw.ml.crystal_tables import read_crystals
-from nanoos_fw.ml.graphs import CrystalArrays
+from nanoos_fw.ml.graphs import CrystalArrays, read_arrays
 from nanoos_fw.provenance import content_key, read_json, write_json
 from nanoos_fw.structure_files import StructureEntry, read_structures
 
@@ -270,8 +269,7 @@ class _Writer:
     def _flush(self, some: list[tuple[str, Mapping[str, Any] | Exception]]) -> None:
         places = [i for i, (_, c) in enumerate(some) if not isinstance(c, Exception)]
         crystals = [c for _, c in some if not isinstance(c, Exception)]
-        refused: dict[int, Any] = {}
-        flat = read_crystals(crystals, 0, refused)
+        flat, refused = read_arrays(crystals)
         errors = {i: c for i, (_, c) in enumerate(some) if isinstance(c, Exception)}
         errors |= {places[at]: error for at, error in refused.items()}
         readable = np.array(places, dtype=np.int64)[flat.positions]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import (
     CorruptArtifactError,
     InputError,
@@ -26,7 +27,6 @@ from nanoos_fw.ml.ensembles import (
     targets_of_outputs,
 )
 from nanoos_fw.ml.features import AnyGraph, as_graph
-from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.inference import FoldedNetwork, fold_network, run_networks
 from nanoos_fw.ml.model_files import (
     ATOM_TABLE,

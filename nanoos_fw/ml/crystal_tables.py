@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.crystals import decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable, degree_column
 from nanoos_fw.ml.graphs import CrystalArrays, graph_error, read_arrays
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
 _CRYSTALS_AT_ONCE = 64  # bounds the memory of one search; larger calls are no faster
 
-_Arrays = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
 _Error = InputError | CorruptArtifactError
 
 
@@ -35,9 +32,7 @@ def build_table(
     Parameters
     ----------
     crystals
-        pymatgen structures; their dictionaries (``Structure.as_dict``), from which the
-        arrays are taken without making a structure; or documents of
-        :func:`nanoos_fw.crystals.encode_structure`.
+        As in :func:`nanoos_fw.ml.graphs.read_arrays`.
     cutoff_radius, max_neighbors
         As in :func:`nanoos_fw.ml.graphs.build_graph`, whose graphs these are.
 
@@ -51,14 +46,14 @@ def build_table(
         Why the others have none, by place.
     """
     errors: dict[int, _Error] = {}
-    flats = (
-        (
-            begin,
-            read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors),
-        )
-        for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE)
-    )
-    return _table_of(flats, cutoff_radius, max_neighbors, errors)
+
+    def pieces() -> Iterator[tuple[int, CrystalArrays]]:
+        for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE):
+            flat, refused = read_arrays(crystals[begin : begin + _CRYSTALS_AT_ONCE])
+            errors.update({begin + at: error for at, error in refused.items()})
+            yield begin, flat
+
+    return _table_of(pieces(), cutoff_radius, max_neighbors, errors)
 
 
 def build_table_of_arrays(
@@ -150,99 +145,3 @@ def _table_of(
         max_neighbors=max_neighbors,
     )
     return table, whole["places"], dict(sorted(errors.items()))
-
-
-def arrays_of_dict(crystal: Mapping[str, Any]) -> _Arrays:
-    """Return atomic numbers, lattice (Å) and fractional coordinates of a dictionary.
-
-    Parameters
-    ----------
-    crystal
-        Of ``Structure.as_dict``, or its JSON. Oxidation states do not count.
-
-    Raises
-    ------
-    InputError
-        If it is disordered, not periodic in three directions, holds what is no
-        element, or is no such dictionary.
-    """
-    table = _number_of_symbol()
-    try:
-        lattice = np.array(crystal["lattice"]["matrix"], dtype=np.float64)
-        pbc = crystal["lattice"].get("pbc", (True, True, True))
-        sites = crystal["sites"]
-        coords = np.array([site["abc"] for site in sites], dtype=np.float64)
-        numbers = np.empty(len(sites), dtype=np.uint8)
-        for index, site in enumerate(sites):
-            (specie,) = site["species"] if len(site["species"]) == 1 else (None,)
-            if specie is None or specie["occu"] != 1:
-                raise InputError(
-                    f"the structure is disordered at site {index}",
-                    evidence={"species": str(site["species"])[:200]},
-                    advice="enumerate ordered structures first",
-                )
-            numbers[index] = table[specie["element"]]
-    except KeyError as error:
-        raise InputError(
-            f"the dictionary of a structure has no {error}, or it is no element"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"this is no dictionary of a structure: {error}") from error
-    if not all(pbc):
-        raise InputError(
-            "the dictionary of a structure is not periodic in three directions",
-            evidence={"pbc": [bool(flag) for flag in pbc]},
-            advice="if its vacuum is part of the cell, set pbc to true",
-        )
-    if lattice.shape != (3, 3) or coords.shape != (len(numbers), 3) or not len(numbers):
-        raise InputError(
-            "the dictionary of a structure needs a lattice (3, 3) and sites",
-            evidence={"lattice": list(lattice.shape), "sites": list(coords.shape)},
-        )
-    return numbers, lattice, coords
-
-
-# ------------------------------------------------------------------------- private
-
-
-def read_crystals(
-    crystals: Sequence[Structure | Mapping[str, Any]],
-    begin: int,
-    errors: dict[int, _Error],
-) -> CrystalArrays:
-    """Return flat arrays; ``positions`` count from the first of these crystals."""
-    found: list[_Arrays] = []
-    positions: list[int] = []
-    for position, crystal in enumerate(crystals):
-        try:
-            found.append(_arrays(crystal))
-        except (InputError, CorruptArtifactError) as error:
-            errors[begin + position] = error
-            continue
-        positions.append(position)
-    atom_start = np.zeros(len(found) + 1, dtype=np.int64)
-    np.cumsum([len(numbers) for numbers, _, _ in found], out=atom_start[1:])
-    return CrystalArrays(
-        numbers=np.concatenate([np.empty(0, np.uint8), *(n for n, _, _ in found)]),
-        lattices=np.array([b for _, b, _ in found], dtype=np.float64).reshape(-1, 3, 3),
-        frac_coords=np.concatenate([np.empty((0, 3)), *(c for _, _, c in found)]),
-        atom_start=atom_start,
-        positions=np.array(positions, dtype=np.int64),
-    )
-
-
-def _arrays(crystal: Structure | Mapping[str, Any]) -> _Arrays:
-    if isinstance(crystal, Mapping):
-        return arrays_of_dict(crystal) if "sites" in crystal else decode_arrays(crystal)
-    flat, errors = read_arrays([crystal])
-    if errors:
-        raise errors[0]
-    return flat.numbers, flat.lattices[0], flat.frac_coords
-
-
-@functools.cache
-def _number_of_symbol() -> dict[str, int]:
-    from pymatgen.core import Element
-
-    # Deuterium and tritium are hydrogen to a graph.
-    return {element.symbol: element.Z for element in Element} | {"D": 1, "T": 1}

@@ -146,6 +146,11 @@ def extract_structure_features(
     scalar_features
         Values by name; :func:`scalar_unit` gives the unit of each name.
 
+    Notes
+    -----
+    Other packages name the ends of an edge by the way a message takes: for PyTorch
+    Geometric (source, target) and DGL (u, v) swap the rows, ``edge_index[::-1]``.
+
     Raises
     ------
     InputError
@@ -158,10 +163,9 @@ def extract_structure_features(
     _refuse_isotopes(structure)
     graph_repr = graph_to_repr(graph)
     graph_repr["vectors"] = edge_vectors(graph, structure.frac_coords)
+    lattice = np.array([structure.lattice.matrix], dtype=np.float64)
     (scalars,) = scalar_features(
-        graph.numbers,
-        np.array([0, graph.n_atoms]),
-        np.array([structure.volume], dtype=np.float64),
+        graph.numbers, np.array([0, graph.n_atoms]), _volumes(lattice)
     )
     return graph_repr, scalars
 
@@ -402,6 +406,13 @@ def scalar_features(
     return found_scalars
 
 
+def _volumes(lattices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return volumes (Å³), to the last bit whether of one lattice or of many."""
+    a, b, c = lattices[:, 0], lattices[:, 1], lattices[:, 2]
+    terms = np.cross(a, b) * c
+    return np.abs(terms[:, 0] + terms[:, 1] + terms[:, 2])
+
+
 @functools.cache
 def _fraction_names() -> tuple[str, ...]:
     from pymatgen.core.periodic_table import Element
@@ -430,8 +441,7 @@ def featurize_arrays(
     in few calls.
     """
     packed = pack_arrays(flat, cutoff_radius, max_neighbors, vectors=vectors)
-    cross = np.cross(flat.lattices[:, 0], flat.lattices[:, 1])
-    volumes = np.abs(np.einsum("ij,ij->i", cross, flat.lattices[:, 2]))
+    volumes = _volumes(flat.lattices)
     scalars = scalar_features(flat.numbers, flat.atom_start, volumes)
     return [
         graph if isinstance(graph, InputError) else (graph, own)

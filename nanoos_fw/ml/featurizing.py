@@ -26,16 +26,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pickle
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -50,6 +47,7 @@ from nanoos_fw.errors import (
     error_from_dict,
 )
 from nanoos_fw.faults import crashed, disk_full, how_it_ended, is_environment
+from nanoos_fw.ml.piped_child import GONE, PipedChild, pipe_to_parent
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -78,8 +76,8 @@ class FeatureGuard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timeout_s: float = Field(default=120.0, gt=0)
-    memory_mb: int = Field(default=2048, ge=64, description="MiB")
+    timeout_s: float = Field(default=120.0, gt=0, le=1e9)
+    memory_mb: int = Field(default=2048, ge=64, le=2**30, description="MiB")
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ class FeaturizingChild:
     def __init__(self, parameters: Mapping[str, Any], guard: FeatureGuard) -> None:
         self._parameters = dict(parameters)
         self._guard = guard
-        self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._child = PipedChild(__name__, "the featurizing process")
 
     def __enter__(self) -> FeaturizingChild:
         return self
@@ -157,21 +154,19 @@ class FeaturizingChild:
         crashes: dict[str, int] = {}
         kills = 0
         together = True
-        while left and not self._closed:
-            process = self._started()
-            stdin, stdout = _pipes(process)
-            with contextlib.suppress(BrokenPipeError):
-                pickle.dump((left, together), stdin)
-                stdin.flush()
+        while left and not self._child.closed:
+            self._start()
+            with contextlib.suppress(*GONE):
+                self._child.send((left, together))
             while left:
                 try:
-                    answers = pickle.load(stdout)
-                except (EOFError, pickle.UnpicklingError):
+                    answers = self._child.receive()
+                except GONE:
                     # After the first answer, which is about those that share a call,
                     # the child goes through the rest in their order.
                     key = next(iter(left))
                     died = self._died(key)
-                    if self._is_closed():  # by another thread, meanwhile
+                    if died is None:  # closed by another thread
                         return
                     if is_environment(died):
                         kills += 1
@@ -193,60 +188,30 @@ class FeaturizingChild:
     @property
     def pid(self) -> int | None:
         """Process id of the child, or None while there is none."""
-        return None if self._process is None else self._process.pid
+        return self._child.pid
 
     def close(self) -> None:
         """End the child, for good: a batch that runs in another thread ends too."""
-        self._closed = True
-        process, self._process = self._process, None
-        if process is None:
+        self._child.close()
+
+    def _start(self) -> None:
+        if not self._child.start():
             return
-        process.kill()
-        _let_go(process)
-
-    def _is_closed(self) -> bool:
-        return self._closed
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None:
-            return self._process
-        # One thread: workers are processes, and thread stacks count as memory.
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "NUMBA_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=Path("/"),
-        )
-        self._process = process
-        stdin, stdout = _pipes(process)
         try:
-            pickle.dump((self._parameters, self._guard.model_dump()), stdin)
-            stdin.flush()
-            pickle.load(stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            self.close()
+            self._child.send((self._parameters, self._guard.model_dump()))
+            self._child.receive()
+        except GONE as error:
             raise LaunchError(
                 "the featurizing process did not start",
-                evidence={"exit_code": process.returncode},
+                evidence={"exit_code": self._child.let_go()},
                 advice="see what it printed above; memory_mb may be too low",
             ) from error
-        return process
 
-    def _died(self, key: str) -> NanoOSError:
-        """Return what ended the child while it was at a structure."""
-        process, guard = self._process, self._guard
-        self._process = None
-        if process is None:
-            return LaunchError("the featurizing process is gone")
-        code = _let_go(process)
+    def _died(self, key: str) -> NanoOSError | None:
+        """Return what ended the child while it was at a structure; None: closing it."""
+        code, guard = self._child.let_go(), self._guard
+        if code is None or self._child.closed:
+            return None
         evidence: dict[str, Any] = {"structure": key, "exit_code": code}
         if code == -signal.SIGALRM:
             return OutOfTimeError(
@@ -269,20 +234,6 @@ class FeaturizingChild:
         )
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> int:
-    """Close the pipes of a process that ends, and return its exit code."""
-    for pipe in _pipes(process):
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
-    return process.wait()
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
-    if process.stdin is None or process.stdout is None:
-        raise LaunchError("the featurizing process has no pipes")
-    return process.stdin, process.stdout  # type: ignore[return-value]
-
-
 def _outcome(key: str, answer: tuple[bytes, dict[str, float], Any]) -> Featurized:
     graph, scalars, error = answer
     if error is not None and error.get(_OF_THE_MACHINE):
@@ -296,24 +247,16 @@ def _outcome(key: str, answer: tuple[bytes, dict[str, float], Any]) -> Featurize
 
 
 def _main() -> None:
-    # What a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe
+    receive, answer = pipe_to_parent()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    parameters, limits = pickle.load(sys.stdin.buffer)
+    parameters, limits = receive()
     guard = FeatureGuard(**limits)
     _warm_up(parameters)
     limit = _MemoryLimit(guard.memory_mb * _MIB)
-
-    def answer(value: Any) -> None:
-        pickle.dump(value, answers)
-        answers.flush()
-
     try:
         answer("ready")
         while True:
-            left, together = pickle.load(sys.stdin.buffer)
+            left, together = receive()
             done: list[_Answer] = []
             if together:
                 done = _guarded_together(left, parameters, guard, limit)
@@ -337,7 +280,8 @@ def _guarded(
         with limit:
             result = _featurize(encoded, parameters, guard)
     except MemoryError:
-        result = (b"", {}, _too_large(guard, {}).to_dict())
+        error = _too_large(guard, {}) if limit.ours else _no_memory(limit)
+        result = (b"", {}, {**error.to_dict(), _OF_THE_MACHINE: not limit.ours})
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     return result
 
@@ -470,6 +414,14 @@ def _too_large(guard: FeatureGuard, evidence: dict[str, Any]) -> OutOfMemoryErro
     )
 
 
+def _no_memory(limit: _MemoryLimit) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "featurizing was refused memory within its own limit",
+        evidence={"hard_limit_bytes": limit.hard},
+        advice="raise the job's limit (ulimit -d), or lower memory_mb below it",
+    )
+
+
 def _warm_up(parameters: Mapping[str, Any]) -> None:
     """Import, read tables and compile before any structure's time runs."""
     from pymatgen.core import Lattice, Structure
@@ -490,13 +442,17 @@ class _MemoryLimit:
     def __init__(self, n_bytes: int) -> None:
         # Not Linux: the estimate alone guards.
         self._bounds: tuple[int, int] | None = None
+        self.hard = resource.RLIM_INFINITY
+        self.ours = True  # whether it is our limit that is met first
         status = Path("/proc/self/status")
         if status.exists():
             lines = status.read_text().splitlines()
             line = next(line for line in lines if line.startswith("VmData:"))
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             limit = int(line.split()[1]) * 1024 + n_bytes
+            self.hard = hard
             if hard != resource.RLIM_INFINITY:
+                self.ours = limit <= hard
                 limit = min(limit, hard)
             self._bounds = (limit, hard)
 

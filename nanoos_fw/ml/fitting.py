@@ -206,7 +206,7 @@ class Fit:
         Raises
         ------
         InputError
-            If the loss is not finite any more.
+            If the loss, or what is predicted for validation, is not finite any more.
         """
         epoch, position = self.history.epochs, self.position
         batches = self.batches(epoch)
@@ -222,16 +222,7 @@ class Fit:
             sums = self._step(batches[position.step], number, rate)
             position.sums = [a + b for a, b in zip(position.sums, sums, strict=True)]
             if not math.isfinite(position.sums[0]):
-                raise InputError(
-                    f"training diverged: the loss of member {self.member} is "
-                    f"{position.sums[0]} in step {position.step + 1} of epoch "
-                    f"{epoch + 1}",
-                    evidence={
-                        "learning_rate": rate,
-                        "losses": self.history.train_loss[-20:],
-                    },
-                    advice="lower learning_rate, or set clip_norm",
-                )
+                raise self._diverged(f"the loss is {position.sums[0]}", rate)
             self._update_average(number)
             position.step += 1
             if position.step < len(batches):
@@ -239,6 +230,15 @@ class Fit:
         self._record(position.sums, rate)
         self.position = Position()
         return True
+
+    def _diverged(self, how: str, rate: float) -> InputError:
+        history, step = self.history, self.position.step
+        return InputError(
+            f"training of member {self.member} diverged: {how} in step "
+            f"{min(step + 1, self.steps_per_epoch)} of epoch {history.epochs + 1}",
+            evidence={"learning_rate": rate, "losses": history.train_loss[-20:]},
+            advice="lower learning_rate, or set clip_norm",
+        )
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the rows of each global batch of an epoch, in order."""
@@ -460,6 +460,9 @@ class Fit:
             self._use(averaged)
             found, truth = self.predict(val), self.data.targets[val]
             self._use(current)
+            # The losses of the steps are of the weights before each of them.
+            if not np.isfinite(found).all():
+                raise self._diverged("its predictions are not finite", rate)
             error = found - truth
             square, spread = float((error**2).mean()), float(np.var(truth))
             history.val_mse.append(square * scale**2)

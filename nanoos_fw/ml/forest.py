@@ -18,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
-from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.metrics import calibrate
 from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     Predictions,
     conformal_quantile,
+    normalized_scores,
 )
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
@@ -39,8 +40,6 @@ _ATOM_QUANTITIES = ("nearest_distance", "mean_distance", "farthest_distance")
 _ARRAYS = ("tree_start", "feature", "threshold", "left", "right", "value", "fill")
 _SCORES = "scores"
 _ROWS_AT_ONCE = 4096
-_FLOOR = 0.1  # of the median spread
-_MAX_SCORES = 8192
 _MIN_CALIBRATION = 10
 _FETCH = "fetch or fit the forest again"
 
@@ -418,12 +417,8 @@ class ForestModel:
         spread
             ``(m,)``, standard deviation over those trees, not scaled.
         """
-        floor = _FLOOR * float(np.median(spread))
-        floor = max(floor, 1e-9 * max(1.0, float(np.abs(errors).max())))
-        scores = np.sort(np.abs(errors) / (spread + floor))
-        if len(scores) > _MAX_SCORES:
-            rng = np.random.default_rng([self.card.seed, 0x0B])
-            scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+        rng = np.random.default_rng([self.card.seed, 0x0B])
+        floor, scores = normalized_scores(errors, spread, rng)
         scale = calibrate(np.zeros(len(errors)), errors, spread)
         return replace(
             self.with_card(interval_floor=floor, uncertainty_scale=scale),

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphBatch, GraphTable, degree_column
-from nanoos_fw.ml.crystal_tables import read_crystals
 from nanoos_fw.ml.features import AnyGraph, as_graph
 from nanoos_fw.ml.graphs import (
     CrystalArrays,
     CrystalGraph,
     graph_error,
+    read_arrays,
     vectors_of_arrays,
 )
 from nanoos_fw.ml.neighbors import list_nearest
@@ -204,7 +204,8 @@ def line_graphs_of_crystals(
     tables: list[LineGraphTable] = []
     positions: list[int] = []
     for begin in range(0, len(crystals), _CRYSTALS_AT_ONCE):
-        flat = read_crystals(crystals[begin : begin + _CRYSTALS_AT_ONCE], begin, errors)
+        flat, refused = read_arrays(crystals[begin : begin + _CRYSTALS_AT_ONCE])
+        errors.update({begin + at: error for at, error in refused.items()})
         if not len(flat.positions):
             continue
         table, good = _build(flat, begin, cutoff_radius, angle_cutoff, errors)

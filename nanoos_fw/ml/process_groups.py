@@ -128,11 +128,21 @@ def choose_device(wanted: str, comm: Communicator) -> torch.device:
 
 
 def choose_backend(device: torch.device, comm: Communicator) -> str | None:
-    """Return ``nccl`` where each rank of a node has a GPU of its own, else None."""
+    """Return ``nccl`` where no two ranks share a GPU, else None.
+
+    Parameters
+    ----------
+    device
+        Of this rank, by :func:`choose_device`.
+    comm
+        Ranks that are to sum; all of them must call.
+    """
     if comm.size == 1 or device.type != "cuda":
         return None
-    alone = _local_size(comm) <= torch.cuda.device_count()
-    missing = comm.any(not (alone and torch.distributed.is_nccl_available()))
+    # NCCL refuses a GPU that is named twice, also where a team has few ranks of a node.
+    places = comm.mpi.allgather((socket.gethostname(), device.index))
+    shared = len(set(places)) < len(places)
+    missing = comm.any(shared or not torch.distributed.is_nccl_available())
     return None if missing else "nccl"
 
 
@@ -180,9 +190,3 @@ def _local_rank(comm: Communicator) -> int:
     from mpi4py import MPI
 
     return int(comm.mpi.Split_type(MPI.COMM_TYPE_SHARED).Get_rank())
-
-
-def _local_size(comm: Communicator) -> int:
-    from mpi4py import MPI
-
-    return int(comm.mpi.Split_type(MPI.COMM_TYPE_SHARED).Get_size())

@@ -37,6 +37,7 @@ ATOM_INIT = "atom_init.json"
 MODEL_TYPE = "CGCNN"
 # CVE-2025-32434: the restricted unpickler of torch before 2.6 ran code all the same.
 _SAFE_TORCH = (2, 6)
+_MOST_OUTPUTS = 2
 
 
 class PublishedTarget(NamedTuple):
@@ -174,7 +175,8 @@ def convert_published(
     Raises
     ------
     InputError
-        If target or unit contradict the file, or nothing tells the unit.
+        If target or unit contradict the file, nothing tells the unit, or it has more
+        than two classes.
     CorruptArtifactError
         If the weights do not make the published network.
 
@@ -184,6 +186,12 @@ def convert_published(
     into the running mean of the normalization that follows: exact at inference.
     """
     known = _target_of(checkpoint, target_property, unit)
+    n_outputs = len(checkpoint.state["fc_out.weight"])
+    if n_outputs > _MOST_OUTPUTS:
+        raise InputError(
+            f"{checkpoint.name} tells {n_outputs} classes apart",
+            advice="models here predict a number, or which of two classes",
+        )
     try:
         architecture, weights = _convert(checkpoint.state, atom_table.shape[1])
     except (KeyError, ValueError) as error:

@@ -8,18 +8,13 @@ see their pipe close and end.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nanoos_fw.errors import (
     LaunchError,
@@ -28,6 +23,7 @@ from nanoos_fw.errors import (
     error_from_dict,
 )
 from nanoos_fw.faults import how_it_ended
+from nanoos_fw.ml.piped_child import GONE, PipedChild, pipe_to_parent
 
 _TRIES = 2
 
@@ -112,22 +108,19 @@ def screen_chunks(
 class _Child:
     def __init__(self, job: ScreenJob) -> None:
         self._job = job
-        self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._child = PipedChild(__name__, "the screening worker")
 
     def screen(self, start: int) -> dict[str, Any]:
         code: int | None = None
         for _ in range(_TRIES):
-            process = self._started()
-            stdin, stdout = _pipes(process)
             try:
-                pickle.dump(start, stdin)
-                stdin.flush()
-                answer = pickle.load(stdout)
-            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-                code = _let_go(process)
-                self._process = None
-                if self._closed:
+                if self._child.start():
+                    self._child.send(self._job)
+                self._child.send(start)
+                answer = self._child.receive()
+            except GONE:
+                code = self._child.let_go()
+                if self._child.closed:
                     break
                 continue
             if "error" in answer:
@@ -135,7 +128,7 @@ class _Child:
             return dict(answer)
         raise LaunchError(
             f"the worker that screens candidates from {start} on is gone"
-            if code is None or self._closed
+            if code is None or self._child.closed
             else f"the worker that screens candidates from {start} on "
             f"{how_it_ended(code)}, {_TRIES} times",
             evidence={"start": start, "exit_code": code},
@@ -143,52 +136,7 @@ class _Child:
         )
 
     def close(self) -> None:
-        self._closed = True
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            _let_go(process)
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and not self._closed:
-            return self._process
-        if self._closed:
-            raise LaunchError("the screening is being stopped")
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "NUMBA_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=Path("/"),
-        )
-        self._process = process
-        stdin, _ = _pipes(process)
-        pickle.dump(self._job, stdin)
-        stdin.flush()
-        return process
-
-
-def _let_go(process: subprocess.Popen[bytes]) -> int:
-    """Close the pipes of a process that ends, and return its exit code."""
-    code = process.wait()
-    for pipe in _pipes(process):
-        # A thread may be at it, or there is nobody to flush to.
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            pipe.close()
-    return code
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
-    if process.stdin is None or process.stdout is None:
-        raise LaunchError("the screening worker has no pipes")
-    return process.stdin, process.stdout  # type: ignore[return-value]
+        self._child.close()
 
 
 # ------------------------------------------------------------------ in the child
@@ -224,17 +172,12 @@ class ChunkScreener:
 
 
 def _main() -> None:
-    # What a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe
+    receive, answer_with = pipe_to_parent()
     try:
         screener: ChunkScreener | None = None
-        job = pickle.load(sys.stdin.buffer)
+        job = receive()
         while True:
-            start = pickle.load(sys.stdin.buffer)
+            start = receive()
             try:
                 screener = screener or ChunkScreener(job)
                 answer = screener.screen(start)
@@ -247,8 +190,7 @@ def _main() -> None:
                     advice="give the job more memory, or screen in smaller chunks",
                 )
                 answer = {"error": memory.to_dict()}
-            pickle.dump(answer, answers)
-            answers.flush()
+            answer_with(answer)
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the parent is done, or gone
 

@@ -575,6 +575,7 @@ def _finish(
         fit.use_best()
     networks = [fit.network.cpu() for fit in fits]
     members = predict_table(networks, card, reference, table)
+    _check_finite(members, training)
     mean, std = ensemble(members)
     passes = -(-DROPOUT_SAMPLES // len(networks)) if has_dropout(networks) else 0
     if passes:
@@ -640,6 +641,18 @@ def _finish(
         "n_parameters": sum(p.numel() for p in networks[0].parameters()),
         "environment": run_environment(),
     }
+
+
+def _check_finite(members: NDArray[np.float64], training: TrainingConfig) -> None:
+    """Refuse a model that answers by what is no number, such as after a last step."""
+    wrong = ~np.isfinite(members).all(axis=1)
+    if wrong.any():
+        raise InputError(
+            f"training of member {int(np.flatnonzero(wrong)[0])} diverged: its "
+            "predictions are not finite",
+            evidence={"learning_rate": training.learning_rate},
+            advice="lower learning_rate, or set clip_norm",
+        )
 
 
 def _ancestry(training: TrainingConfig) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ _MAX_SCORES = 8192
 _MAX_REFERENCES = 4096
 _NEIGHBORS = 3
 _IN_DOMAIN = 0.95
-_FLOOR = 0.1
+_FLOORS = (0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # in units of the median spread
 _SHELL = 12
 _FIRST_SHELL = 1.15
 _ATOMIC = (
@@ -71,7 +71,8 @@ class UncertaintyCard(BaseModel):
         Forward passes of each member with dropout on, and the seed of their masks.
     floor
         Added to the spread before errors are divided by it, in the unit of the
-        target: a row whose members happen to agree must not get a width of zero.
+        target: a row whose members happen to agree must not get a width of zero. See
+        :func:`normalized_scores`.
     domain_neighbors, domain_threshold
         A structure is out of domain if its mean distance to this many nearest
         training structures is larger than this: a twentieth of structures like those
@@ -240,10 +241,8 @@ def fit_uncertainty(
         if there are more than a checkpoint should hold.
     """
     rng = np.random.default_rng([seed, 0x0D])
-    # Of training rows, so that it knows nothing of the rows it is judged by.
-    floor = _floor_of(errors[train], None if spread is None else spread[train])
-    scores = _scores_of(
-        errors[val], None if spread is None else spread[val], floor, rng
+    floor, scores = normalized_scores(
+        errors[val], None if spread is None else spread[val], rng
     )
     vectors = describe_graphs(table.select(np.concatenate([train, val])))
     known, held = vectors[: len(train)], vectors[len(train) :]
@@ -296,8 +295,7 @@ def calibrate_uncertainty(
         See :func:`fit_uncertainty`.
     """
     rng = np.random.default_rng([seed, 0x0D])
-    floor = _floor_of(errors, spread)
-    scores = _scores_of(errors, spread, floor, rng)
+    floor, scores = normalized_scores(errors, spread, rng)
     vectors = describe_graphs(table)
     centre, scale = _standard(vectors)
     references = _some(((vectors - centre) / scale).astype(np.float32), rng)
@@ -317,6 +315,48 @@ def calibrate_uncertainty(
         centre=centre,
         scale=scale,
     )
+
+
+def normalized_scores(
+    errors: NDArray[np.float64],
+    spread: NDArray[np.float64] | None,
+    rng: np.random.Generator,
+) -> tuple[float, NDArray[np.float64]]:
+    """Return the floor of a spread, and the errors over (spread + floor), sorted.
+
+    Parameters
+    ----------
+    errors
+        ``(n,)``, prediction minus truth of rows that were not learned.
+    spread
+        ``(n,)``, not scaled; None: all rows have a width of 1.
+    rng
+        Chooses which scores stand for all if there are more than a file should hold.
+
+    Returns
+    -------
+    floor, scores
+        ``floor`` in the unit of the target, ``scores`` ``(m,)``.
+
+    Notes
+    -----
+    How much the spread says is to be found out: that of two members is close to zero
+    by chance on many rows, whose errors are then divided by next to nothing, and the
+    quantile, with it all intervals, becomes several times too wide. So the floor is
+    the one of a few multiples of the median spread, from a tenth (the spread decides)
+    to a hundred (all widths are alike), under which the errors are likeliest, as
+    Laplace variables of scale proportional to spread + floor. One number from six,
+    chosen by likelihood and not by width, costs next to no coverage.
+    """
+    if spread is None or not len(errors):
+        floor, width = 1.0, np.ones(len(errors))
+    else:
+        floor = _floor_of(errors, spread)
+        width = spread + floor
+    scores = np.sort(np.abs(errors) / width)
+    if len(scores) > _MAX_SCORES:
+        scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
+    return floor, scores
 
 
 def conformal_quantile(
@@ -471,23 +511,20 @@ def _dropouts(member: nn.Module) -> list[Any]:
 # ------------------------------------------------------------------------- private
 
 
-def _floor_of(errors: NDArray[np.float64], spread: NDArray[np.float64] | None) -> float:
-    if spread is None:
-        return 1.0
-    floor = _FLOOR * float(np.median(spread))
-    return max(floor, 1e-9 * max(1.0, float(np.abs(errors).max())))
-
-
-def _scores_of(
-    errors: NDArray[np.float64],
-    spread: NDArray[np.float64] | None,
-    floor: float,
-    rng: np.random.Generator,
-) -> NDArray[np.float64]:
-    scores = np.sort(np.abs(errors) / ((0.0 if spread is None else spread) + floor))
-    if len(scores) > _MAX_SCORES:
-        scores = np.sort(rng.choice(scores, _MAX_SCORES, replace=False))
-    return scores
+def _floor_of(errors: NDArray[np.float64], spread: NDArray[np.float64]) -> float:
+    """Return the floor under which errors follow spread + floor most likely."""
+    size = np.abs(errors)
+    least = 1e-9 * max(1.0, float(size.max()))
+    best, answer = math.inf, least
+    for factor in _FLOORS:
+        floor = max(factor * float(np.median(spread)), least)
+        width = spread + floor
+        # Minus the likelihood of a Laplace distribution, at its most likely scale.
+        unlikely = float(np.log(width).mean())
+        unlikely += math.log(max(float((size / width).mean()), 1e-300))
+        if unlikely < best:
+            best, answer = unlikely, floor
+    return answer
 
 
 def _threshold_within(references: NDArray[np.float32], k: int) -> float:

@@ -195,7 +195,7 @@ def plan_reruns(
             launch["launch_id"]: launch
             for launch in database["launches"].find(
                 {"launch_id": {"$in": [n for fw in fireworks for n in fw["launches"]]}},
-                {"launch_id": 1, "action": 1, "state": 1, "state_history": 1},
+                {"launch_id": 1, "action": 1, "launch_dir": 1, "state_history": 1},
             )
         }
         history = Counter(

@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
-from nanoos_fw.ml.graphs import element_symbol
 
 if TYPE_CHECKING:
     import pyarrow

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw import __version__
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.ml.candidate_filters import REASONS, CandidateStatus
 from nanoos_fw.ml.candidates import CandidateSource, open_candidates
-from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.ranking import Ranked
 from nanoos_fw.ml.screening_engine import ChunkResult
 from nanoos_fw.operations.row_files import Kind, Row, plain_single, write_rows

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.ml.candidate_filters import REASONS
 from nanoos_fw.ml.candidates import CandidateSource, open_candidates
-from nanoos_fw.ml.graphs import element_symbol
 from nanoos_fw.ml.ranking import TIE_RULE, Ranking, rank_top
 from nanoos_fw.ml.screen_summary import ModelSummary, summarize_screen
 from nanoos_fw.ml.screening_engine import ChunkResult

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,11 +100,25 @@ class AliasLog:
             f"alias {alias!r} of {name!r} keeps being moved", advice="try again"
         )
 
-    def roll_back(self, name: str, alias: str, reason: str) -> AliasEntry:
+    def roll_back(
+        self,
+        name: str,
+        alias: str,
+        reason: str,
+        *,
+        check: Callable[[int], None] = lambda _: None,
+    ) -> AliasEntry:
         """Point an alias at what it pointed at before; return the new entry.
 
         Rolling back again goes one further back. Moves at the same time are not
         rolled back by accident.
+
+        Parameters
+        ----------
+        name, alias, reason
+            Whose alias, which, and why.
+        check
+            Called with the version before the alias moves; what it raises ends it.
 
         Raises
         ------
@@ -120,6 +135,7 @@ class AliasLog:
                 evidence={"history": [entry.to_dict() for entry in history[-5:]]},
                 advice=f"see 'nanoos models show {name}'",
             )
+        check(before.version)
         entry = _new_entry(
             name,
             alias,

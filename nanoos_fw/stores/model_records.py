@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Storage = Literal["gridfs", "file", "none"]
 
 PARTS = ("val", "test")
-_HIGHER_IS_BETTER = frozenset({"r2", "accuracy", "auc", "f1", "precision", "recall"})
+_HIGHER_IS_BETTER = frozenset(
+    {"r2", "accuracy", "auc", "roc_auc", "f1", "precision", "recall"}
+)
+# Shares that are right at a value of their own, and counts.
+_NO_MERIT = frozenset({"n", "within_interval", "within_1_std", "within_2_std"})
 MOCK_TARGETS = "mock_targets"
 
 
@@ -73,14 +78,21 @@ class ModelRecord(BaseModel):
 
 
 def metric_of(record: ModelRecord, metric: str, part: str) -> float | None:
-    """Return a metric of a part (``val``, ``test``), None where it is not stated."""
+    """Return a metric of a part (``val``, ``test``); None where there is no number."""
     value = (record.metrics.get(part) or {}).get(metric)
-    return float(value) if isinstance(value, int | float) else None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def higher_is_better(metric: str) -> bool:
     """Tell which way a metric is good."""
     return metric in _HIGHER_IS_BETTER
+
+
+def says_which_is_better(metric: str) -> bool:
+    """Tell whether models can be ordered by a metric."""
+    return metric not in _NO_MERIT
 
 
 def compare_models(
@@ -113,6 +125,7 @@ def compare_models(
     warnings = []
     for what, found in (
         ("targets", [record.target for record in ordered]),
+        ("units", [record.unit for record in ordered]),
         ("datasets", [record.dataset_info.get("dataset_hash") for record in ordered]),
     ):
         if any(value != found[0] for value in found):

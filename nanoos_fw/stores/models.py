@@ -31,6 +31,7 @@ from nanoos_fw.stores.model_records import (
     compare_models,
     merit,
     metric_of,
+    says_which_is_better,
 )
 from nanoos_fw.stores.predictions import Prediction, PredictionStore
 from nanoos_fw.stores.system_models import (
@@ -276,8 +277,14 @@ class ModelRegistry:
         Raises
         ------
         InputError
-            If no usable model states the metric, or their targets differ.
+            If no usable model states the metric, their targets or units differ, or
+            the metric is none that is good high or low.
         """
+        if not says_which_is_better(metric):
+            raise InputError(
+                f"{metric} does not say which model is better",
+                advice="take mae, rmse, mse, r2, accuracy, roc_auc or nll",
+            )
         records = [
             record
             for record in self.list_models(target=target)
@@ -303,6 +310,14 @@ class ModelRegistry:
                 f"the {metric} of different targets cannot be compared: "
                 f"{', '.join(targets)}",
                 advice=f"name one, as in best:{metric}:{targets[0]}",
+            )
+        units = sorted({record.unit for record in stated})
+        if len(units) > 1:
+            raise InputError(
+                f"the {metric} in different units cannot be compared: "
+                f"{', '.join(unit or 'none' for unit in units)}",
+                evidence={"models": {r.reference: r.unit for r in stated[:20]}},
+                advice="compare models of one unit, named by name@version",
             )
         datasets = {record.dataset_info.get("dataset_hash") for record in stated}
         if len(datasets) > 1:
@@ -368,10 +383,19 @@ class ModelRegistry:
         ------
         InputError
             If there is none.
+        MissingDependencyError
+            If its weights were removed; the alias stays where it is.
         StoreError
             If somebody else moves the alias at the same time.
         """
-        entry = self._aliases.roll_back(name, alias, reason)
+        entry = self._aliases.roll_back(
+            name,
+            alias,
+            reason,
+            check=lambda version: self._check_weights_there(
+                self.get(f"{name}@{version}")
+            ),
+        )
         return self.get(f"{name}@{entry.version}")
 
     def history(self, name: str, alias: str | None = None) -> list[AliasEntry]:

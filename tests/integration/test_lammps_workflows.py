@@ -423,6 +423,31 @@ def test_executable_stops_by_its_clock_and_goes_on(tmp_path):
     assert table.step.tolist() == list(range(0, 100_101, 100))
 
 
+def test_minimization_that_the_executables_clock_ends_is_not_done(tmp_path):
+    rough = silicon(5.6) * [9, 9, 9]  # some seconds of work
+    rough.perturb(0.1, seed=1)
+    parameters = {
+        "workflow_type": "MINIMIZE_LAMMPS",
+        "potential": file_potential("tersoff", "Si.tersoff"),
+        "relax_cell": True,
+        "thermo_every": 1,
+    }
+    engine, output = LAMMPSEngine(command=LMP), tmp_path / "output"
+    inputs = engine.prepare_input(rough, parameters, tmp_path)
+    with pytest.raises(OutOfTimeError) as caught:
+        engine.execute(inputs, output, timeout=0.5)
+    # LAMMPS ends there as if it had converged, exit code and all.
+    log = (output / "log.000000000000.lammps").read_text()
+    assert "Stopping criterion = walltime limit reached" in log
+    assert caught.value.resumable
+    assert not (output / "final.json").exists()
+    partial = engine.parse_output(output)
+    assert not partial["complete"]
+    assert partial["steps"] > 0
+    with pytest.raises(OutOfTimeError):
+        engine.execute(inputs, output, timeout=0.5)
+
+
 def test_executable_that_is_none_is_named(tmp_path):
     engine = LAMMPSEngine(command="/no/such/lmp")
     inputs = engine.prepare_input(

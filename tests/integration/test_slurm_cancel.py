@@ -51,14 +51,18 @@ class Job:
         spec = {"_add_launchpad_and_fw_id": True, "nanoos": nanoos}
         self.launchpad.add_wf(Firework([task], spec=spec))
 
-    def submit(self) -> str:
-        """Submit a job as qlaunch would, and wait until its task is at work."""
+    def submit(self, *, packed: bool = False) -> str:
+        """Submit a job as qlaunch would, and wait until its task is at work.
+
+        Or a packed worker.
+        """
         began = self.folder / f"began-{self.key}"
         began.unlink(missing_ok=True)
-        words = [sys.executable, "-m", "nanoos_fw.rlaunch", "-l", str(self.file)]
-        request = slurm_request(
-            {"rocket_launch": " ".join([*words, "singleshot"]), "walltime": "0:10:00"}
-        )
+        words = ["nanoos_fw.rlaunch", "-l", str(self.file), "singleshot"]
+        if packed:
+            words = ["nanoos_fw.cli", "work", "-l", str(self.file), "--idle", "1"]
+        command = " ".join([sys.executable, "-m", *words])
+        request = slurm_request({"rocket_launch": command, "walltime": "0:10:00"})
         done = subprocess.run(
             ["sbatch", "--parsable"],
             input=batch_script(request, str(self.folder)),
@@ -109,8 +113,9 @@ def left_the_queue(number: str) -> bool:
     return not done.stdout.strip()
 
 
-def test_a_cancelled_job_goes_on_when_it_is_asked_to(job: Job) -> None:
-    number = job.submit()
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cancelled_job_goes_on_when_it_is_asked_to(job: Job, packed: bool) -> None:
+    number = job.submit(packed=packed)
     subprocess.run(["scancel", number], check=True)
     wait_for(lambda: left_the_queue(number), job.logs)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,17 @@ from nanoos_fw.ml.cgcnn import (
     atom_features,
     save_checkpoint,
 )
-from nanoos_fw.ml.datasets import DatasetConfig, build_regression_dataset
+from nanoos_fw.ml.datasets import (
+    DatasetConfig,
+    build_regression_dataset,
+    write_dataset,
+)
 from nanoos_fw.ml.forest import fit_forest, graph_scalars, load_forest
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.network import build_network
+from nanoos_fw.operations.models import calibrate_registered
+from nanoos_fw.stores.database import open_database
+from nanoos_fw.stores.models import get_model, register_model
 
 SIZES = Architecture(hidden_dim=6, num_layers=1, readout_dim=6, gaussian_step=0.5)
 TARGET = "bandgap"
@@ -150,6 +158,39 @@ def test_what_the_model_has_learned_does_not_calibrate_it(tmp_path):
     own = write_model(tmp_path / "own", dataset_hash=dataset.dataset_hash)
     found = calibrate_model(own, dataset, tmp_path / "out")
     assert (found.parts, found.n) == (("val",), len(dataset.rows("val")))
+    # Trained further from a model that had learned them.
+    child = write_model(tmp_path / "child", dataset_hash="e" * 40)
+    found = calibrate_model(
+        child, dataset, tmp_path / "out", learned={dataset.dataset_hash}
+    )
+    assert (found.parts, found.n) == (("val",), len(dataset.rows("val")))
+
+
+def test_a_registered_model_is_calibrated_as_its_next_version(
+    embedded_database, tmp_path
+):
+    database = open_database(SimpleNamespace(db=embedded_database))
+    model = write_model(tmp_path / "m")
+    dataset = labelled(model, crystals(120, 7), 0.3, 7, train_fraction=0.5,
+                       val_fraction=0.3, test_fraction=0.2)  # fmt: skip
+    write_dataset(dataset, tmp_path / "dataset")
+    for number, digest in ((1, dataset.dataset_hash), (2, "e" * 40)):
+        # The second one was trained further from the first, on other structures.
+        file = tmp_path / f"version{number}"
+        made = write_model(file, dataset_hash=digest, n_train=number)
+        parent = None if number == 1 else "m@1"
+        register_model(made, file, parent=parent, database=database)
+    call = (database, "m@2", tmp_path / "dataset", tmp_path / "work")
+    found = calibrate_registered(*call)
+    assert (found.record.reference, found.record.parent) == ("m@3", "m@2")
+    assert found.calibration.parts == ("val",)
+    assert found.to_dict()["n"] == len(dataset.rows("val"))
+    assert calibrate_registered(*call).record.reference == "m@3"
+    answer = get_model("m@3", database=database).predict(one_graph(dataset.graphs, 0))
+    assert answer["interval"] is not None
+    # Again, from itself: what its parents have learned, it has.
+    again = calibrate_registered(database, "m@3", *call[2:])
+    assert again.calibration.parts == ("val",)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -9,8 +9,8 @@ from pymatgen.core import Lattice, Structure
 from nanoos_fw.crystals import encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.crystal_tables import arrays_of_dict, build_table
-from nanoos_fw.ml.graphs import build_graph
+from nanoos_fw.ml.crystal_tables import build_table
+from nanoos_fw.ml.graphs import arrays_of_dict, build_graph
 
 FIELDS = ("numbers", "degrees", "neighbors", "distances", "atom_start", "edge_start")
 

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.ml import datasets
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.datasets import (
     OUTLIER,
@@ -17,6 +16,7 @@ from nanoos_fw.ml.datasets import (
     DatasetConfig,
     adopt_dataset,
     build_regression_dataset,
+    building,
     check_leakage,
     open_dataset,
     split_train_val,
@@ -386,7 +386,7 @@ def stream(targets=TARGETS):
 def test_a_streamed_dataset_has_the_bytes_of_one_built_in_memory(
     tmp_path, monkeypatch, split
 ):
-    monkeypatch.setattr(datasets, "_GRAPHS_AT_ONCE", 7)
+    monkeypatch.setattr(building, "GRAPHS_AT_ONCE", 7)
     config = CONFIG.model_copy(update={"split": split, "iqr_factor": 0.5})
     times = {name: f"2026-01-{1 + i % 28:02d}" for i, name in enumerate(GRAPHS)}
     times = times if split == "time" else None
@@ -403,7 +403,7 @@ def test_a_streamed_dataset_has_the_bytes_of_one_built_in_memory(
 
 
 def test_the_hash_is_the_content_key_of_all_columns(monkeypatch):
-    monkeypatch.setattr(datasets, "_ITEMS_AT_ONCE", 3)
+    monkeypatch.setattr(building, "_ITEMS_AT_ONCE", 3)
     dataset = build_regression_dataset(GRAPHS, TARGETS, CONFIG)
     content = {
         "config": CONFIG.model_dump(mode="json"),

@@ -15,6 +15,7 @@ from nanoos_fw.md.engine import (
 )
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.potentials import zhou2004_potential
+from nanoos_fw.operations.simulation_folders import simulation_status
 from nanoos_fw.provenance import read_json, write_json
 
 
@@ -257,3 +258,16 @@ def test_one_parameter_by_two_names_is_refused(copper, tmp_path):
         LAMMPSEngine().run(
             copper, {"temperature": 500.0, "temperature_k": 300.0}, tmp_path
         )
+
+
+def test_status_tells_the_newest_step_off_the_grid_too(copper, tmp_path):
+    parameters = {"equilibration_steps": 0, "num_steps": 4020}
+    _, output = pretend_output(copper, tmp_path, parameters, final=False)
+    for folder in (tmp_path, output):
+        found = simulation_status(folder)
+        assert (found["step"], found["total_steps"]) == (4020, 4020)
+        assert not found["finished"]
+        assert found["restart_step"] == 0
+        assert found["last"]["volume_a3"] == {"value": 50.0, "unit": "Å³"}
+    with pytest.raises(InputError, match="holds no simulation"):
+        simulation_status(tmp_path / "elsewhere")

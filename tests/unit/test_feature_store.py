@@ -21,6 +21,7 @@ from nanoos_fw.errors import (
     InputError,
     LaunchError,
     NanoOSError,
+    OutOfMemoryError,
 )
 from nanoos_fw.firetasks import featurization
 from nanoos_fw.firetasks.featurization import FeatureParameters, compute_features
@@ -300,7 +301,7 @@ def test_many_in_one_call_are_each_alone(
             graph, ours, none = found[key]
             assert none is None
             assert graph == pack_graph(graph_from_repr(graph_repr))
-            assert ours == pytest.approx(scalars, rel=1e-13, abs=1e-13)
+            assert ours == scalars
     assert sum(error is None for _, _, error in found.values()) > 30
     assert sum(error is not None for _, _, error in found.values()) > 3
 
@@ -351,6 +352,24 @@ def test_what_the_machine_does_to_a_child_is_no_fault_of_its_structure(
     assert len(report.hit) + len(report.computed) == 2
 
 
+def test_memory_that_the_machine_refuses_is_no_fault_of_a_structure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    spoil(monkeypatch, tmp_path, "numpy.ones(500_000_000)")
+    site = tmp_path / "sitecustomize.py"
+    hard = 3 * 1024**3
+    limit = f"resource.setrlimit(resource.RLIMIT_DATA, ({hard}, {hard}))"
+    site.write_text(f"import resource\n{limit}\n{site.read_text()}")
+    guard = FeatureGuard(memory_mb=60_000)
+    with (
+        FeaturizingChild(DESCRIBED, guard) as child,
+        pytest.raises(OutOfMemoryError) as caught,
+    ):
+        list(child.featurize(THREE_AND_TWO))
+    assert caught.value.evidence["hard_limit_bytes"] == hard
+    assert failure_class(caught.value) == "oom"
+
+
 def test_a_crash_is_told_with_its_evidence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -392,6 +411,10 @@ def test_what_is_there_is_not_computed_again(database: Any) -> None:
 def test_what_would_compute_nothing_is_refused(embedded_database: Any) -> None:
     with pytest.raises(InputError, match="workers must be at least 1"):
         compute_features(embedded_database, [], workers=0)
+    # No clock and no limit of the kernel can be set to it.
+    for beyond in ({"timeout_s": float("inf")}, {"memory_mb": 2**60}):
+        with pytest.raises(ValidationError):
+            FeatureGuard(**beyond)
     # Every structure would be quarantined for it.
     for wrong in ({"cutoff_radius": float("inf")}, {"max_neighbors": 70_000}):
         with pytest.raises(ValidationError):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
 from nanoos_fw.ml import gradients
 from nanoos_fw.ml.gradients import FlatParameters
+from nanoos_fw.ml.process_groups import choose_backend
 from nanoos_fw.parallel import Communicator
 
 
@@ -66,3 +70,21 @@ def test_sums_that_no_gradient_came_for_are_made_all_the_same():
     flat.clear()
     flat.sum()
     assert sum(len(a) for a in twin.begun) == len(flat.weights) + 1
+
+
+@pytest.mark.parametrize(
+    ("places", "backend"),
+    [
+        ([("n1", 0), ("n1", 1)], "nccl"),
+        ([("n1", 0), ("n2", 0)], "nccl"),
+        # Four ranks of two teams on two GPUs: the ranks of a team share one.
+        ([("n1", 0), ("n1", 0)], None),
+    ],
+)
+def test_ranks_that_share_a_gpu_sum_without_nccl(places, backend, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    team = SimpleNamespace(
+        size=2, mpi=SimpleNamespace(allgather=lambda _: places), any=bool
+    )
+    assert choose_backend(torch.device("cuda", 0), team) == backend
+    assert choose_backend(torch.device("cpu"), team) is None

@@ -212,6 +212,49 @@ def test_the_best_version_goes_by_validation_and_one_target(
         registry.get("best:f1")
 
 
+def test_the_best_of_classes_has_the_largest_area(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    (tmp_path / "w").write_bytes(b"w")
+    for key, area in (("a", 0.6), ("b", 0.9), ("c", float("nan"))):
+        metrics = {"val": {"roc_auc": area, "within_interval": area, "mae": 1.0 - area}}
+        register(registry, tmp_path / "w", key, metrics=metrics)
+    assert registry.get("best:roc_auc").reference == "energies@2"
+    # What is not a number is not the best, wherever it stands.
+    register(registry, tmp_path / "w", "d", metrics={"val": {"mae": 0.2}})
+    assert registry.get("best:mae").reference == "energies@2"
+    listed = registry.list_models(name="energies", sort="mae")
+    assert [r.version for r in listed] == [2, 4, 1, 3]
+    with pytest.raises(InputError, match="within_interval does not say"):
+        registry.get("best:within_interval")
+
+
+def test_errors_in_different_units_are_not_compared(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    (tmp_path / "w").write_bytes(b"w")
+    register(registry, tmp_path / "w", "a", unit="eV/atom")
+    register(registry, tmp_path / "w", "b", unit="kJ/mol")
+    with pytest.raises(InputError, match="eV/atom, kJ/mol"):
+        registry.get("best:mae")
+    warnings = compare_models(registry.list_models(name="energies"))["warnings"]
+    assert warnings == ["different units: the errors cannot be compared"]
+
+
+def test_a_rollback_to_removed_weights_moves_nothing(
+    registry: ModelRegistry, database: Any, tmp_path: Path
+) -> None:
+    versions(registry, tmp_path, 3)
+    for number in (1, 2, 3):
+        registry.activate(f"energies@{number}", reason="better")
+    removed = [g.reference for g in collect_garbage(database, keep=0)]
+    assert removed == ["energies@1", "energies@2"]
+    with pytest.raises(MissingDependencyError, match="energies@2 were removed"):
+        registry.roll_back("energies")
+    assert registry.get("energies").reference == "energies@3"
+    assert len(registry.history("energies")) == 3
+
+
 def test_errors_on_several_datasets_are_warned_of(
     registry: ModelRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -297,6 +297,15 @@ def test_files_of_own_trainings_with_more_layers(tmp_path):
     assert model.predict(build_graph(unknown))["out_of_domain"]
 
 
+def test_more_than_two_classes_are_refused(tmp_path):
+    # "The likelier of two" would never name the third.
+    torch.save(published_content(n_out=3), tmp_path / "three.pth.tar")
+    (tmp_path / "atom_init.json").write_text(json.dumps(VECTORS))
+    with pytest.raises(InputError, match="tells 3 classes apart"):
+        import_published(tmp_path / "three.pth.tar", tmp_path / "m", "phase")
+    assert not (tmp_path / "m").exists()
+
+
 def _batch(graph):
     from nanoos_fw.ml.batches import collate_graphs
     from nanoos_fw.ml.network import TensorBatch

@@ -335,6 +335,22 @@ def test_divergence_is_an_error_with_advice(dataset_dir, tmp_path):
     assert "step" in str(caught.value)
 
 
+@pytest.mark.parametrize("val", [0.2, 0.0])
+def test_weights_that_the_last_step_broke_are_no_model(val, tmp_path):
+    # Its loss is of the weights before it.
+    config = DatasetConfig(
+        target_property=TARGET, train_fraction=0.8, val_fraction=val,
+        test_fraction=0.2 - val,
+    )  # fmt: skip
+    write_dataset(
+        build_regression_dataset(GRAPHS, TARGETS, config), tmp_path / "dataset"
+    )
+    with pytest.raises(InputError, match="predictions are not finite"):
+        train(tmp_path / "dataset", tmp_path / "work", epochs=1, batch_size=64,
+              learning_rate=1e30, optimizer="sgd", schedule="constant",
+              warmup_fraction=0.0)  # fmt: skip
+
+
 def test_a_dataset_of_another_target_is_refused(dataset_dir, tmp_path):
     with pytest.raises(InputError, match="bandgap"):
         train(dataset_dir, tmp_path, target="bandgap")

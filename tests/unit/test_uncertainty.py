@@ -27,6 +27,7 @@ from nanoos_fw.ml.uncertainty import (
     fit_uncertainty,
     has_dropout,
     nearest_distance,
+    normalized_scores,
     thinned,
 )
 
@@ -125,17 +126,61 @@ def test_normalized_intervals_hold_for_sure_and_for_unsure_predictions():
     assert flat[sure].mean() > 0.98
 
 
+@pytest.mark.parametrize(("n", "members"), [(100, 2), (20, 2), (100, 5)])
+def test_a_spread_that_says_nothing_makes_no_wide_intervals(n, members):
+    """Members that differ by chance alone: one width for all is the best there is."""
+    held, widths, best = [], [], []
+    for seed in range(300):
+        rng = np.random.default_rng([2, seed])
+        errors = rng.laplace(size=n + 500)
+        spread = 0.2 * rng.normal(size=(members, n + 500)).std(axis=0, ddof=1)
+        floor, scores = normalized_scores(errors[:n], spread[:n], rng)
+        width = conformal_quantile(scores, 0.9) * (spread[n:] + floor)
+        held.append(np.mean(np.abs(errors[n:]) <= width))
+        widths.append(width.mean())
+        best.append(conformal_quantile(np.sort(np.abs(errors[:n])), 0.9))
+    law = stats.beta(np.ceil(0.9 * (n + 1)), n + 1 - np.ceil(0.9 * (n + 1)))
+    assert np.mean(held) == pytest.approx(law.mean(), abs=0.01)
+    assert np.mean(widths) < 1.15 * np.mean(best)
+
+
+def test_a_spread_that_says_all_is_kept():
+    """Errors known up to a factor: intervals are about as wide as those of sigma."""
+    held, widths, best = [], [], []
+    for seed in range(300):
+        rng = np.random.default_rng([3, seed])
+        errors, sigma = heteroscedastic(rng, 600)
+        floor, scores = normalized_scores(errors[:100], sigma[:100], rng)
+        width = conformal_quantile(scores, 0.9) * (sigma[100:] + floor)
+        held.append(np.mean(np.abs(errors[100:]) <= width))
+        widths.append(width.mean())
+        ideal = np.sort(np.abs(errors[:100]) / sigma[:100])
+        best.append((conformal_quantile(ideal, 0.9) * sigma[100:]).mean())
+    assert np.mean(held) == pytest.approx(0.9, abs=0.01)
+    assert np.mean(widths) < 1.05 * np.mean(best)
+
+
+def test_members_that_agree_everywhere_leave_one_width():
+    errors = np.linspace(-1.0, 1.0, 41)
+    floor, scores = normalized_scores(errors, np.zeros(41), np.random.default_rng(0))
+    assert floor > 0.0
+    np.testing.assert_allclose(scores * floor, np.sort(np.abs(errors)))
+    exact = normalized_scores(np.zeros(41), np.zeros(41), np.random.default_rng(0))
+    assert np.isfinite(exact[1]).all()
+
+
 def test_the_fit_takes_validation_rows_only():
     rng = np.random.default_rng(2)
     table = table_of([alloy(rng) for _ in range(60)])
     errors, spread = heteroscedastic(rng, 60)
     train, val = np.arange(30), np.arange(30, 50)
     made = fit_uncertainty(table, errors, spread, train, val, source="ensemble")
-    floor = 0.1 * np.median(spread[:30])
+    floor = made.card.floor
     np.testing.assert_allclose(
         made.scores, np.sort(np.abs(errors[30:50]) / (spread[30:50] + floor))
     )
     errors[50:], spread[50:] = 1e9, 1e-9
+    errors[:30], spread[:30] = 0.0, 1e-9  # a network knows what it has learned
     again = fit_uncertainty(table, errors, spread, train, val, source="ensemble")
     np.testing.assert_array_equal(again.scores, made.scores)
     assert again.card == made.card
