@@ -50,7 +50,7 @@ _COPIED = (
 )  # fmt: skip
 # What is killed: words of its command line.
 _PROCESSES = {
-    "rlaunch": "bin/rlaunch",
+    "rlaunch": "nanoos_fw.rlaunch",
     "slot": "nanoos_fw.operations.slots",
     "worker": "bin/nanoos work",
 }

@@ -92,7 +92,7 @@ def ranks_below(folder: Path) -> list[int]:
                         found.add(int(entry.name))
     # The parent of the ranks has it open, too, when it waits for the last of them.
     return sorted(
-        pid for pid in found if not _has_word(pid, "bin/rlaunch", "operations.slots")
+        pid for pid in found if not _has_word(pid, "nanoos_fw.rlaunch", "operations.slots")
     )
 
 
@@ -204,7 +204,7 @@ def _resident(pid: int) -> int:
 
 
 def _firework_process(job: str) -> list[int]:
-    return processes(job, "bin/rlaunch")[:1] or processes(
+    return processes(job, "nanoos_fw.rlaunch")[:1] or processes(
         job, "nanoos_fw.operations.slots"
     )
 
