@@ -92,7 +92,9 @@ def ranks_below(folder: Path) -> list[int]:
                         found.add(int(entry.name))
     # The parent of the ranks has it open, too, when it waits for the last of them.
     return sorted(
-        pid for pid in found if not _has_word(pid, "nanoos_fw.rlaunch", "operations.slots")
+        pid
+        for pid in found
+        if not _has_word(pid, "nanoos_fw.rlaunch", "operations.slots")
     )
 
 
