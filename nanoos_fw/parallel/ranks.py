@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -212,9 +213,13 @@ def _run(program: RankProgram, path: Path) -> None:
         comm.barrier()
         sys.exit(RESUMABLE_EXIT)
     except BaseException as error:
-        traceback.print_exc()
-        _report(work_dir, error)
-        sys.stdout.flush()
+        # On a full disk none of this can be written; the other ranks must end anyway.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            _report(work_dir, error)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         comm.abort(1)
         return
     if comm.rank == 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,11 @@ from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.md.relaxation import relax_structures
 from nanoos_fw.operations.rerun import plan_reruns, rerun_failed_fireworks
 from nanoos_fw.operations.status import campaign_status
+from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import write_atomic
+
+# Upper bound after which ranks count as hanging; they end within seconds.
+HANGING_S = 90.0
 
 
 class SmallDisk:
@@ -105,6 +111,45 @@ def test_a_firework_on_a_full_disk_is_rerun_when_asked_to(
     disk.free()
     assert len(rerun_failed_fireworks(launchpad, classes=["disk"]).rerun) == 1
     assert launch() == "COMPLETED"
+
+
+@pytest.mark.lammps
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_fills_while_ranks_work_ends_them(
+    disk: SmallDisk, ranks: int
+) -> None:
+    """Neither their results nor their errors can be written."""
+    cell = Structure.from_spacegroup("Fd-3m", Lattice.cubic(5.5), ["Si"], [[0] * 3])
+    structures = {}
+    for number in range(150):
+        structures[f"s{number}"] = cell.copy()
+        structures[f"s{number}"].perturb(0.1, seed=number)
+    potential, work_dir = file_potential("sw", "Si.sw"), disk.folder / "work"
+    ended = threading.Event()
+
+    def fill() -> None:
+        while not list(work_dir.glob("results.*")) and not ended.is_set():
+            time.sleep(0.001)
+        disk.fill()
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(DiskFullError, match=str(disk.folder)):
+            relax_structures(
+                structures, potential, work_dir, resources=Resources(ranks)
+            )
+    finally:
+        ended.set()
+        thread.join()
+    assert time.monotonic() - began < HANGING_S
+    disk.free()
+    found = relax_structures(
+        structures, potential, work_dir, resources=Resources(ranks)
+    )
+    assert all(result.converged for result in found.values())
 
 
 @pytest.mark.lammps
