@@ -14,7 +14,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
@@ -112,6 +114,39 @@ def how_it_ended(exit_code: int) -> str:
     except ValueError:  # a real-time signal
         name = "a signal"
     return f"was killed by {name} (signal {number})"
+
+
+class _Forgiving:
+    """An output stream for which a full disk is no error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def let_output_be_lost() -> None:
+    """Let this process go on when its log is on a full disk.
+
+    FireWorks prints the traceback of a task before it ends the launch: an error there
+    leaves the launch running, and its heartbeat keeps the process for an hour.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Forgiving):
+            setattr(sys, name, _Forgiving(stream))
 
 
 # ------------------------------------------------------------------------------ errors

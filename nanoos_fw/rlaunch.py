@@ -1,4 +1,4 @@
-"""``rlaunch`` that waits for a database server that is away; what our jobs start.
+"""``rlaunch`` that outlasts an absent database and a full disk; what our jobs start.
 
 FireWorks' own ends with the first operation that fails. Firetasks let its connection
 wait, but they are not loaded before a firework has been taken. So jobs made by ``nanoos
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fireworks.scripts import rlaunch_run
 
+from nanoos_fw.faults import let_output_be_lost
 from nanoos_fw.settings import load_settings
 from nanoos_fw.stores.outages import let_launchers_wait
 
@@ -20,6 +21,7 @@ _LAUNCHERS = ("launch_rocket", "rapidfire")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``rlaunch`` with these arguments; those of the command line without."""
+    let_output_be_lost()
     let_launchers_wait(rlaunch_run, _LAUNCHERS, load_settings().database_wait_s)
     return int(rlaunch_run.rlaunch(arguments))
 

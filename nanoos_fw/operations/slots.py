@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from nanoos_fw.errors import StoreError
+from nanoos_fw.faults import let_output_be_lost
 from nanoos_fw.provenance import read_json
 from nanoos_fw.slurm import allocation_deadline, walltime_seconds
 from nanoos_fw.stores.launches import SPEC_KEY
@@ -362,6 +363,7 @@ def _remove_if_empty(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a slot: CONFIG.json PIPE."""
     path, pipe = sys.argv[1:] if arguments is None else arguments
+    let_output_be_lost()
     config = SlotConfig.model_validate(read_json(Path(path)))
     if config.cpus is not None:  # before a library counts them to start its threads
         os.sched_setaffinity(0, config.cpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fireworks import Firework
+from fireworks import Firework, PyTask
 from fireworks.core.fworker import FWorker
 from fireworks.core.rocket_launcher import launch_rocket
 from pymatgen.core import Lattice, Structure
@@ -20,10 +21,12 @@ from nanoos_fw.errors import DiskFullError
 from nanoos_fw.firetasks import WriteReportTask
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.md.relaxation import relax_structures
+from nanoos_fw.operations import prepare_launchpad
 from nanoos_fw.operations.rerun import plan_reruns, rerun_failed_fireworks
 from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import write_atomic
+from nanoos_fw.stores.database import load_launchpad
 
 # Upper bound after which ranks count as hanging; they end within seconds.
 HANGING_S = 90.0
@@ -163,3 +166,25 @@ def test_relaxations_on_a_full_disk_are_no_results(disk: SmallDisk) -> None:
     assert "No space left" in str(full.value) or "no space left" in str(full.value)
     disk.free()
     assert relax_structures({"a": cell}, potential, work_dir)["a"].converged
+
+
+@pytest.mark.mongodb
+def test_a_job_whose_log_cannot_be_written_ends_its_launch(
+    launchpad_file: Path, tmp_path: Path
+) -> None:
+    """FireWorks prints the traceback of a task before it ends the launch."""
+    launchpad = load_launchpad(launchpad_file)
+    prepare_launchpad(launchpad)
+    launchpad.add_wf(Firework([PyTask(func="os.no_such_thing")]))
+    words = ["-l", str(launchpad_file), "singleshot"]
+    with Path("/dev/full").open("w") as full:
+        subprocess.run(
+            [sys.executable, "-m", "nanoos_fw.rlaunch", *words],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=full,
+            check=True,
+            timeout=HANGING_S,
+        )
+    assert launchpad.fireworks.find_one()["state"] == "FIZZLED"
+    assert launchpad.launches.find_one()["state"] == "FIZZLED"
