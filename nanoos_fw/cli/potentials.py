@@ -74,7 +74,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 def _elements(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    from nanoos_fw.md.potentials import check_element
+    from nanoos_fw.md.potential_terms import check_element
 
     symbols = [word for word in re.split(r"[\s,-]+", text) if word]
     if not symbols:

@@ -25,7 +25,8 @@ from nanoos_fw.md.output import (
     simulation_thermo,
     simulation_trajectory,
 )
-from nanoos_fw.md.potentials import Potential, atomic_mass
+from nanoos_fw.md.potential_terms import atomic_mass
+from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.protocols import MDConfig
 from nanoos_fw.md.rdf import (
     RadialDistribution,

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import InputError, MissingDependencyError, SimulationError
 from nanoos_fw.md.box import LammpsBox, voigt_to_tensor
 from nanoos_fw.md.failures import simulation_error
-from nanoos_fw.md.potentials import Potential, atomic_mass
+from nanoos_fw.md.potential_terms import atomic_mass
+from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.unit_systems import unit_system
 from nanoos_fw.units import EV_PER_A3_IN_BAR
 

@@ -34,11 +34,10 @@ from nanoos_fw.md import zhou2004
 from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potential_files import FileHeader, read_entry_elements, read_header
 from nanoos_fw.md.potential_folders import search_folders
+from nanoos_fw.md.potential_terms import SAFE_NAME, check_element
 from nanoos_fw.md.potentials import (
-    SAFE_NAME,
     ZHOU2004_ELEMENTS,
     Potential,
-    check_element,
     lennard_jones_potential,
     zhou2004_potential,
 )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.box import LammpsBox, perpendicular_widths
-from nanoos_fw.md.potentials import check_element
+from nanoos_fw.md.potential_terms import check_element
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure

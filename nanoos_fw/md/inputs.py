@@ -20,11 +20,8 @@ from numpy.typing import NDArray
 from nanoos_fw.md.box import LammpsBox
 from nanoos_fw.md.cells import site_charges, site_elements, supercell
 from nanoos_fw.md.potential_checks import check_potential
-from nanoos_fw.md.potentials import (
-    Potential,
-    atomic_mass,
-    check_safe_name,
-)
+from nanoos_fw.md.potential_terms import atomic_mass, check_safe_name
+from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.protocols import MAX_INT32, MDConfig, Stage
 from nanoos_fw.md.trajectory import DUMP_COLUMNS, THERMO_COLUMNS
 from nanoos_fw.md.unit_systems import UnitSystem, unit_system

@@ -24,19 +24,21 @@ from nanoos_fw.md.potential_folders import (
     find_potential_file,
     potential_file,
 )
-from nanoos_fw.md.potentials import (
+from nanoos_fw.md.potential_terms import (
     ABSENT,
     OVERLAY,
     PLAIN_WORD,
     PairCoefficient,
     PairTerm,
-    Potential,
     PotentialFix,
-    Units,
     Word,
     check_element,
     check_safe_name,
     check_style,
+)
+from nanoos_fw.md.potentials import (
+    Potential,
+    Units,
     qeq_reaxff,
     safe_timestep_fs,
 )

@@ -32,13 +32,15 @@ from nanoos_fw.md.potential_folders import (
     find_potential_file,
     potential_file,
 )
-from nanoos_fw.md.potentials import (
+from nanoos_fw.md.potential_terms import (
     ABSENT,
     PairCoefficient,
     PairTerm,
-    Potential,
     Word,
     check_element,
+)
+from nanoos_fw.md.potentials import (
+    Potential,
     qeq_reaxff,
     safe_timestep_fs,
     setfl_term,

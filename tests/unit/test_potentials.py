@@ -13,10 +13,10 @@ from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependency
 from nanoos_fw.md import zhou2004
 from nanoos_fw.md.potential_files import setfl_subset
 from nanoos_fw.md.potential_folders import find_potential_file
+from nanoos_fw.md.potential_terms import check_safe_name
 from nanoos_fw.md.potentials import (
     ZHOU2004_ELEMENTS,
     Potential,
-    check_safe_name,
     lennard_jones_potential,
     zhou2004_potential,
 )
