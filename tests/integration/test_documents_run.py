@@ -16,7 +16,10 @@ import pytest
 from documents import run_page
 
 ROOT = Path(__file__).parents[2]
-HOWTO = ("checkpoints", "descriptor", "exchange", "model", "potential", "templates")
+HOWTO = (
+    "checkpoints", "descriptor", "exchange", "labelling", "model", "potential",
+    "templates",
+)  # fmt: skip
 EXECUTED = {
     "docs/tutorial.md": ".ci/run",
     "docs/cluster.md": "test_the_cluster_guide",
@@ -42,7 +45,7 @@ def test_a_how_to_page(name: str, tmp_path: Path) -> None:
         "launchpad = open_embedded(Path(sys.argv[1]), create=True); "
         "open_database(launchpad); save_embedded(launchpad)"
     )
-    if name in ("checkpoints", "exchange"):
+    if name in ("checkpoints", "exchange", "labelling"):
         subprocess.run([sys.executable, "-c", make, str(database)], check=True)
     page = ROOT / "docs" / "howto" / f"{name}.md"
     variables = {"NANO_OS_LAUNCHPAD": str(database)}
