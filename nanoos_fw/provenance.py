@@ -12,7 +12,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 
@@ -86,8 +86,7 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
         with temporary.open("xb") as file:
             file.write(raw)
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -95,7 +94,22 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
             error.filename = str(path)  # a write does not know it
         raise
     if durable:
-        _fsync_directory(path.parent)
+        sync_directory(path.parent)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Put on disk what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Put on disk what files a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -152,11 +166,3 @@ def package_versions() -> dict[str, str]:
 def utc_now() -> str:
     """Return the time as ISO 8601 with seconds, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,7 +41,7 @@ PYTHON_CALLS: dict[str, str] = {
     "search stop": "nanoos_fw.stores.searches:SearchStore.stop",
     "screen pack": "nanoos_fw.ml.candidate_packs:write_pack",
     "screen run": "nanoos_fw.firetasks.screening:run_window",
-    "screen submit": "nanoos_fw.workflows:window_workflow",
+    "screen submit": "nanoos_fw.operations.screens:submit_screen",
     "screen status": "nanoos_fw.stores.screens:ScreenStore.progress",
     "screen verify": "nanoos_fw.stores.screens:ScreenStore.proof",
     "screen top": "nanoos_fw.ml.ranking:rank_top",

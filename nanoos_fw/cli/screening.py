@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
 
     from nanoos_fw.firetasks.screening import run_window
+    from nanoos_fw.operations.screens import screen_dir
+    from nanoos_fw.settings import load_settings
 
     with Progress(
         TextColumn("{task.description}"),
@@ -177,7 +180,7 @@ def _run(arguments: argparse.Namespace) -> int:
         answer = run_window(
             database,
             screen,
-            _work_dir(screen),
+            screen_dir(screen, load_settings().work_dir.resolve()),
             workers=arguments.workers,
             on_chunk=lambda _done, _wall_s: bars.advance(bar),
         )
@@ -193,35 +196,30 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    database, _, screen, launchpad = _opened(arguments)
-    from nanoos_fw.firetasks.screening import choose_window
-    from nanoos_fw.operations import prepare_launchpad, submit
+    _, _, screen, launchpad = _opened(arguments)
+    from nanoos_fw.operations.screens import submit_screen
     from nanoos_fw.settings import load_settings
-    from nanoos_fw.workflows import window_workflow
 
     settings = load_settings()
-    window = choose_window(
-        database,
+    done = submit_screen(
+        launchpad,
         screen,
-        _work_dir(screen),
+        settings.work_dir,
         minutes=arguments.minutes,
         workers=settings.ranks,
     )
-    workflow = window_workflow(screen, window, str(settings.work_dir.resolve()))
-    prepare_launchpad(launchpad)
-    new = submit(launchpad, workflow)
     save_if_embedded(launchpad)
     answer = {
         "screen": screen.name,
-        "fireworks": len(workflow.fws),
-        "window": window,
-        "submitted": new,
+        "fireworks": done.fireworks,
+        "window": done.window,
+        "submitted": done.added,
     }
     if arguments.json:
         print_json(answer)
     else:
-        state = "submitted" if new else "were submitted before"
-        print(f"{len(workflow.fws)} fireworks of {window} candidates {state}")
+        state = "submitted" if done.added else "were submitted before"
+        print(f"{done.fireworks} fireworks of {done.window} candidates {state}")
     return 0
 
 
@@ -268,6 +266,7 @@ def _top(arguments: argparse.Namespace) -> int:
     _, store, screen, _ = _opened(arguments)
     from nanoos_fw.operations.screen_exports import prefixes_of, ranked_rows
 
+    _warn_unfinished(store, screen)
     ranked = _ranked(arguments, store, screen, arguments.k)
     rows = ranked_rows(store, screen, ranked)
     if arguments.json:
@@ -289,6 +288,7 @@ def _export(arguments: argparse.Namespace) -> int:
     _, store, screen, _ = _opened(arguments)
     from nanoos_fw.operations.screen_exports import export_refused, export_screen
 
+    _warn_unfinished(store, screen)
     ranked = None
     if arguments.k is not None or arguments.pareto:
         ranked = _ranked(arguments, store, screen, arguments.k or screen.count)
@@ -346,11 +346,14 @@ def _opened(
     return database, store, screen, launchpad
 
 
-def _work_dir(screen: Screen) -> Path:
-    from nanoos_fw.settings import load_settings
-
-    root = load_settings().work_dir.resolve()
-    return root / "screening" / screen.key[:2] / screen.key
+def _warn_unfinished(store: ScreenStore, screen: Screen) -> None:
+    done = store.progress(screen).candidates
+    if done < screen.count:
+        print(
+            f"note: only {done} of {screen.count} candidates have been screened yet; "
+            "what follows knows no others",
+            file=sys.stderr,
+        )
 
 
 def _ranked(

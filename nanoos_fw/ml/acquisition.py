@@ -72,7 +72,7 @@ class Selection(BaseModel):
        ICLR (2018), arXiv:1708.00489.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: int = Field(default=20, ge=1)
     acquisition: AcquisitionName = "ucb"
@@ -361,7 +361,12 @@ def _best_first(scores: Floats, ids: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _squares(vectors: Floats, others: Floats) -> Floats:
-    """Return mean squares over the descriptors of all differences, ``(n, m)``."""
+    """Return mean squares over the descriptors of all differences, ``(n, m)``.
+
+    Without a descriptor that varies all are equal.
+    """
+    if not vectors.shape[1]:
+        return np.zeros((len(vectors), len(others)))
     differences = vectors[:, None, :] - others[None, :, :]
     return np.asarray((differences**2).mean(axis=2))
 

@@ -139,6 +139,7 @@ class CandidateFilter(BaseModel):
             good &= ~_outside(has.sum(axis=1), self.n_elements)
         total = counts.sum(axis=1)
         for name, (least, most) in self.fraction.items():
+            _check_limits((least, most))
             share = counts[:, _numbers((name,))[0]] / total
             # 1/3 of the atoms must pass as 0.3333333333
             good &= (share >= least - 1e-9) & (share <= most + 1e-9)
@@ -228,10 +229,15 @@ def _numbers(names: tuple[str, ...]) -> NDArray[np.int64]:
 def _outside(
     values: NDArray[np.int64] | NDArray[np.float64], limits: tuple[float, float]
 ) -> NDArray[np.bool_]:
+    _check_limits(limits)
+    least, most = limits
+    return np.asarray((values < least) | (values > most))
+
+
+def _check_limits(limits: tuple[float, float]) -> None:
     least, most = limits
     if not (math.isfinite(least) and least <= most):
         raise InputError(f"limits must be a least and a largest value: {limits}")
-    return np.asarray((values < least) | (values > most))
 
 
 def _fail(

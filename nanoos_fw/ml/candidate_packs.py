@@ -27,7 +27,13 @@ from nanoos_fw.crystals import encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.ml.candidates import CandidateSource, PackSpec
 from nanoos_fw.ml.graphs import CrystalArrays, read_arrays
-from nanoos_fw.provenance import content_key, read_json, write_json
+from nanoos_fw.provenance import (
+    content_key,
+    read_json,
+    sync_directory,
+    sync_file,
+    write_json,
+)
 from nanoos_fw.structure_files import StructureEntry, read_structures
 
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -108,6 +114,7 @@ def write_pack(
             },
         )  # fmt: skip
         building.rename(directory)
+        sync_directory(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return PackReport(
@@ -263,7 +270,8 @@ class _Writer:
             self._flush(waiting)
         finally:
             for file in self._files.values():
-                file.close()
+                with file:
+                    sync_file(file)
         return self
 
     def _flush(self, some: list[tuple[str, Mapping[str, Any] | Exception]]) -> None:
@@ -330,13 +338,17 @@ def _document_of_row(row: Mapping[str, Any]) -> Mapping[str, Any] | Exception:
     if missing:
         return InputError(f"there is no column {', '.join(sorted(missing))}")
     try:
-        numbers = np.array(row["numbers"], dtype=np.int64).ravel()
+        given = np.array(row["numbers"], dtype=np.float64).ravel()
         lattice = np.array(row["lattice"], dtype=np.float64).ravel()
         coords = np.array(row["frac_coords"], dtype=np.float64).ravel()
     except (TypeError, ValueError) as error:
         return InputError(f"a column of the row does not hold numbers: {error}")
-    if not len(numbers) or (numbers < 1).any() or (numbers > 118).any():
+    if not len(given) or not ((given >= 1) & (given <= 118)).all():
         return InputError("the row holds no atomic numbers")
+    numbers = given.astype(np.uint8)
+    if (numbers != given).any():
+        odd = given[numbers != given][0]
+        return InputError(f"{odd:g} is no atomic number")
     if len(lattice) != 9 or len(coords) != 3 * len(numbers):
         return InputError(
             f"the row has {len(lattice)} numbers of a lattice and {len(coords)} of "
@@ -344,7 +356,7 @@ def _document_of_row(row: Mapping[str, Any]) -> Mapping[str, Any] | Exception:
         )
     return {
         "n_sites": len(numbers),
-        "numbers": numbers.astype(np.uint8).tobytes(),
+        "numbers": numbers.tobytes(),
         "lattice": lattice.astype("<f8").tobytes(),
         "frac_coords": coords.astype("<f8").tobytes(),
     }

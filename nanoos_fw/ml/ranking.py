@@ -65,7 +65,7 @@ class Ranking(BaseModel):
     .. [2] W. R. Thompson, Biometrika 25, 285 (1933).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: int = Field(default=0, ge=0)
     objective: Objective = "min"

@@ -285,6 +285,8 @@ def import_labels(
             if value is None:
                 known = ", ".join(sorted(found.properties)) or "none"
                 refused[name] = f"it has no {plan.target}; properties: {known}"
+            elif not math.isfinite(value):
+                refused[name] = f"its {plan.target} is no finite number: {value}"
             elif key in values and values[key] != value:
                 refused[name] = f"{key} has another label in another entry"
             else:

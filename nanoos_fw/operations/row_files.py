@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
+from nanoos_fw.provenance import sync_directory, sync_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -72,7 +74,7 @@ def write_rows(
         )
     told = {**head, "columns": dict(columns)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     count = 0
 
     def counted() -> Iterator[Row]:
@@ -83,7 +85,9 @@ def write_rows(
 
     try:
         if suffix == ".parquet":
-            _write_parquet(temporary, told, columns, counted())
+            with temporary.open("wb") as binary:
+                _write_parquet(binary, told, columns, counted())
+                sync_file(binary)
         else:
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 if suffix == ".csv":
@@ -92,7 +96,9 @@ def write_rows(
                     _write_lines(file, told, counted())
                 elif crystal_of is not None:
                     _write_extxyz(file, told, counted(), crystal_of)
+                sync_file(file)
         temporary.replace(path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return count
@@ -238,7 +244,7 @@ def _fields(text: str) -> Row:
 
 
 def _write_parquet(
-    path: Path,
+    file: IO[bytes],
     head: Mapping[str, Any],
     columns: Mapping[str, Kind],
     rows: Iterable[Row],
@@ -251,7 +257,7 @@ def _write_parquet(
     }  # fmt: skip
     schema = pa.schema([(n, types[k]) for n, k in columns.items()], metadata=metadata)
     texts = [name for name, kind in columns.items() if kind == "json"]
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         waiting: list[Row] = []
         for row in rows:
             packed = {name: json.dumps(row[name]) for name in texts}

@@ -56,7 +56,7 @@ def export_screen(
         flat = source.window(row["candidate"], row["candidate"] + 1)
         return flat.numbers, flat.lattices[0], flat.frac_coords
 
-    return write_rows(path, provenance_of(screen), columns, rows, crystal_of)
+    return write_rows(path, provenance_of(store, screen), columns, rows, crystal_of)
 
 
 def export_refused(store: ScreenStore, screen: Screen, path: Path) -> int:
@@ -69,7 +69,7 @@ def export_refused(store: ScreenStore, screen: Screen, path: Path) -> int:
     columns: dict[str, Kind] = {
         **_names_of(source), "outcome": "text", "reason": "text",
     }  # fmt: skip
-    head = {**provenance_of(screen), "refused": True}
+    head = {**provenance_of(store, screen), "refused": True}
     return write_rows(path, head, columns, refused_rows(store, screen, source))
 
 
@@ -91,8 +91,11 @@ def refused_rows(
             }
 
 
-def provenance_of(screen: Screen) -> dict[str, Any]:
-    """Return what a file says about its rows: origin, models and units."""
+def provenance_of(store: ScreenStore, screen: Screen) -> dict[str, Any]:
+    """Return what a file says about its rows: origin, models and units.
+
+    Of ``count`` candidates as many as ``screened`` had an outcome then.
+    """
     units = {"candidate": "1", "rank": "1"}
     for prefix, own in zip(prefixes_of(screen), screen.models, strict=True):
         for name in ("mean", "std", "half_width"):
@@ -102,6 +105,8 @@ def provenance_of(screen: Screen) -> dict[str, Any]:
         "screen": screen.name,
         "key": screen.key,
         "candidates": screen.spec["candidates"],
+        "count": screen.count,
+        "screened": store.progress(screen).candidates,
         "coverage": screen.spec["coverage"],
         "models": list(screen.models),
         "units": units,

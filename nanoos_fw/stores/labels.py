@@ -41,7 +41,7 @@ def formation_energies(
     """Return formation energies per atom against the relaxed elements.
 
     E_f = (E - Σ_i n_i e_i) / N with e_i the energy per atom of element i, relaxed by
-    the same method.
+    the same method: the lowest of its references, where there are several.
 
     Raises
     ------
@@ -187,5 +187,7 @@ def _elemental_energies(
                 evidence={"structure": key, "error": error},
                 advice="rerun the firework that relaxes the references",
             )
-        energies[element] = float(simulation.result["energy_ev"]) / n_atoms
+        energy = float(simulation.result["energy_ev"]) / n_atoms
+        # An element's state is the lowest of those given, whatever their order.
+        energies[element] = min(energy, energies.get(element, energy))
     return energies

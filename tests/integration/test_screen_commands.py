@@ -246,7 +246,7 @@ def test_rankings_of_the_command_line_are_those_of_the_formulas(
 
 
 def test_fireworks_of_a_screening_run_in_a_real_launch(
-    database: Any, tmp_path: Path, command: Any
+    database: Any, tmp_path: Path, command: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = StructureStore(database)
     crystals = [cesium_chloride(2.8 + 0.02 * i) for i in range(10)]
@@ -273,6 +273,10 @@ def test_fireworks_of_a_screening_run_in_a_real_launch(
     assert status["chunks"] == [2, 10]  # the probe's are kept
     assert status["core_s_estimated"] > 0
     assert "missing: 40" in command("verify", "strained", code=1)
+    assert nanoos(["screen", "export", "strained", "-o", str(tmp_path / "a.csv")]) == 0
+    assert "only 10 of 50 candidates" in capsys.readouterr().err
+    head = read_rows(tmp_path / "a.csv")[0]
+    assert (head["screened"], head["count"]) == (10, 50)
 
     done = subprocess.run(
         [*RLAUNCH, "-l", os.environ["NANO_OS_LAUNCHPAD"], "rapidfire", "--nlaunches",

@@ -124,6 +124,19 @@ def test_of_two_like_candidates_one_is_taken() -> None:
     assert [p.id for p in choose(pool, vectors, other)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("diversity", ["variance", "k-centre"])
+def test_candidates_with_equal_descriptors_are_each_taken_once(diversity: Any) -> None:
+    pool, _ = pool_of(n=6)
+    (vectors,) = standardized(np.ones((6, 3)))
+    picks = choose(pool, vectors, Selection(size=4, diversity=diversity))
+    assert len({pick.id for pick in picks}) == 4
+
+
+def test_a_selection_takes_no_number_that_is_not_finite() -> None:
+    with pytest.raises(ValidationError):
+        Selection(kappa=math.inf)
+
+
 def test_k_centre_keeps_away_from_the_labelled_and_the_taken() -> None:
     pool, vectors = pool_of(3)
     labelled = np.random.default_rng(4).normal(size=(300, 3))

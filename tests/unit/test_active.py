@@ -279,6 +279,12 @@ def test_the_campaign_waits_for_labels_from_files(
     ):
         continue_active(launchpad, "toys")
     # The files come back with labels, but two: one failed, of one nothing is known.
+    wrong = tmp_path / "wrong.extxyz"
+    text = (folder / f"{batch[0]}.extxyz").read_text()
+    wrong.write_text(text.replace("structure_id", f"{TARGET}=nan structure_id"))
+    refused = import_labels(launchpad.db, "toys", [wrong])
+    assert refused.written == []
+    assert len(refused.refused) == 1
     done = tmp_path / "done"
     done.mkdir()
     truth = write_labels(folder, done, batch[:10])

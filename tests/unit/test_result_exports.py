@@ -90,6 +90,13 @@ def test_a_broken_export_leaves_the_file_before(tmp_path: Path, suffix: str) -> 
         write_rows(path, {"units": {}}, columns, broken(), lambda _: crystal)
     assert list(read_rows(path)[1]) == [{"n": 1}]
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+    def meanwhile() -> Any:
+        write_rows(path, {"units": {}}, columns, [{"n": 3}], lambda _: crystal)
+        yield {"n": 4}
+
+    write_rows(path, {"units": {}}, columns, meanwhile(), lambda _: crystal)
+    assert list(read_rows(path)[1]) == [{"n": 4}]
     path.write_text('2\nLattice="1 0 0"\n' if suffix == "extxyz" else "a,b\n1,2\n")
     with pytest.raises(CorruptArtifactError, match="no export of results"):
         read_rows(path)

@@ -153,6 +153,25 @@ def test_formation_energies_are_relative_to_the_elements(database: Any) -> None:
     assert result.pending == []
 
 
+def test_of_several_references_of_an_element_the_lowest_counts(database: Any) -> None:
+    structures, simulations = StructureStore(database), SimulationStore(database)
+    copper = [crystal(a, ("Cu", "Cu")) for a in (3.0, 3.1, 3.2)]
+    gold = crystal(4.0, ("Au", "Au"))
+    entries = [NewStructure(s, f"{i}") for i, s in enumerate([*copper, gold])]
+    references = structures.add(entries, in_set="r").keys
+    alloy = structures.add([NewStructure(crystal(), "CuAu")], in_set="c").keys
+    simulations.put_many(
+        Simulation(key, "m", "relaxation", "done", {"energy_ev": energy})
+        for key, energy in zip(
+            [*references, *alloy], (-6.8, -7.0, -6.6, -8.0, -7.9), strict=True
+        )
+    )
+    found = formation_energies(
+        structures, simulations, keys=alloy, references=references, method="m"
+    )
+    assert found.energies == {alloy[0]: pytest.approx((-7.9 + 3.5 + 4.0) / 2)}
+
+
 def test_a_campaign_keeps_its_plan(database: Any) -> None:
     store = CampaignStore(database)
     store.create("one", {"top_k": 3})
