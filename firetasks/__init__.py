@@ -27,6 +27,7 @@ from nanoos_fw.firetasks.ml import (
 )
 from nanoos_fw.firetasks.screening import ScreenWindowTask
 from nanoos_fw.firetasks.search import SearchTask
+from nanoos_fw.firetasks.streams import RankStreamTask, ScreenStreamTask
 
 __all__ = [
     "AnalyzeTrajectoryTask",
@@ -35,11 +36,13 @@ __all__ = [
     "ExtendDatasetTask",
     "FeaturizeStructuresTask",
     "RankCandidatesTask",
+    "RankStreamTask",
     "RelaxStructuresTask",
     "RetrainTask",
     "RunMDTask",
     "ScreenCandidatesTask",
     "ScreenPoolTask",
+    "ScreenStreamTask",
     "ScreenWindowTask",
     "SearchTask",
     "SelectBatchTask",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from fireworks import Firework, Workflow
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks import (
@@ -22,9 +22,11 @@ from nanoos_fw.firetasks import (
     BuildDatasetTask,
     FeaturizeStructuresTask,
     RankCandidatesTask,
+    RankStreamTask,
     RelaxStructuresTask,
     RunMDTask,
     ScreenCandidatesTask,
+    ScreenStreamTask,
     ScreenWindowTask,
     SearchTask,
     TrainModelTask,
@@ -34,6 +36,7 @@ from nanoos_fw.firetasks.base import NanoTask, Parameters
 from nanoos_fw.firetasks.fans import MAX_FAN, chunks
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+from nanoos_fw.firetasks.streams import StreamPlan
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key, utc_now
@@ -70,6 +73,10 @@ class CampaignPlan(Parameters):
         Best-ranked candidates that are relaxed.
     md_runs
         Best-ranked candidates that go through molecular dynamics.
+    stream
+        A sequence that is screened instead of the stored candidates, which are then
+        there to be labelled, all of them if ``label_fraction`` is 1. Only the best of
+        the sequence are stored.
     """
 
     name: str = Field(
@@ -89,6 +96,15 @@ class CampaignPlan(Parameters):
     structures_per_firework: int = Field(default=500, ge=1)
     top_k: int = Field(default=10, ge=1)
     md_runs: int = Field(default=3, ge=0)
+    stream: StreamPlan | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Campaigns are known by these values, also those from before streams.
+        values: dict[str, Any] = handler(self)
+        if self.stream is None:
+            values.pop("stream", None)
+        return values
 
     @property
     def candidates(self) -> str:
@@ -139,7 +155,7 @@ def screening_workflow(
     plan.relaxation.potential.check()
     labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
     screened = sorted(set(candidates) - set(labelled))
-    if len(screened) < plan.top_k:
+    if plan.stream is None and len(screened) < plan.top_k:
         raise InputError(
             f"campaign {plan.name!r} leaves {len(screened)} candidates to screen, "
             f"fewer than top_k = {plan.top_k}",
@@ -169,7 +185,10 @@ def screening_workflow(
             "prep",
             FeaturizeStructuresTask(structures=part, features=features),
         )
-        for part in chunks(sorted(candidates), plan.structures_per_firework)
+        for part in chunks(
+            labelled if plan.stream else sorted(candidates),
+            plan.structures_per_firework,
+        )
     ]
     dataset = _firework(
         plan,
@@ -196,23 +215,11 @@ def screening_workflow(
         ),
         parents=[dataset],
     )
+    screening, ranking = _screening(plan, screened)
     screens = [
-        _firework(
-            plan,
-            "screen",
-            "infer",
-            ScreenCandidatesTask(**campaign, structures=part, features=features),
-            parents=[train],
-        )
-        for part in chunks(screened, plan.structures_per_firework)
+        _firework(plan, "screen", "infer", task, parents=[train]) for task in screening
     ]
-    rank = _firework(
-        plan,
-        "rank",
-        "infer",
-        RankCandidatesTask(**campaign, structures=screened, top_k=plan.top_k),
-        parents=screens,
-    )
+    rank = _firework(plan, "rank", "infer", ranking, parents=screens)
     top = _firework(
         plan,
         "relax",
@@ -530,6 +537,26 @@ def search_workflow(search: str, work_root: str, workers: int, turn: int) -> Wor
         name=f"{search} search",
         metadata={"search": search, "kind": "search", "key": key},
     )
+
+
+def _screening(
+    plan: CampaignPlan, screened: Sequence[str]
+) -> tuple[list[NanoTask], NanoTask]:
+    """Return the tasks that predict the candidates, and the one that ranks them."""
+    name = {"campaign": plan.name}
+    if plan.stream is not None:
+        tasks: list[NanoTask] = [
+            ScreenStreamTask(**name, start=start, stop=stop)
+            for start, stop in plan.stream.windows()
+        ]
+        return tasks, RankStreamTask(**name, top_k=plan.top_k)
+    features = plan.features.model_dump(mode="json")
+    tasks = [
+        ScreenCandidatesTask(**name, structures=part, features=features)
+        for part in chunks(screened, plan.structures_per_firework)
+    ]
+    rank = RankCandidatesTask(**name, structures=screened, top_k=plan.top_k)
+    return tasks, rank
 
 
 def _firework(

@@ -103,6 +103,8 @@ def create(
     from nanoos_fw.stores.structures import StructureStore
     from nanoos_fw.workflows import choose_labelled
 
+    if plan.stream is not None:
+        plan.stream.windows()  # refuses a sequence that cannot be opened
     prepare_launchpad(launchpad)
     database = open_database(launchpad)
     store = StructureStore(database)

@@ -151,6 +151,10 @@ KINDS: Mapping[str, Kind] = {
     "RankCandidatesTask": Kind(
         "structures", 1 / 500, False, lambda task, _: len(task["structures"])
     ),
+    "ScreenStreamTask": Kind(
+        "candidates", 1 / 200, True, lambda task, _: task["stop"] - task["start"]
+    ),
+    "RankStreamTask": Kind("ranking", 60.0, False, lambda _task, _sizes: 1.0),
     "ScreenWindowTask": Kind(
         "candidates", 1 / 200, True, lambda task, _: task["stop"] - task["start"]
     ),

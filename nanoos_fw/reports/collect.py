@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nanoos_fw.ml.candidates import open_candidates
 from nanoos_fw.ml.features import FEATURE_VERSION
+from nanoos_fw.ml.ranking import TIE_RULE
 from nanoos_fw.ml.screening import rank_candidates
 from nanoos_fw.provenance import package_versions, write_atomic
 from nanoos_fw.reports.active import active_part
@@ -42,7 +44,7 @@ from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import FormationEnergies, formation_energies
 from nanoos_fw.stores.launches import failed_fireworks, stage_times
 from nanoos_fw.stores.models import ModelRecord, ModelRegistry, Prediction
-from nanoos_fw.stores.screens import ScreenStore
+from nanoos_fw.stores.screens import ScreenStore, stream_name
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StoredStructure, StructureStore
 
@@ -115,7 +117,15 @@ class _Collector:
 
     @cached_property
     def candidates(self) -> dict[str, StoredStructure]:
-        return self.structures.get_many(self.structures.keys(self._set("candidates")))
+        keys = {*self.structures.keys(self._set("candidates")), *self.selected}
+        return self.structures.get_many(sorted(keys))
+
+    @cached_property
+    def selected(self) -> list[str]:
+        """The best of a sequence, which alone are stored of it."""
+        if self.plan.get("stream") is None:
+            return []
+        return self.structures.keys(self._set("selected"))
 
     @cached_property
     def labelled(self) -> list[str]:
@@ -123,6 +133,8 @@ class _Collector:
 
     @cached_property
     def screened(self) -> list[str]:
+        if self.plan.get("stream") is not None:
+            return self.selected
         return sorted(set(self.candidates) - set(self.labelled))
 
     @cached_property
@@ -158,7 +170,19 @@ class _Collector:
         """All screened candidates, best first."""
         if self.model is None:
             return []
-        return rank_candidates(row.to_row() for row in self.predicted)
+        ranked = rank_candidates(row.to_row() for row in self.predicted)
+        if self.plan.get("stream") is None:
+            return ranked
+        # By number, where predictions are equal: as they were selected.
+        places = {key: place for place, key in enumerate(self.best, start=1)}
+        return sorted(
+            (
+                {**row, "rank": places[row["structure_id"]]}
+                for row in ranked
+                if row["structure_id"] in places
+            ),
+            key=lambda row: row["rank"],
+        )
 
     @cached_property
     def predicted(self) -> list[Prediction]:
@@ -189,7 +213,12 @@ class _Collector:
     def _funnel(self) -> Funnel | NotAvailable:
         if not self.candidates:
             return NotAvailable(reason="the campaign has no candidates")
-        top_k = min(int(self.plan["top_k"]), len(self.screened))
+        top_k = int(self.plan["top_k"])
+        count, screened = len(self.candidates), self._screened()
+        if self.plan.get("stream") is None:
+            top_k = min(top_k, len(self.screened))
+        else:
+            count += screened.planned - len(self.selected)
         relaxed = (
             self._count(self.best)
             if self.best
@@ -199,19 +228,35 @@ class _Collector:
         finished = [r for r in runs if isinstance(r, MDPanel)] if runs else []
         failed = len(self._failed_md)
         return Funnel(
-            candidates=len(self.candidates),
+            candidates=count,
             labelled=self._count(self.labelled),
-            screened=StageCount(
-                planned=len(self.screened),
-                finished=len(self.predicted),
-                failed=len(self._quarantined(self.screened)),
-            ),
+            screened=screened,
             relaxed=relaxed,
             simulated=StageCount(
                 planned=int(self.plan.get("md_runs", 0)),
                 finished=len(finished),
                 failed=failed,
             ),
+        )
+
+    def _screened(self) -> StageCount:
+        """Count predictions; of a sequence also those that are not stored."""
+        if self.plan.get("stream") is None:
+            return StageCount(
+                planned=len(self.screened),
+                finished=len(self.predicted),
+                failed=len(self._quarantined(self.screened)),
+            )
+        name, store = stream_name(self.campaign), ScreenStore(self.database)
+        if name not in store.names(self.campaign):
+            source = open_candidates(self.plan["stream"]["candidates"])
+            return StageCount(planned=len(source), finished=0)
+        screen = store.get(name)
+        found = store.progress(screen)
+        return StageCount(
+            planned=screen.count,
+            finished=found.predicted,
+            failed=found.candidates - found.predicted,
         )
 
     def _truth(self) -> Mapping[str, float] | None:
@@ -260,8 +305,12 @@ class _Collector:
             return NotAvailable(reason="the candidates have not been ranked yet")
         return Ranking(
             candidates=tuple(self._ranked_row(row) for row in self.ranked[:_ROWS]),
-            n_ranked=len(self.ranked),
-            tie_rule=_TIE_RULE,
+            n_ranked=(
+                len(self.ranked)
+                if self.plan.get("stream") is None
+                else int(self.outputs["n_ranked"])
+            ),
+            tie_rule=_TIE_RULE if self.plan.get("stream") is None else TIE_RULE,
         )
 
     def _ranked_row(self, row: Mapping[str, Any]) -> RankedCandidate:

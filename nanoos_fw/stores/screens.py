@@ -371,6 +371,11 @@ def register_screen(
     return ScreenStore(database).put(screen)
 
 
+def stream_name(campaign: str) -> str:
+    """Return the name of the screening of a campaign's own sequence."""
+    return f"{campaign}-stream"
+
+
 def screen_job(database: Any, screen: Screen, work_dir: Path) -> ScreenJob:
     """Return what workers need, with the weights as verified files."""
     from nanoos_fw.stores.models import ModelRegistry

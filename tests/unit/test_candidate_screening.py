@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.crystals import encode_structure
+from nanoos_fw.crystals import encode_structure, structure_key
+from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.firetasks import RankStreamTask, ScreenStreamTask
+from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.firetasks.screening import choose_window, run_window
 from nanoos_fw.ml.candidate_filters import CandidateFilter, is_charge_balanced
 from nanoos_fw.ml.candidate_packs import open_pack, read_files, write_pack
@@ -42,10 +47,15 @@ from nanoos_fw.ml.screening_engine import (
 from nanoos_fw.ml.screening_worker import ScreenJob, screen_chunks
 from nanoos_fw.operations.row_files import read_rows
 from nanoos_fw.operations.screen_exports import export_screen, ranked_rows, rows_of
+from nanoos_fw.reports.collect import collect_report
+from nanoos_fw.settings import Settings
+from nanoos_fw.stores.campaigns import CampaignStore
+from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.screens import ScreenStore, register_screen
+from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
-from nanoos_fw.workflows import window_workflow
+from nanoos_fw.workflows import CampaignPlan, screening_workflow, window_workflow
 
 ALLOYS = {
     "kind": "supercells",
@@ -194,6 +204,22 @@ def test_pack_gives_files_back_and_refuses_another_one(tmp_path, rock_salt, copp
         open_pack(tmp_path / "pack")
 
 
+def test_a_row_with_broken_atomic_numbers_is_no_crystal(tmp_path, copper):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    row = {
+        "numbers": [29.0] * 4,
+        "lattice": copper.lattice.matrix.ravel().tolist(),
+        "frac_coords": copper.frac_coords.ravel().tolist(),
+    }
+    rows = [row, {**row, "numbers": [29.0, 28.6, 29.0, 29.0]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    report = write_pack(read_files([tmp_path / "t.parquet"]), tmp_path / "pack")
+    assert (report.count, report.n_failures) == (2, 1)
+    assert "28.6" in report.failures[0]["error"]
+
+
 # ---------------------------------------------------------------------- filters
 
 
@@ -213,6 +239,8 @@ def test_filters_judge_what_they_say(rock_salt, copper):
     assert verdict(charge_balance=True) == [0, 4, 4]
     assert verdict(volume_per_atom=(5, 15)) == [5, 0, 5]
     assert verdict(n_sites=(4, 4), exclude=("Cu",)) == [2, 3, 2]
+    with pytest.raises(InputError, match="least and a largest"):
+        verdict(fraction={"Na": (0.8, 0.2)})
     assert is_charge_balanced(((26, 2), (8, 3)))  # Fe2O3
     assert not is_charge_balanced(((11, 1), (17, 2)))
 
@@ -352,6 +380,12 @@ def test_acquisitions_are_what_the_formulas_say():
     assert not np.allclose(normal_of(np.arange(10), 8), z[:10])
 
 
+@pytest.mark.parametrize("field", ["kappa", "best", "min_novelty"])
+def test_a_ranking_takes_no_number_that_is_not_finite(field):
+    with pytest.raises(ValidationError):
+        Ranking(**{field: math.nan if field == "best" else math.inf})
+
+
 def test_streamed_pareto_front_equals_comparing_all_pairs():
     chunks, values, _, part = made_up_chunks(seed=2)
     rankings = [Ranking(model=0), Ranking(model=1, objective="max")]
@@ -447,6 +481,70 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CorruptArtifactError, match="no export"):
         read_rows(tmp_path / "foreign.csv")
+
+
+def test_a_campaign_selects_from_a_sequence(database, tmp_path):
+    stream = {"candidates": ALLOYS, "chunk": 16, "candidates_per_firework": 40}
+    plan = demo_plan("demo", tmp_path, tmp_path / "report.html")
+    values = plan.model_dump(mode="json")
+    assert "stream" not in values  # campaigns from before are the same ones
+    plan = CampaignPlan.model_validate({**values, "stream": stream, "top_k": 5})
+    assert CampaignPlan.model_validate(plan.model_dump(mode="json")) == plan
+    place = TaskContext(
+        database=database,
+        structures=StructureStore(database),
+        features=FeatureStore(database),
+        simulations=SimulationStore(database),
+        models=ModelRegistry(database),
+        campaigns=CampaignStore(database),
+        settings=Settings(ranks=1),
+        work_root=tmp_path,
+        deadline=None,
+    )
+    place.campaigns.create("demo", plan.model_dump(mode="json"))
+    place.campaigns.record("demo", model="energy@1")
+    # All of them, one by one: the best has a label already.
+    source = open_candidates(ALLOYS)
+    crystals = [source.structure(i) for i in range(81)]
+    model = place.models.load(place.models.get("energy@1"), threads=1)
+    found, places, _ = model.predict_crystals(crystals)
+    assert places.tolist() == list(range(81))
+    means = found.mean.astype(np.float32)
+    order = np.lexsort((np.arange(81), means))
+    order = order[~found.out_of_domain[order]]
+    first = NewStructure(structure=crystals[order[0]], label="known")
+    (known,) = place.structures.add([first], in_set="demo/labelled").keys
+    place.structures.add_to_set([known], "demo/candidates")
+    keys = [structure_key(crystals[i]) for i in order]
+    expected = [key for key in dict.fromkeys(keys) if key != known][:5]
+
+    workflow = screening_workflow(plan, [known], [known])
+    tasks = [task for fw in workflow.fws for task in fw.tasks]
+    windows = [
+        (t["start"], t["stop"]) for t in tasks if isinstance(t, ScreenStreamTask)
+    ]
+    assert windows == [(0, 32), (32, 64), (64, 81)]
+    rank = RankStreamTask(campaign="demo", top_k=5)
+    with pytest.raises(InputError, match="0 of 81 candidates"):
+        rank.run(place)
+    assert collect_report(database, "demo").funnel.screened.finished == 0
+    for start, stop in windows:
+        task = ScreenStreamTask(campaign="demo", start=start, stop=stop)
+        assert task.run(place)["candidates"] == stop - start
+    for _ in range(2):  # the second time nothing changes
+        assert rank.run(place)["best"] == expected
+        assert place.campaigns.output("demo", "ranking") == expected
+        assert sorted(place.structures.keys("demo/selected")) == sorted(expected)
+    rows = place.models.predictions("energy@1", expected)
+    wanted = [float(means[order[keys.index(key)]]) for key in expected]
+    np.testing.assert_allclose([row.prediction for row in rows], wanted, atol=1e-6)
+    report = collect_report(database, "demo")
+    assert report.funnel.screened.planned == report.funnel.screened.finished == 81
+    assert report.funnel.candidates == 82
+    assert [row.candidate_id for row in report.ranking.candidates] == expected
+    assert report.ranking.n_ranked == len(order)
+    with pytest.raises(InputError, match="fewer than top_k = 500"):
+        RankStreamTask(campaign="demo", top_k=500).run(place)
 
 
 def _atoms(formula):

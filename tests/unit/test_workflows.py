@@ -26,23 +26,27 @@ TASK_NAMES = {
     "ExtendDatasetTask",
     "FeaturizeStructuresTask",
     "RankCandidatesTask",
+    "RankStreamTask",
     "RelaxStructuresTask",
     "RetrainTask",
     "RunMDTask",
     "ScreenCandidatesTask",
     "ScreenPoolTask",
+    "ScreenStreamTask",
     "ScreenWindowTask",
     "SearchTask",
     "SelectBatchTask",
     "TrainModelTask",
     "WriteReportTask",
 }
-# Of no campaign, or of one that learns actively.
+# Of no campaign, of one with a stream, or of one that learns actively.
 OTHER_TASKS = {
     "ExportBatchTask",
     "ExtendDatasetTask",
+    "RankStreamTask",
     "RetrainTask",
     "ScreenPoolTask",
+    "ScreenStreamTask",
     "ScreenWindowTask",
     "SearchTask",
     "SelectBatchTask",
