@@ -13,9 +13,8 @@ from nanoos_fw.ml.acquisition import Objective, Selection
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.stopping import StopRules
 from nanoos_fw.ml.training import TrainingConfig
+from nanoos_fw.stores.labels import FORMATION_ENERGY
 from nanoos_fw.stores.simulations import method_key
-
-FORMATION_ENERGY = "formation_energy_per_atom"
 
 
 class AlloyCandidates(Parameters):

@@ -38,10 +38,15 @@ from nanoos_fw.reports.data import (
 from nanoos_fw.reports.page import render_report
 from nanoos_fw.reports.panels import evaluation_part, md_panel, training_part
 from nanoos_fw.reports.screen_collect import collect_screen
+from nanoos_fw.stores.active import ActiveStore, Round
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import get_artifact
 from nanoos_fw.stores.features import FeatureStore
-from nanoos_fw.stores.labels import FormationEnergies, formation_energies
+from nanoos_fw.stores.labels import (
+    FORMATION_ENERGY,
+    FormationEnergies,
+    formation_energies,
+)
 from nanoos_fw.stores.launches import failed_fireworks, stage_times
 from nanoos_fw.stores.models import ModelRecord, ModelRegistry, Prediction
 from nanoos_fw.stores.screens import ScreenStore, stream_name
@@ -191,6 +196,25 @@ class _Collector:
             return []
         return self.models.predictions(self.model.reference, self.screened)
 
+    @cached_property
+    def rounds(self) -> list[Round]:
+        """Rounds of active learning; none in another campaign."""
+        if "selection" not in self.plan:
+            return []
+        return ActiveStore(self.database).rounds(self.campaign)
+
+    @cached_property
+    def foreign(self) -> NotAvailable | None:
+        """Why sections on lowest formation energies would not tell the truth."""
+        target = self.plan["training"]["target"]
+        unit = "eV/atom" if self.model is None else self.model.unit
+        if (target, unit) != (FORMATION_ENERGY, "eV/atom"):
+            return NotAvailable(
+                reason="this section is about formation energies in eV/atom; the model "
+                f"predicts {target} in {unit or 'no unit'}"
+            )
+        return None
+
     @property
     def best(self) -> list[str]:
         return list(self.outputs.get("ranking", []))
@@ -213,7 +237,8 @@ class _Collector:
     def _funnel(self) -> Funnel | NotAvailable:
         if not self.candidates:
             return NotAvailable(reason="the campaign has no candidates")
-        top_k = int(self.plan["top_k"])
+        active = "selection" in self.plan
+        top_k = 0 if active else int(self.plan["top_k"])  # it relaxes none
         count, screened = len(self.candidates), self._screened()
         if self.plan.get("stream") is None:
             top_k = min(top_k, len(self.screened))
@@ -229,7 +254,7 @@ class _Collector:
         failed = len(self._failed_md)
         return Funnel(
             candidates=count,
-            labelled=self._count(self.labelled),
+            labelled=self._given_out() if active else self._count(self.labelled),
             screened=screened,
             relaxed=relaxed,
             simulated=StageCount(
@@ -257,6 +282,16 @@ class _Collector:
             planned=screen.count,
             finished=found.predicted,
             failed=found.candidates - found.predicted,
+        )
+
+    def _given_out(self) -> StageCount:
+        """Count labels of active learning, which need not be by LAMMPS."""
+        datasets = [(r, r.dataset) for r in self.rounds if r.dataset is not None]
+        failed = sum(int(dataset["n_failed"]) for _, dataset in datasets)
+        return StageCount(
+            planned=sum(len(r.picks) for r in self.rounds),
+            finished=sum(len(r.picks) for r, _ in datasets) - failed,
+            failed=failed,
         )
 
     def _truth(self) -> Mapping[str, float] | None:
@@ -289,18 +324,29 @@ class _Collector:
         )
 
     def _training(self) -> Training | NotAvailable:
+        if self.foreign is not None:
+            return self.foreign
         if self.model is None or self.details is None:
             return NotAvailable(reason="no model has been trained yet")
         history = self.models.history(self.model.name)
         return training_part(self.model, self.details, history)
 
     def _evaluation(self) -> Evaluation | NotAvailable:
+        if self.foreign is not None:
+            return self.foreign
         if self.model is None or self.details is None:
             return NotAvailable(reason="no model has been trained yet")
         formulas = {key: entry.formula for key, entry in self.candidates.items()}
         return evaluation_part(self.model, self.details, formulas)
 
     def _ranking(self) -> Ranking | NotAvailable:
+        if self.foreign is not None:
+            return self.foreign
+        if self.plan.get("objective") == "max":
+            return NotAvailable(
+                reason="this section is about the lowest predictions; the campaign "
+                "looks for the highest"
+            )
         if not self.ranked:
             return NotAvailable(reason="the candidates have not been ranked yet")
         return Ranking(
@@ -342,6 +388,8 @@ class _Collector:
         )
 
     def _discovery(self) -> Discovery | NotAvailable:
+        if "selection" in self.plan:
+            return NotAvailable(reason="see the section on active learning")
         if self.energies is None or not self.ranked:
             return NotAvailable(reason="the candidates have not been ranked yet")
         pending = set(self.energies.pending) & set(self.screened)
@@ -369,6 +417,8 @@ class _Collector:
 
     @cached_property
     def _md(self) -> tuple[MDPanel | MissingRun, ...] | NotAvailable:
+        if not int(self.plan.get("md_runs", 0)):
+            return NotAvailable(reason="none was planned")
         if not self.best:
             return NotAvailable(reason="the candidates have not been ranked yet")
         runs = self.outputs.get("md", {})

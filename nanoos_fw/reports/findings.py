@@ -70,7 +70,7 @@ def _abstract_funnel(part: Funnel | NotAvailable) -> Markup:
     if isinstance(part, NotAvailable):
         return Markup("Candidate counts are not available: {}.").format(part.reason)
     failed = part.labelled.failed
-    return Markup("Of {}, {} {} labelled with LAMMPS{} and {} screened.").format(
+    return Markup("Of {}, {} {} labelled{} and {} screened.").format(
         plural(part.candidates, "candidate structure"),
         number(part.labelled.finished),
         "was" if part.labelled.finished == 1 else "were",

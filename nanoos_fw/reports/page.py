@@ -293,7 +293,7 @@ def _funnel_tiles(data: ReportData) -> Iterator[KeyFigure]:
         f"{number(part.screened.finished)} screened",
     )
     yield KeyFigure(
-        "Labelled with LAMMPS",
+        "Labelled",
         number(part.labelled.finished),
         "",
         formatting.plural(part.labelled.failed, "failure"),
@@ -312,6 +312,10 @@ def _error_tile(data: ReportData) -> KeyFigure:
 
 
 def _best_tile(data: ReportData) -> KeyFigure:
+    if data.active is not None:
+        known = [r.best for r in data.active.rounds if r.best is not None]
+        value = formatting.significant(known[-1], 4) if known else "–"
+        return KeyFigure("Best label", value, data.active.unit, data.active.target)
     part = data.ranking
     if isinstance(part, NotAvailable):
         return KeyFigure("Best candidate", "–", "", "not available")
@@ -327,6 +331,11 @@ def _best_tile(data: ReportData) -> KeyFigure:
 
 
 def _discovery_tile(data: ReportData) -> KeyFigure:
+    if data.active is not None and data.active.rounds:
+        found = data.active.rounds[-1].found
+        if found is not None:
+            title = f"True top {data.active.k} found"
+            return KeyFigure(title, str(found), f"of {data.active.k}", "by labels")
     part = data.discovery
     if isinstance(part, NotAvailable):
         return KeyFigure("True top found", "–", "", "not verified")

@@ -22,12 +22,15 @@ from nanoos_fw.ml.datasets import (
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.splits import Leakage
 from nanoos_fw.stores.features import FeatureStore
-from nanoos_fw.stores.labels import formation_energies, simulated_values
+from nanoos_fw.stores.labels import (
+    FORMATION_ENERGY,
+    formation_energies,
+    simulated_values,
+)
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
 from nanoos_fw.units import unit_of
 
-FORMATION_ENERGY = "formation_energy_per_atom"
 _PER_ATOM = "_per_atom"
 _LABELS_AT_ONCE = 5000
 

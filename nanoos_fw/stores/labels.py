@@ -10,6 +10,8 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
 
+FORMATION_ENERGY = "formation_energy_per_atom"
+
 
 @dataclass(frozen=True)
 class FormationEnergies:

@@ -30,6 +30,9 @@ from nanoos_fw.operations.active import (
     submit_active,
 )
 from nanoos_fw.parallel import Communicator, StopRequest
+from nanoos_fw.reports.collect import collect_report
+from nanoos_fw.reports.data import NotAvailable
+from nanoos_fw.reports.page import render_report
 from nanoos_fw.settings import Settings
 from nanoos_fw.stores.active import ActiveStore
 from nanoos_fw.stores.launches import failed_fireworks
@@ -174,6 +177,16 @@ def test_a_campaign_runs_to_its_budget(launchpad: Any, tmp_path: Path) -> None:
         min(truth.values()),
     )
     assert Path(plan.report or "").read_text().count("</html>") == 1
+    # The target is no formation energy, and nothing was labelled by LAMMPS.
+    report = collect_report(launchpad.db, "toys")
+    assert report.funnel.labelled.finished == 20
+    assert report.funnel.relaxed.planned == 0
+    for part in (report.ranking, report.evaluation, report.training):
+        assert isinstance(part, NotAvailable)
+        assert "the model predicts toy in eV" in part.reason
+    page = render_report(report)
+    assert "lowest predicted" not in page
+    assert f"{min(truth.values()):.4g}".replace("-", "−") in page
 
 
 def test_choosing_again_makes_no_second_round(
