@@ -30,9 +30,9 @@ from nanoos_fw.ml.acquisition import (
     standardized,
 )
 from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.descriptors import describe_graphs
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.stopping import Progress, StopRules, check_stop, labels_left
-from nanoos_fw.ml.uncertainty import describe_graphs
 from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.active import ActiveStore, Round
 

@@ -17,7 +17,8 @@ import numpy as np
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.datasets import Dataset
-from nanoos_fw.ml.forest import ForestModel, graph_scalars
+from nanoos_fw.ml.forest import ForestModel
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.metrics import calibrate
 from nanoos_fw.ml.predictors import PropertyModel
 from nanoos_fw.ml.uncertainty import (

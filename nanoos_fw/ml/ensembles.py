@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import CorruptArtifactError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.model_files import ATOM_TABLE, ModelCard
-from nanoos_fw.ml.uncertainty import has_dropout, thinned
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from nanoos_fw.ml.network import Network
 
 
@@ -150,6 +151,52 @@ def dropout_spread(
     return np.asarray(np.std(samples, axis=0, ddof=1))
 
 
+def has_dropout(members: Sequence[nn.Module]) -> bool:
+    """Tell whether the networks were trained with dropout."""
+    return any(_dropouts(member) for member in members)
+
+
+@contextmanager
+def thinned(member: nn.Module, seed: Sequence[int]) -> Iterator[None]:
+    """Let a network drop out units in evaluation, the same ones for all structures.
+
+    Each dropout layer gets one mask over its channels, drawn from the seed alone:
+    the answer for a structure depends neither on the others of its batch nor on
+    their order. Everything else (batch normalization) stays in evaluation.
+
+    References
+    ----------
+    Y. Gal, Z. Ghahramani, Proc. 33rd Int. Conf. Mach. Learn., 1050 (2016): a mask is
+    a draw of weights from the approximate posterior.
+    """
+    import torch
+
+    used = [0]
+
+    def hook(index: int, rate: float) -> Any:
+        def apply(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            rng = np.random.default_rng([*seed, index])
+            kept = rng.random(output.shape[-1]) >= rate
+            used[0] += 1
+            mask = torch.from_numpy(kept / (1.0 - rate)).to(output.dtype)
+            return output * mask
+
+        return apply
+
+    member.eval()
+    handles = [
+        layer.register_forward_hook(hook(index, float(layer.p)))
+        for index, layer in enumerate(_dropouts(member))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not used[0]:
+        raise RuntimeError("the network was evaluated without passing a dropout layer")
+
+
 def targets_of_outputs(
     card: ModelCard, outputs: NDArray[np.float64], offset: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -171,3 +218,12 @@ def state_of(arrays: Mapping[str, NDArray[Any]], index: int) -> dict[str, NDArra
         for key, value in arrays.items()
         if key.startswith(prefix)
     }
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _dropouts(member: nn.Module) -> list[Any]:
+    from torch import nn
+
+    return [m for m in member.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]

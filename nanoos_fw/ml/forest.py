@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.features import STATISTICS, AnyGraph, as_graph, element_table
+from nanoos_fw.ml.features import AnyGraph, as_graph
+from nanoos_fw.ml.graph_scalars import GRAPH_SCALARS, GraphScalars, graph_scalars
 from nanoos_fw.ml.metrics import calibrate
 from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text
 from nanoos_fw.ml.uncertainty import (
@@ -33,14 +34,10 @@ from nanoos_fw.ml.uncertainty import (
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
 MODEL_TYPE = "RandomForest"
-GRAPH_SCALARS = "graph"
-"""Source of features that :func:`graph_scalars` makes."""
 
-_ATOM_QUANTITIES = ("nearest_distance", "mean_distance", "farthest_distance")
 _ARRAYS = ("tree_start", "feature", "threshold", "left", "right", "value", "fill")
 _SCORES = "scores"
 _ROWS_AT_ONCE = 4096
-_MIN_CALIBRATION = 10
 _FETCH = "fetch or fit the forest again"
 
 
@@ -91,84 +88,6 @@ class ForestCard(BaseModel):
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
     interval_floor: float | None = Field(default=None, gt=0.0)
     mock_targets: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class GraphScalars:
-    """Scalar features of many graphs.
-
-    Parameters
-    ----------
-    names
-        Of the ``p`` columns.
-    values
-        ``(n, p) float64``; NaN where an element has no published value.
-    elements
-        Atomic numbers that occur.
-    cutoff_radius, max_neighbors
-        How the graphs were built.
-    """
-
-    names: tuple[str, ...]
-    values: NDArray[np.float64]
-    elements: tuple[int, ...]
-    cutoff_radius: float
-    max_neighbors: int | None
-
-
-def graph_scalars(table: GraphTable) -> GraphScalars:
-    """Return scalar features of graphs, none of which depends on the size of the cell.
-
-    Parameters
-    ----------
-    table
-        ``n`` graphs. Composition: number of elements, and over the atoms the mean,
-        minimum, maximum, range and standard deviation of each elemental property
-        (:data:`nanoos_fw.ml.features.ELEMENT_PROPERTIES`). Structure: the same
-        statistics of the distance (Å) from an atom to its nearest, its average and
-        its farthest neighbour in the graph, and of the number of neighbours.
-
-    Notes
-    -----
-    The elemental part is the description of L. Ward et al., npj Comput. Mater. 2,
-    16028 (2016), on fewer properties.
-    """
-    starts = table.atom_start[:-1]
-    sizes = table.graph_sizes
-    numbers = np.asarray(table.numbers)
-    elements = element_table()
-    degrees = np.asarray(table.degrees).astype(np.int64)
-    edge_starts = np.cumsum(degrees) - degrees
-    distances = np.asarray(table.distances, dtype=np.float64)
-    filled = degrees > 0
-    per_atom = np.full((len(_ATOM_QUANTITIES), len(numbers)), np.nan)
-    if filled.any():
-        begin = edge_starts[filled]
-        per_atom[0, filled] = np.minimum.reduceat(distances, begin)
-        per_atom[1, filled] = np.add.reduceat(distances, begin) / degrees[filled]
-        per_atom[2, filled] = np.maximum.reduceat(distances, begin)
-    quantities = {
-        name: np.where(elements.known[numbers, i], elements.values[numbers, i], np.nan)
-        for i, name in enumerate(elements.names)
-    }
-    quantities |= dict(zip(_ATOM_QUANTITIES, per_atom, strict=True))
-    quantities["n_neighbors"] = degrees.astype(np.float64)
-    names, columns = ["n_elements"], [_distinct(numbers, starts, sizes)]
-    for name, values in quantities.items():
-        mean = np.add.reduceat(values, starts) / sizes
-        low = np.minimum.reduceat(values, starts)
-        high = np.maximum.reduceat(values, starts)
-        deviation = (values - np.repeat(mean, sizes)) ** 2
-        std = np.sqrt(np.add.reduceat(deviation, starts) / sizes)
-        names += [f"{name}_{statistic}" for statistic in STATISTICS]
-        columns += [mean, low, high, high - low, std]
-    return GraphScalars(
-        tuple(names),
-        np.stack(columns, axis=1),
-        tuple(np.unique(numbers).tolist()),
-        table.cutoff_radius,
-        table.max_neighbors,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -462,7 +381,7 @@ class ForestModel:
                 f"features of shape {values.shape} do not fit the "
                 f"{len(card.feature_names)} columns of the forest"
             )
-        return _filled(values, self.fill)
+        return filled_features(values, self.fill)
 
 
 def scalar_matrix(
@@ -478,114 +397,6 @@ def scalar_matrix(
         pairs = zip(names, absent, strict=True)
         matrix[i] = [float(row.get(name, other)) for name, other in pairs]
     return matrix
-
-
-def fit_forest(
-    features: NDArray[np.float64] | GraphScalars | Sequence[Mapping[str, Any]],
-    targets: NDArray[np.float64],
-    seed: int = 0,
-    *,
-    names: Sequence[str] | None = None,
-    target_property: str = "target",
-    unit: str = "",
-    n_trees: int = 100,
-    max_features: float = 1 / 3,
-    min_samples_leaf: int = 1,
-    dataset_hash: str = "",
-    mock_targets: bool = False,
-    n_jobs: int = 1,
-) -> ForestModel:
-    """Fit a random forest.
-
-    Parameters
-    ----------
-    features
-        Of the training rows: what :func:`graph_scalars` returns, ``(n, p)`` with
-        ``names``, or scalars by name. NaN counts as missing.
-    targets
-        ``(n,)`` in ``unit``.
-    seed
-        Decides the forest, whatever ``n_jobs`` is.
-    names
-        Columns to use; None takes all that occur (without ``n_sites``, which depends
-        on the choice of the cell).
-    target_property, unit, dataset_hash, mock_targets
-        For the card.
-    n_trees, max_features, min_samples_leaf
-        Trees; share of the columns tried at a split; rows of a leaf.
-    n_jobs
-        Threads of the fit.
-
-    Raises
-    ------
-    InputError
-        If there are fewer than two rows, a column has no value in any row, targets
-        are not finite, or the shapes do not fit.
-
-    References
-    ----------
-    L. Breiman, Mach. Learn. 45, 5 (2001).
-    """
-    from sklearn.ensemble import RandomForestRegressor
-
-    truth = np.asarray(targets, dtype=np.float64)
-    fields: dict[str, Any] = {"source": "scalars"}
-    if isinstance(features, GraphScalars):
-        columns, values = tuple(features.names), features.values
-        fields = {
-            "source": GRAPH_SCALARS,
-            "cutoff_radius": features.cutoff_radius,
-            "max_neighbors": features.max_neighbors,
-            "elements": features.elements,
-        }
-    elif isinstance(features, np.ndarray):
-        values = np.asarray(features, dtype=np.float64)
-        columns = tuple(names or (f"x{i}" for i in range(values.shape[-1])))
-    else:
-        found = {name for row in features for name in row} - {"n_sites"}
-        columns = tuple(names if names is not None else sorted(found))
-        values = scalar_matrix(features, columns)
-    if values.shape != (len(truth), len(columns)) or len(truth) < 2 or not columns:
-        raise InputError(
-            f"features {values.shape} with {len(columns)} names and targets "
-            f"{truth.shape} do not make a training set"
-        )
-    if not np.isfinite(truth).all() or np.isinf(values).any():
-        raise InputError("targets must be finite, and features finite or missing")
-    empty = np.isnan(values).all(axis=0)
-    if empty.any():
-        raise InputError(
-            f"{columns[int(np.flatnonzero(empty)[0])]} has no value in any row",
-            evidence={"columns": [columns[i] for i in np.flatnonzero(empty)]},
-            advice="leave the column out",
-        )
-    fill = np.nanmedian(values, axis=0)
-    forest = RandomForestRegressor(
-        n_estimators=n_trees,
-        max_features=max_features,
-        min_samples_leaf=min_samples_leaf,
-        random_state=seed,
-        n_jobs=n_jobs,
-    )
-    forest.fit(_filled(values, fill), truth)
-    card = ForestCard(
-        target_property=target_property,
-        unit=unit,
-        feature_names=columns,
-        n_train=len(truth),
-        n_trees=n_trees,
-        seed=seed,
-        dataset_hash=dataset_hash,
-        mock_targets=mock_targets,
-        **fields,
-    )
-    trees: dict[str, Any] = _tree_arrays(forest.estimators_)
-    model = ForestModel(card=card, fill=fill, **trees)
-    said, spread = _out_of_bag(model.predict_trees(values), forest.estimators_samples_)
-    judged = np.isfinite(spread)
-    if judged.sum() < _MIN_CALIBRATION:
-        return model
-    return model.calibrated((said - truth)[judged], spread[judged])
 
 
 def load_forest(
@@ -641,60 +452,15 @@ def load_forest(
     )
 
 
-# ------------------------------------------------------------------------- private
-
-
-def _out_of_bag(
-    trees: NDArray[np.float64], seen: Sequence[NDArray[np.int64]]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and spread over the trees that did not see a row, ``(n,)`` each.
-
-    NaN where fewer than two did not.
-    """
-    unseen = np.ones(trees.shape, dtype=bool)
-    for tree, rows in enumerate(seen):
-        unseen[tree, rows] = False
-    count = unseen.sum(axis=0).astype(np.float64)
-    count[count < 2] = np.nan
-    mean = np.where(unseen, trees, 0.0).sum(axis=0) / count
-    squares = np.where(unseen, (trees - mean) ** 2, 0.0).sum(axis=0)
-    return mean, np.sqrt(squares / (count - 1))
-
-
-def _tree_arrays(estimators: Sequence[Any]) -> dict[str, NDArray[Any]]:
-    parts: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("feature", "threshold", "left", "right", "value")
-    }
-    starts = [0]
-    for estimator in estimators:
-        tree = estimator.tree_
-        leaf = tree.children_left < 0
-        parts["feature"].append(np.where(leaf, -1, tree.feature))
-        parts["threshold"].append(np.where(leaf, 0.0, tree.threshold))
-        parts["left"].append(np.where(leaf, -1, tree.children_left + starts[-1]))
-        parts["right"].append(np.where(leaf, -1, tree.children_right + starts[-1]))
-        parts["value"].append(tree.value[:, 0, 0])
-        starts.append(starts[-1] + tree.node_count)
-    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    for name in ("feature", "left", "right"):
-        whole[name] = whole[name].astype(np.int32)
-    return {**whole, "tree_start": np.array(starts, dtype=np.int64)}
-
-
-def _filled(
+def filled_features(
     values: NDArray[np.float64], fill: NDArray[np.float64]
 ) -> NDArray[np.float32]:
+    """Return features as trees see them, missing ones by ``fill`` ``(p,)``."""
     filled = np.where(np.isnan(values), fill, values)
     return np.asarray(filled, dtype=np.float32)
 
 
-def _distinct(
-    numbers: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return the number of elements of each graph."""
-    seen = np.zeros((len(starts), 119), dtype=bool)
-    seen[np.repeat(np.arange(len(starts)), sizes), numbers] = True
-    return np.asarray(seen.sum(axis=1), dtype=np.float64)
+# ------------------------------------------------------------------------- private
 
 
 def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:

@@ -22,8 +22,14 @@ from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn_format import published_element_vectors
 from nanoos_fw.ml.datasets import PARTS, Dataset, open_dataset
-from nanoos_fw.ml.ensembles import dropout_spread, ensemble, predict_table
-from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.ensembles import (
+    dropout_spread,
+    ensemble,
+    has_dropout,
+    predict_table,
+)
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.line_graph import with_angles
 from nanoos_fw.ml.metrics import (
     calibrate,
@@ -58,7 +64,6 @@ from nanoos_fw.ml.uncertainty import (
     Spread,
     Uncertainty,
     fit_uncertainty,
-    has_dropout,
 )
 from nanoos_fw.parallel import (
     Communicator,

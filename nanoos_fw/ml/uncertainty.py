@@ -19,10 +19,9 @@ fewer of others, so it is not the rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.features import element_table
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from nanoos_fw.ml.descriptors import describe_graphs, nearest_distance
 
 Spread = Literal["none", "ensemble", "mc_dropout", "ensemble+mc_dropout"]
 
@@ -44,20 +40,8 @@ _MAX_REFERENCES = 4096
 _NEIGHBORS = 3
 _IN_DOMAIN = 0.95
 _FLOORS = (0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # in units of the median spread
-_SHELL = 12
-_FIRST_SHELL = 1.15
-_ATOMIC = (
-    "electronegativity",
-    "covalent_radius",
-    "group",
-    "period",
-    "ionization_energy",
-    "molar_volume",
-    "melting_point",
-)
 _SCORES, _REFERENCES = "uncertainty.scores", "uncertainty.references"
 _CENTRE, _SCALE = "uncertainty.centre", "uncertainty.scale"
-_BLOCK = 1024
 
 
 class UncertaintyCard(BaseModel):
@@ -383,131 +367,6 @@ def conformal_quantile(
     return None if rank > len(scores) else float(scores[rank - 1])
 
 
-def nearest_distance(
-    vectors: NDArray[np.float32],
-    references: NDArray[np.float32],
-    k: int,
-    *,
-    skip_self: bool = False,
-) -> NDArray[np.float64]:
-    """Return the mean distance of each vector to its ``k`` nearest references.
-
-    Parameters
-    ----------
-    vectors, references
-        ``(n, d)`` and ``(r, d)``, standardized.
-    k
-        Number of neighbours.
-    skip_self
-        The vectors are the references: row i does not count for itself.
-
-    Returns
-    -------
-    ``(n,) float64``
-        Euclidean distances over the square root of ``d``.
-    """
-    far = references.astype(np.float64)
-    squares = (far * far).sum(axis=1)
-    k = min(k, len(far) - skip_self)
-    answer = np.zeros(len(vectors))
-    if k < 1:
-        return answer
-    for start in range(0, len(vectors), _BLOCK):
-        near = vectors[start : start + _BLOCK].astype(np.float64)
-        table = (near * near).sum(axis=1)[:, None] + squares - 2.0 * near @ far.T
-        if skip_self:
-            rows = np.arange(len(near))
-            table[rows, rows + start] = np.inf
-        closest = np.partition(table, k - 1, axis=1)[:, :k]
-        answer[start : start + _BLOCK] = np.sqrt(np.maximum(closest, 0.0)).mean(axis=1)
-    return answer / math.sqrt(max(1, far.shape[1]))
-
-
-def describe_graphs(table: GraphTable) -> NDArray[np.float64]:
-    """Return what composition and surroundings of graphs are like, ``(n, 30)``.
-
-    Mean and standard deviation over the atoms of seven properties of the elements;
-    mean and standard deviation over the atoms of the distance d1 to the nearest
-    neighbour (Å), means of the distances to the 2nd to 12th in units of d1, of the
-    number of neighbours within 1.15 d1 among the first twelve, of the share of other
-    elements among those, and of the 12th distance (Å). No answer depends on the
-    choice of cell, its orientation, or the order of sites. Where a neighbour is
-    beyond the cutoff radius, that radius stands for it.
-    """
-    sizes = table.graph_sizes
-    graph = np.repeat(np.arange(len(table)), sizes)
-    numbers = np.asarray(table.numbers, dtype=np.int64)
-    shells, unlike = _shells(table, numbers)
-    nearest = np.maximum(shells[:, :1], 1e-6)
-    ratios = shells / nearest
-    close = ratios <= _FIRST_SHELL
-    n_close = np.maximum(close.sum(axis=1), 1)
-    columns = [
-        *_atomic_columns(numbers, graph, sizes),
-        *_moments(shells[:, 0], graph, sizes),
-        *(_mean(ratios[:, j], graph, sizes) for j in range(1, _SHELL)),
-        _mean(n_close.astype(float), graph, sizes),
-        _mean((unlike & close).sum(axis=1) / n_close, graph, sizes),
-        _mean(shells[:, -1], graph, sizes),
-    ]
-    return np.stack(columns, axis=1)
-
-
-# ------------------------------------------------------------------- dropout, torch
-
-
-def has_dropout(members: Sequence[nn.Module]) -> bool:
-    """Tell whether the networks were trained with dropout."""
-    return any(_dropouts(member) for member in members)
-
-
-@contextmanager
-def thinned(member: nn.Module, seed: Sequence[int]) -> Iterator[None]:
-    """Let a network drop out units in evaluation, the same ones for all structures.
-
-    Each dropout layer gets one mask over its channels, drawn from the seed alone:
-    the answer for a structure depends neither on the others of its batch nor on
-    their order. Everything else (batch normalization) stays in evaluation.
-
-    References
-    ----------
-    Y. Gal, Z. Ghahramani, Proc. 33rd Int. Conf. Mach. Learn., 1050 (2016): a mask is
-    a draw of weights from the approximate posterior.
-    """
-    import torch
-
-    used = [0]
-
-    def hook(index: int, rate: float) -> Any:
-        def apply(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            rng = np.random.default_rng([*seed, index])
-            kept = rng.random(output.shape[-1]) >= rate
-            used[0] += 1
-            mask = torch.from_numpy(kept / (1.0 - rate)).to(output.dtype)
-            return output * mask
-
-        return apply
-
-    member.eval()
-    handles = [
-        layer.register_forward_hook(hook(index, float(layer.p)))
-        for index, layer in enumerate(_dropouts(member))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not used[0]:
-        raise RuntimeError("the network was evaluated without passing a dropout layer")
-
-
-def _dropouts(member: nn.Module) -> list[Any]:
-    from torch import nn
-
-    return [m for m in member.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]
-
-
 # ------------------------------------------------------------------------- private
 
 
@@ -548,53 +407,3 @@ def _some(
         return references
     chosen = rng.choice(len(references), _MAX_REFERENCES, replace=False)
     return references[np.sort(chosen)]
-
-
-def _mean(
-    values: NDArray[np.float64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    total = np.bincount(graph, weights=values, minlength=len(sizes))
-    return total / np.maximum(sizes, 1)
-
-
-def _moments(
-    values: NDArray[np.float64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    mean = _mean(values, graph, sizes)
-    return mean, np.sqrt(_mean((values - mean[graph]) ** 2, graph, sizes))
-
-
-def _atomic_columns(
-    numbers: NDArray[np.int64], graph: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> Iterator[NDArray[np.float64]]:
-    elements = element_table()
-    for name in _ATOMIC:
-        values, known = elements.column(name)
-        filled = np.where(known, values, values[known].mean())
-        yield from _moments(filled[numbers], graph, sizes)
-
-
-def _shells(
-    table: GraphTable, numbers: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the first twelve distances of each atom, and which are to other elements.
-
-    ``(n_atoms, 12) float64`` in Å, rising, and ``(n_atoms, 12) bool``.
-    """
-    degrees = np.asarray(table.degrees, dtype=np.int64)
-    centre = np.repeat(np.arange(len(degrees)), degrees)
-    edges_of = np.diff(table.edge_start)
-    neighbor = np.asarray(table.neighbors, dtype=np.int64) + np.repeat(
-        table.atom_start[:-1], edges_of
-    )
-    distances = np.asarray(table.distances, dtype=np.float64)
-    order = np.lexsort((distances, centre))
-    start = np.cumsum(degrees) - degrees
-    rank = np.arange(len(order)) - start[centre]  # centres come in rising order
-    first = rank < _SHELL
-    chosen, atom, place = order[first], centre[first], rank[first]
-    shells = np.full((len(degrees), _SHELL), float(table.cutoff_radius))
-    shells[atom, place] = distances[chosen]
-    unlike = np.zeros((len(degrees), _SHELL), dtype=bool)
-    unlike[atom, place] = numbers[neighbor[chosen]] != numbers[atom]
-    return shells, unlike

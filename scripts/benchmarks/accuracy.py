@@ -56,7 +56,8 @@ from nanoos_fw.ml.datasets import (
     open_dataset,
     write_dataset,
 )
-from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.graphs import build_graphs
 from nanoos_fw.ml.metrics import (
     element_fractions,

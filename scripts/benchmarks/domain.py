@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.descriptors import nearest_distance
 from nanoos_fw.ml.fitting import Fit, FitData
 from nanoos_fw.ml.graphs import build_graphs
 from nanoos_fw.ml.metrics import element_fractions, fit_element_reference
@@ -45,7 +46,6 @@ from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.ml.uncertainty import (
     conformal_quantile,
     fit_uncertainty,
-    nearest_distance,
 )
 from nanoos_fw.parallel import Communicator
 from nanoos_fw.provenance import package_versions

@@ -23,7 +23,9 @@ from nanoos_fw.ml.datasets import (
     build_regression_dataset,
     write_dataset,
 )
-from nanoos_fw.ml.forest import fit_forest, graph_scalars, load_forest
+from nanoos_fw.ml.forest import load_forest
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.network import build_network
 from nanoos_fw.operations.models import calibrate_registered

@@ -10,11 +10,11 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import extract_structure_features
 from nanoos_fw.ml.forest import (
     ForestModel,
-    fit_forest,
-    graph_scalars,
     load_forest,
     scalar_matrix,
 )
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 
 FACES = [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]

@@ -21,7 +21,8 @@ from nanoos_fw.errors import (
 )
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn import CGCNNModel
-from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.stores import aliases, model_upkeep
 from nanoos_fw.stores.campaigns import CampaignStore

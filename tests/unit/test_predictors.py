@@ -15,7 +15,8 @@ from safetensors.numpy import save
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn import Architecture, ModelCard, atom_features, save_checkpoint
-from nanoos_fw.ml.forest import fit_forest, graph_scalars
+from nanoos_fw.ml.forest_fitting import fit_forest
+from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.graphs import build_graph, pack_graph
 from nanoos_fw.ml.model_files import read_checkpoint
 from nanoos_fw.ml.network import CrystalGraphNetwork

@@ -17,18 +17,16 @@ from nanoos_fw.ml.cgcnn import (
     dropout_spread,
     save_checkpoint,
 )
+from nanoos_fw.ml.descriptors import describe_graphs, nearest_distance
+from nanoos_fw.ml.ensembles import has_dropout, thinned
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.network import CrystalGraphNetwork
 from nanoos_fw.ml.uncertainty import (
     Uncertainty,
     UncertaintyCard,
     conformal_quantile,
-    describe_graphs,
     fit_uncertainty,
-    has_dropout,
-    nearest_distance,
     normalized_scores,
-    thinned,
 )
 
 METALS = ["Al", "Ni", "Ti", "Fe", "Cu", "Zr"]
