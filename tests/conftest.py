@@ -26,6 +26,7 @@ from nanoos_fw.errors import MissingDependencyError
 from nanoos_fw.parallel import Resources, launch_command
 
 if TYPE_CHECKING:
+    from database_proxy import DatabaseProxy
     from pymatgen.core import Structure
 
 _HOME = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
@@ -145,21 +146,37 @@ def mongodb_database() -> Iterator[Any]:
 
 
 @pytest.fixture
+def my_launchpad(mongodb_database: Any, tmp_path: Path) -> Path:
+    """Return a my_launchpad.yaml that names the database of the test."""
+    from nanoos_fw.operations.cluster_files import launchpad_text
+
+    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
+    path = tmp_path / "my_launchpad.yaml"
+    path.write_text(launchpad_text(uri, mongodb_database.name))
+    return path
+
+
+@pytest.fixture
 def launchpad_file(
-    mongodb_database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    my_launchpad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """Name the database of the test in my_launchpad.yaml, as commands find it."""
     monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
     monkeypatch.setenv("NANO_OS_RANKS", "1")
     monkeypatch.chdir(tmp_path)
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"].rstrip("/")
-    path = tmp_path / "my_launchpad.yaml"
-    path.write_text(
-        f"host: {uri}/{mongodb_database.name}\nname: {mongodb_database.name}\n"
-        "uri_mode: true\n"
-    )
-    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(path))
-    return path
+    monkeypatch.setenv("NANO_OS_LAUNCHPAD", str(my_launchpad))
+    return my_launchpad
+
+
+@pytest.fixture
+def proxy() -> Iterator[DatabaseProxy]:
+    """Proxy before the test server, whose connections can be cut."""
+    from database_proxy import DatabaseProxy
+    from pymongo.uri_parser import parse_uri
+
+    host, port = parse_uri(os.environ["NANO_OS_TEST_MONGODB_URI"])["nodelist"][0]
+    with DatabaseProxy(host, port) as running:
+        yield running
 
 
 @pytest.fixture

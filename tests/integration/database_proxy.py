@@ -38,6 +38,10 @@ class DatabaseProxy:
     ----------
     port
         Of this machine, the same before and after a cut.
+    commands
+        Names of commands and their collections, as they came.
+    cuts
+        How many connections were broken.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -49,6 +53,7 @@ class DatabaseProxy:
         self._ended = False
         self.port = 0
         self.commands: list[tuple[str, str]] = []
+        self.cuts = 0
 
     def __enter__(self) -> DatabaseProxy:
         self.restore()
@@ -80,6 +85,7 @@ class DatabaseProxy:
             listener.close()
         with self._lock:
             sockets, self._open = self._open, set()
+            self.cuts += len(sockets) // 2
         for one in sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

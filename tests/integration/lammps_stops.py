@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 from nanoos_fw.errors import OutOfTimeError
 
@@ -56,9 +56,9 @@ def stop_at(engine, inputs, output: Path, step: int, **options) -> int:
 
 def wait_for_step(output: Path, step: int, child) -> None:
     """Wait until a child's simulation has reached a step."""
-    end = time.monotonic() + 120.0
-    while time.monotonic() < end and child.poll() is None:
-        if step_of(output) >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"no step {step}, or too late")
+
+    def reached() -> bool:
+        assert child.poll() is None, f"it ended before step {step}"
+        return step_of(output) >= step
+
+    wait_for(reached, f"no step {step}", every_s=0.002)

@@ -1,15 +1,11 @@
-"""An active-learning campaign by LAMMPS that runs in seconds; also a program.
-
-``python small_active.py FOLDER`` runs it on the embedded database in FOLDER and prints
-a line per firework; ``--submit LAUNCHPAD`` only submits it to a server.
-"""
+"""An active-learning campaign by LAMMPS that runs in seconds; also a program."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from processes import campaign_main, say, unique
 
 ELEMENTS = ["Cu", "Ni", "Al", "Zr"]  # 6 pairs, 42 candidates
 NAME = "small-active"
@@ -44,12 +40,6 @@ def small_plan(folder: Path) -> Any:
 
 def rows(database: Any) -> dict[str, Any]:
     """Return all result rows, by what identifies them, and fail on a double one."""
-
-    def unique(pairs: list[tuple[Any, Any]], what: str) -> dict[Any, Any]:
-        found = dict(pairs)
-        assert len(found) == len(pairs), f"{len(pairs) - len(found)} double {what}"
-        return found
-
     rounds = sorted(database["active_rounds"].find(), key=lambda d: d["number"])
     return {
         "chosen": [[pick[0] for pick in d["picks"]] for d in rounds],
@@ -85,40 +75,22 @@ def rows(database: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--submit", type=Path)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    if arguments.submit is not None:
-        from nanoos_fw.stores.database import load_launchpad
-
-        launchpad = load_launchpad(arguments.submit)
-        from nanoos_fw.operations.active import submit_active
-
-        submit_active(launchpad, small_plan(folder))
-        return
-    from nanoos_fw.stores.database import open_embedded, save_embedded
-
-    launchpad = open_embedded(folder / "db", create=True)
-    from nanoos_fw import operations
+def submit(launchpad: Any, plan: Any) -> None:
     from nanoos_fw.operations.active import submit_active
+
+    submit_active(launchpad, plan)
+
+
+def run(launchpad: Any, plan: Any, launch_dir: Path) -> list[Any]:
+    from nanoos_fw import operations
+    from nanoos_fw.stores.database import save_embedded
     from nanoos_fw.stores.launches import failed_fireworks
 
-    def say(stage: str) -> None:
-        sys.stdout.write(f"{stage}\n")
-        sys.stdout.flush()
-
-    submit_active(launchpad, small_plan(folder))
-    operations.rerun_failed(launchpad, NAME)
+    operations.rerun_failed(launchpad, plan.name)
     save_embedded(launchpad)
-    operations.run_embedded(launchpad, folder / "db", on_launch=say)
-    failed = failed_fireworks(launchpad.db, NAME)
-    for entry in failed:
-        say(f"failed {entry.stage} {entry.error} {entry.error.evidence}")
-    raise SystemExit(1 if failed else 0)
+    operations.run_embedded(launchpad, launch_dir, on_launch=say)
+    return failed_fireworks(launchpad.db, plan.name)
 
 
 if __name__ == "__main__":
-    main()
+    campaign_main(small_plan, submit, run)

@@ -1,15 +1,11 @@
-"""A campaign of the demonstration's kind that runs in seconds; also a program.
-
-``python small_campaign.py FOLDER`` runs it on the embedded database in FOLDER and
-prints a line per firework; ``--submit LAUNCHPAD`` only submits it to a server.
-"""
+"""A campaign of the demonstration's kind that runs in seconds; also a program."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from processes import campaign_main, say, unique
 
 ELEMENTS = ("Cu", "Ni", "Al", "Zr")  # 6 pairs, 42 candidates
 NAME = "small"
@@ -52,12 +48,6 @@ def small_plan(folder: Path) -> Any:
 
 def rows(database: Any) -> dict[str, Any]:
     """Return all result rows, by what identifies them, and fail on a double one."""
-
-    def unique(pairs: list[tuple[Any, Any]], what: str) -> dict[Any, Any]:
-        found = dict(pairs)
-        assert len(found) == len(pairs), f"{len(pairs) - len(found)} double {what}"
-        return found
-
     campaign = database["campaigns"].find_one({"_id": NAME})
     return {
         "structures": sorted(d["_id"] for d in database["structures"].find()),
@@ -93,42 +83,17 @@ def rows(database: Any) -> dict[str, Any]:
     }
 
 
-def say(*words: object) -> None:
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--submit", type=Path)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    if arguments.submit is not None:
-        from nanoos_fw.stores.database import load_launchpad
-
-        launchpad = load_launchpad(arguments.submit)
-        from nanoos_fw import demo
-
-        demo.submit(launchpad, small_plan(folder), verify=True)
-        return
-    from nanoos_fw.stores.database import open_embedded
-
-    launchpad = open_embedded(folder / "db", create=True)
+def submit(launchpad: Any, plan: Any) -> None:
     from nanoos_fw import demo
 
-    plan = small_plan(folder)
     demo.submit(launchpad, plan, verify=True)
-    outcome = demo.run(
-        launchpad,
-        plan,
-        folder / "db",
-        on_launch=say,
-    )
-    for failed in outcome.failed:
-        say("failed", failed.stage, failed.error, failed.error.evidence)
-    raise SystemExit(1 if outcome.failed else 0)
+
+
+def run(launchpad: Any, plan: Any, launch_dir: Path) -> list[Any]:
+    from nanoos_fw import demo
+
+    return demo.run(launchpad, plan, launch_dir, on_launch=say).failed
 
 
 if __name__ == "__main__":
-    main()
+    campaign_main(small_plan, submit, run)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from database_proxy import DatabaseProxy
+from processes import HANGING_S
 from pymatgen.core import Lattice, Structure
-from pymongo.uri_parser import parse_uri
 
 from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.ml.features import FEATURE_VERSION
@@ -30,64 +27,7 @@ WORKERS, STRUCTURES = 4, 3000
 # counted is progress and not seconds: the machine may be slow.
 KILL_AT = [STRUCTURES * tenths // 10 for tenths in (1, 4, 6, 8)]
 CUT_AT = STRUCTURES // 4
-OUTAGE_S, LIMIT_S = 2.0, 400.0
-
-
-class Proxy:
-    """A TCP proxy before the server, which can be cut off and put back."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._server = (host, port)
-        self._pairs: list[socket.socket] = []
-        self._lock = threading.Lock()
-        self._listener: socket.socket | None = None
-        self.port = 0
-        self.cuts = 0
-        self.restore()
-
-    def restore(self) -> None:
-        listener = socket.create_server(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
-        self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        """Refuse new connections and break those there are, in the middle of it."""
-        assert self._listener is not None
-        # A thread that waits in accept() would keep a closed socket listening.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        with self._lock:
-            pairs, self._pairs = self._pairs, []
-        self.cuts += len(pairs)
-        for end in pairs:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                near, _ = listener.accept()
-                far = socket.create_connection(self._server)
-            except OSError:
-                return
-            with self._lock:
-                self._pairs += [near, far]
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(
-                    target=self._pump, args=(source, target), daemon=True
-                ).start()
-
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+OUTAGE_S = 2.0
 
 
 def structure(number: int) -> Structure:
@@ -101,7 +41,7 @@ def structure(number: int) -> Structure:
 @pytest.mark.mongodb
 @pytest.mark.slow
 def test_killed_workers_leave_every_structure_once(
-    mongodb_database: Any, tmp_path: Path
+    mongodb_database: Any, proxy: DatabaseProxy, tmp_path: Path
 ) -> None:
     ensure_indexes(mongodb_database)
     entries = [NewStructure(structure(n), f"s{n}") for n in range(STRUCTURES)]
@@ -109,8 +49,6 @@ def test_killed_workers_leave_every_structure_once(
     assert len(set(keys)) == STRUCTURES
     collection = mongodb_database["structure_features"]
 
-    host, port = parse_uri(os.environ["NANO_OS_TEST_MONGODB_URI"])["nodelist"][0]
-    proxy = Proxy(host, port)
     log = (tmp_path / "workers.log").open("ab")
 
     def start() -> subprocess.Popen[bytes]:
@@ -137,7 +75,7 @@ def test_killed_workers_leave_every_structure_once(
     restored = False
     try:
         while any(worker.poll() is None for worker in workers):
-            assert time.monotonic() - begin < LIMIT_S, (
+            assert time.monotonic() - begin < HANGING_S, (
                 "the workers do not come to an end"
             )
             time.sleep(0.02)
@@ -146,7 +84,7 @@ def test_killed_workers_leave_every_structure_once(
                 proxy.cut()
                 cut_at, done_at_cut = time.monotonic(), collection.count_documents({})
                 while time.monotonic() < cut_at + OUTAGE_S or not log_says("again in"):
-                    assert time.monotonic() - begin < LIMIT_S, "nobody waits"
+                    assert time.monotonic() - begin < HANGING_S, "nobody waits"
                     time.sleep(0.1)
                 # Nothing has come through meanwhile but what was on its way.
                 assert collection.count_documents({}) < done_at_cut + 20 * WORKERS + 1

@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from lammps_stops import stop_at
+from processes import ranks_of, wait_for, wait_until_gone
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import SimulationError
@@ -381,14 +379,16 @@ relax_structures(
 """
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     path = work / "results.0.jsonl"
-    limit = time.monotonic() + 60.0
-    while time.monotonic() < limit and child.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= 3:
-            break
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
+
+    def some_are_done() -> bool:
+        assert child.poll() is None
+        return path.exists() and path.read_bytes().count(b"\n") >= 3
+
+    wait_for(some_are_done, "no results", every_s=0.005)
+    ranks = ranks_of(child.pid)
+    child.kill()
     child.wait()
-    time.sleep(1.5)  # the ranks notice that their parent is gone
+    wait_until_gone(ranks)  # they notice that their parent is gone
     kept = path.read_bytes()
     assert 3 <= kept.count(b"\n") < len(structures)
     results = relax_structures(structures, potential, work)

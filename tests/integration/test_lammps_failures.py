@@ -108,7 +108,8 @@ def test_failures_of_lammps_have_a_class_and_a_bounded_number_of_tries(
     except SimulationError as failed:
         tried = failed.evidence["corrections"]
     assert len(tried) <= 1
-    assert read_json(tmp_path / "on" / "corrections.json") == tried if tried else True
+    record = tmp_path / "on" / "corrections.json"
+    assert (read_json(record) if record.exists() else []) == tried
     if first is not None:
         assert first in tried[0]["changes"]
         assert newest_try(tmp_path / "on").name == "try-1"
@@ -328,8 +329,7 @@ def test_minimization_on_several_ranks_stops_and_goes_on(tmp_path):
         "thermo_every": 1,
     }
     inputs = engine.prepare_input(rough, parameters, tmp_path)
-    output, began = tmp_path / "output", time.monotonic()
-
+    output = tmp_path / "output"
     log = output / "log.000000000000.lammps"
 
     def has_begun():
@@ -340,9 +340,7 @@ def test_minimization_on_several_ranks_stops_and_goes_on(tmp_path):
         pytest.raises(OutOfTimeError) as caught,
     ):
         engine.execute(inputs, output, resources=Resources(2))
-    # By itself: the parent kills only after a minute.
-    assert "killed" not in caught.value.message
-    assert time.monotonic() - began < 60.0
+    assert "killed" not in caught.value.message  # it stopped by itself
     step = caught.value.evidence["step"]
     assert step >= 10
     assert (output / PORTABLE).exists()

@@ -414,10 +414,13 @@ def test_executable_stops_by_its_clock_and_goes_on(tmp_path):
     }
     inputs = engine.prepare_input(silicon(), parameters, tmp_path)
     output = tmp_path / "output"
-    with pytest.raises(OutOfTimeError) as caught:
-        engine.execute(inputs, output, timeout=2.0)
+    for timeout in (2.0, 8.0, 32.0):  # a busy machine takes longer to begin
+        with pytest.raises(OutOfTimeError) as caught:
+            engine.execute(inputs, output, timeout=timeout)
+        if caught.value.evidence["step"]:
+            break
     assert 0 < caught.value.evidence["step"] < 100_100
-    outcome = engine.execute(inputs, output, timeout=300.0)
+    outcome = engine.execute(inputs, output)
     assert outcome["steps"] == 100_100
     table = simulation_thermo(output)
     assert table.step.tolist() == list(range(0, 100_101, 100))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from fireworks import Firework, PyTask, Workflow
 from fireworks.core.fworker import FWorker
 from fireworks.core.launchpad import LaunchPad
 from fireworks.core.rocket_launcher import launch_rocket
+from processes import HANGING_S, wait_for
 from pymongo.errors import AutoReconnect, ServerSelectionTimeoutError
-from pymongo.uri_parser import parse_uri
 
 from nanoos_fw import operations
 from nanoos_fw.firetasks import FeaturizeStructuresTask
@@ -33,20 +33,13 @@ AWAY_S = 0.7
 
 
 @pytest.fixture
-def proxy() -> Iterator[DatabaseProxy]:
-    ((host, port),) = parse_uri(os.environ["NANO_OS_TEST_MONGODB_URI"])["nodelist"]
-    with DatabaseProxy(host, port) as running:
-        yield running
-
-
-@pytest.fixture
 def launchpad(mongodb_database: Any, proxy: DatabaseProxy) -> Iterator[Any]:
     found = LaunchPad(
         host="127.0.0.1",
         port=proxy.port,
         name=mongodb_database.name,
         strm_lvl="CRITICAL",
-        mongoclient_kwargs={"serverSelectionTimeoutMS": 200},
+        mongoclient_kwargs={"serverSelectionTimeoutMS": 500},
     )
     found.reset("", require_password=False)
     yield found
@@ -198,15 +191,6 @@ def waits(folder: Path) -> bool:
     return "the database is away" in said or "; try 1, again" in said
 
 
-def wait_until(condition: Callable[[], bool], evidence: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, evidence()
-        time.sleep(0.1)
-
-
-# Upper bound after which a program counts as hanging.
-WAIT_S = 90.0
 RLAUNCH = [sys.executable, "-m", "nanoos_fw.rlaunch", "-l", "{}", "rapidfire"]
 WORK = [sys.executable, "-m", "nanoos_fw.cli", "work", "-l", "{}", "--idle", "0.5"]
 
@@ -237,10 +221,10 @@ def test_a_launcher_waits_for_its_database(
         cut_at(proxy, trap)
     child, log = start([word.format(file) for word in words], tmp_path)
     if trap is None:
-        wait_until(lambda: waits(tmp_path), log.read_text)
+        wait_for(lambda: waits(tmp_path), log.read_text, every_s=0.1)
         assert child.poll() is None
         proxy.restore()
-    assert child.wait(timeout=WAIT_S) == 0, log.read_text()
+    assert child.wait(timeout=HANGING_S) == 0, log.read_text()
     assert trap is None or trap.hit.is_set()
     assert waits(tmp_path), log.read_text()
     found = launchpad.fireworks.find_one({"name": "one"})
@@ -269,10 +253,10 @@ def test_qlaunch_waits_for_its_database(
     command = [sys.executable, "-c", run, "-r", "-l", str(file), "-q", str(adapter)]
     path = f"{sbatch.parent}:/usr/bin:/bin"
     child, log = start([*command, "singleshot"], tmp_path, PATH=path)
-    wait_until(lambda: waits(tmp_path), log.read_text)
+    wait_for(lambda: waits(tmp_path), log.read_text, every_s=0.1)
     assert child.poll() is None
     proxy.restore()
-    assert child.wait(timeout=WAIT_S) == 0
+    assert child.wait(timeout=HANGING_S) == 0
     assert "the database is back" in log.read_text()
     assert launchpad.fireworks.find_one({"name": "one"})["state"] == "RESERVED"
     (launch,) = launchpad.launches.find()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fireworks import Firework, PyTask, Workflow
+from processes import HANGING_S, wait_for
 
 from nanoos_fw import operations
 from nanoos_fw.operations.reconcile import reconcile
@@ -26,14 +27,9 @@ def task(function: str = "os.getcwd", *args: Any) -> PyTask:
 
 
 @pytest.fixture
-def server(mongodb_database: Any, tmp_path: Path) -> Path:
-    from nanoos_fw.operations.cluster_files import launchpad_text
-
-    path = tmp_path / "my_launchpad.yaml"
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
-    path.write_text(launchpad_text(uri, mongodb_database.name))
-    operations.prepare_launchpad(load_launchpad(path))
-    return path
+def server(my_launchpad: Path) -> Path:
+    operations.prepare_launchpad(load_launchpad(my_launchpad))
+    return my_launchpad
 
 
 def test_a_slot_that_dies_is_noted_and_started_again(
@@ -67,7 +63,10 @@ def test_a_slot_that_dies_is_noted_and_started_again(
 
 
 def test_a_signal_to_the_worker_ends_its_slots(
-    server: Path, mongodb_database: Any, tmp_path: Path
+    server: Path,
+    mongodb_database: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A task that knows nothing of signals finishes; nothing further is taken."""
     launchpad = load_launchpad(server)
@@ -77,13 +76,20 @@ def test_a_signal_to_the_worker_ends_its_slots(
     launchpad.add_wf(Firework([waits], spec={"_priority": 2}))
     launchpad.add_wf(Firework([task()], name="next"))
 
+    told = threading.Event()
+    send_signal = subprocess.Popen.send_signal
+
+    def tell(process: subprocess.Popen[bytes], number: int) -> None:
+        send_signal(process, number)
+        told.set()
+
+    monkeypatch.setattr(subprocess.Popen, "send_signal", tell)
+    fireworks = mongodb_database["fireworks"]
+
     def stop_it() -> None:
-        while mongodb_database["fireworks"].count_documents({"state": "RUNNING"}) < 1:
-            time.sleep(0.05)
+        wait_for(lambda: fireworks.find_one({"state": "RUNNING"}), "no firework runs")
         os.kill(os.getpid(), signal.SIGUSR1)
-        while not any("SIGUSR1" in line for line in lines):
-            time.sleep(0.05)
-        time.sleep(0.2)  # the slot has it too
+        assert told.wait(HANGING_S)  # the slot has it too
         gate.write_text("go\n")
 
     lines: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from nanoos_fw.cli import main
 from nanoos_fw.operations import prepare_launchpad
-from nanoos_fw.operations.cluster_files import launchpad_text
 from nanoos_fw.operations.preflight import check_ranks
 from nanoos_fw.settings import Settings
 from nanoos_fw.stores.database import load_launchpad, open_database
@@ -21,17 +19,15 @@ pytestmark = [pytest.mark.mongodb, pytest.mark.mpi, pytest.mark.lammps]
 
 def test_this_installation_passes(
     mongodb_database: Any,
+    my_launchpad: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
-    file = tmp_path / "my_launchpad.yaml"
-    file.write_text(launchpad_text(uri, mongodb_database.name))
-    launchpad = load_launchpad(file)
-    words = ["preflight", "--json", "-l", str(file)]
+    launchpad = load_launchpad(my_launchpad)
+    words = ["preflight", "--json", "-l", str(my_launchpad)]
 
     assert main(words) == 1
     unprepared = json.loads(capsys.readouterr().out)
@@ -57,7 +53,7 @@ def test_this_installation_passes(
         for name in mongodb_database.list_collection_names()
     }
     assert after == before
-    assert list(tmp_path.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [my_launchpad]
 
 
 def test_a_launcher_of_another_mpi_is_found_out(tmp_path: Path) -> None:

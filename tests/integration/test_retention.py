@@ -274,14 +274,9 @@ def test_an_archive_that_was_changed_names_nothing(
 
 
 def test_the_command_changes_nothing_without_being_told(
-    launchpad: Any, archived: list[Path], tmp_path: Path, capsys: Any
+    launchpad: Any, archived: list[Path], my_launchpad: Path, capsys: Any
 ) -> None:
-    file = tmp_path / "my_launchpad.yaml"
-    file.write_text(
-        f"host: {os.environ['NANO_OS_TEST_MONGODB_URI']}\nuri_mode: true\n"
-        f"name: {launchpad.db.name}\n"
-    )
-    words = ["gc", "-l", str(file)]
+    words = ["gc", "-l", str(my_launchpad)]
     assert main(words) == 0
     assert "4 launches" in capsys.readouterr().out
     assert all(path.is_dir() for path in archived)

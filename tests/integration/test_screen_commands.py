@@ -6,13 +6,13 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import HANGING_S, RLAUNCH
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main as nanoos
@@ -29,7 +29,6 @@ from nanoos_fw.stores.structures import NewStructure, StructureStore
 pytestmark = pytest.mark.mongodb
 pyarrow = pytest.importorskip("pyarrow")
 
-RLAUNCH = [sys.executable, "-m", "fireworks.scripts.rlaunch_run"]
 TARGETS = {"energy": "formation_energy_per_atom", "gap": "bandgap"}
 
 
@@ -281,7 +280,7 @@ def test_fireworks_of_a_screening_run_in_a_real_launch(
     done = subprocess.run(
         [*RLAUNCH, "-l", os.environ["NANO_OS_LAUNCHPAD"], "rapidfire", "--nlaunches",
          str(first["fireworks"])],
-        capture_output=True, text=True, timeout=300, check=True,
+        capture_output=True, text=True, timeout=HANGING_S, check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=tmp_path,
     )  # fmt: skip

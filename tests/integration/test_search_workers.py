@@ -5,59 +5,32 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from fireworks import Firework, LaunchPad, Workflow
-from pymatgen.core import Lattice, Structure
+from fireworks import Firework, Workflow
+from processes import HANGING_S, RLAUNCH, wait_for
+from small_training import TARGET, write_small_dataset
 
 from nanoos_fw.firetasks import SearchTask
 from nanoos_fw.ml import training
-from nanoos_fw.ml.datasets import DatasetConfig, build_regression_dataset, write_dataset
-from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.search import check_dataset, read_search
 from nanoos_fw.operations import prepare_launchpad
 from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.provenance import read_json
-from nanoos_fw.stores.database import open_database
+from nanoos_fw.stores.database import load_launchpad, open_database
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.searches import SearchStore
 
-RLAUNCH = [sys.executable, "-m", "fireworks.scripts.rlaunch_run"]
-TARGET = "formation_energy_per_atom"
-LEASE_S, LIMIT_S = 8.0, 200.0
-
-
-def write_small_dataset(directory: Path) -> None:
-    rng = np.random.default_rng(1)
-    graphs, targets = {}, {}
-    for i in range(40):
-        a, b = rng.choice(["Al", "Ni", "Ti"], 2, replace=False)
-        cell = Lattice.cubic(2.8 + 0.6 * rng.random())
-        graph = build_graph(Structure(cell, [a, b], [[0] * 3, [0.5] * 3]))
-        graphs[f"s{i:02d}"] = graph
-        targets[f"s{i:02d}"] = float(graph.distances[:8].mean())
-    config = DatasetConfig(
-        target_property=TARGET, train_fraction=0.6, val_fraction=0.2, test_fraction=0.2
-    )
-    write_dataset(build_regression_dataset(graphs, targets, config), directory)
+LEASE_S = 8.0
 
 
 @pytest.mark.mongodb
 @pytest.mark.slow
 def test_a_killed_worker_costs_nothing_but_time(
-    mongodb_database: Any, tmp_path: Path
+    my_launchpad: Path, tmp_path: Path
 ) -> None:
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
-    launchpad_file = tmp_path / "my_launchpad.yaml"
-    launchpad_file.write_text(
-        f"host: {uri}\nname: {mongodb_database.name}\nuri_mode: true\n"
-    )
-    launchpad = LaunchPad.from_file(str(launchpad_file))
+    launchpad = load_launchpad(my_launchpad)
     write_small_dataset(tmp_path / "dataset")
     config = read_search(
         {
@@ -90,7 +63,7 @@ def test_a_killed_worker_costs_nothing_but_time(
     def start(name: str) -> subprocess.Popen[str]:
         (tmp_path / name).mkdir()
         return subprocess.Popen(
-            [*RLAUNCH, "-l", str(launchpad_file), "singleshot"],
+            [*RLAUNCH, "-l", str(my_launchpad), "singleshot"],
             cwd=tmp_path / name,
             env={**os.environ, "NANO_OS_RANKS": "1", "NANO_OS_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -99,21 +72,21 @@ def test_a_killed_worker_costs_nothing_but_time(
         )
 
     victim = start("victim")
-    end = time.monotonic() + LIMIT_S
-    checkpoint = None
-    while checkpoint is None:  # in the middle of the first trial
-        assert time.monotonic() < end
+    found: list[Path] = []
+
+    def training_began() -> bool:  # in the middle of the first trial
         assert victim.poll() is None
-        checkpoint = next(
-            (tmp_path / "work").glob("search/*/*/member0-epoch*.safetensors"), None
-        )
-        time.sleep(0.02)
+        found.extend((tmp_path / "work").glob("search/*/*/member0-epoch*.safetensors"))
+        return bool(found)
+
+    wait_for(training_began, "no checkpoint", every_s=0.02)
+    checkpoint = found[0]
     survivor = start("survivor")
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     before = store.table("widths")
     assert [row["state"] for row in before] == ["running"]
-    output = survivor.communicate(timeout=LIMIT_S)[0]
+    output = survivor.communicate(timeout=HANGING_S)[0]
     assert survivor.returncode == 0, output
 
     rows = store.table("widths")

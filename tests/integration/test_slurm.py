@@ -8,46 +8,37 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import HANGING_S, wait_for
+from slurm_jobs import slurm, submit_job, wait_until_ended
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "local-slurm"
-# Upper bound after which a run counts as hanging; passing runs take seconds.
-HANGING_S = 120.0
 
-SubmitAndWait = Callable[..., tuple[str, str]]
+RunJob = Callable[..., str]
 
 
 @pytest.fixture
-def run_job(tmp_path: Path) -> SubmitAndWait:
-    """Submit a batch script and wait for its end; return job id and output."""
+def run_job(tmp_path: Path) -> RunJob:
+    """Submit a batch script, wait for its end, and return its output."""
 
-    def run(script: str, *options: str) -> tuple[str, str]:
+    def run(script: str, *options: str) -> str:
         output = tmp_path / "job.out"
-        done = subprocess.run(
-            ["sbatch", "--parsable", "--wait", f"--output={output}", *options],
-            input="#!/bin/bash\n" + textwrap.dedent(script),
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=HANGING_S,
-            cwd=tmp_path,
-        )
-        assert done.stdout, done.stderr
-        return done.stdout.split(";")[0].strip(), output.read_text()
+        text = "#!/bin/bash\n" + textwrap.dedent(script)
+        words = [f"--output={output}", f"--chdir={tmp_path}", *options]
+        job = submit_job(text, *words)
+        wait_until_ended(job, lambda: slurm("scontrol", "show", "job", job))
+        return output.read_text()
 
     return run
 
 
-def test_ranks_of_a_firetask_run_on_both_nodes(
-    run_job: SubmitAndWait, tmp_path: Path
-) -> None:
+def test_ranks_of_a_firetask_run_on_both_nodes(run_job: RunJob, tmp_path: Path) -> None:
     (tmp_path / "who.py").write_text(
         textwrap.dedent(
             """
@@ -77,7 +68,7 @@ def test_ranks_of_a_firetask_run_on_both_nodes(
         )
     )
 
-    _, output = run_job(
+    output = run_job(
         f"PYTHONPATH={tmp_path} {sys.executable} parent.py",
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -136,7 +127,7 @@ def test_the_death_of_a_rank_ends_the_others(
 @pytest.mark.lammps
 @pytest.mark.mpi
 def test_simulation_under_srun_is_that_of_mpiexec(
-    run_job: SubmitAndWait, tmp_path: Path
+    run_job: RunJob, tmp_path: Path
 ) -> None:
     from pymatgen.core import Lattice, Structure
 
@@ -164,7 +155,7 @@ def test_simulation_under_srun_is_that_of_mpiexec(
         )
     )
 
-    _, output = run_job(
+    output = run_job(
         f"{sys.executable} parent.py {inputs} {there}",
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -232,12 +223,19 @@ def test_local_cluster_survives_its_daemons_and_leaves_nothing(
         env=env,
     )
     job_state = second_cluster / "state" / "job_state"  # written with a delay
-    wait_for(lambda: job_state.exists() and b"survivor" in job_state.read_bytes())
+    wait_for(
+        lambda: job_state.exists() and b"survivor" in job_state.read_bytes(),
+        "the state of the job was not saved",
+    )
 
     run = second_cluster / "run"
     for name in ("slurmctld", "slurmd-n1"):
         os.kill(int((run / f"{name}.pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: local_slurm("status", second_cluster).returncode == 1)
+    wait_for(
+        lambda: local_slurm("status", second_cluster).returncode == 1,
+        "its daemons live",
+        every_s=0.2,
+    )
     munged = (run / "munged.pid").read_text()
 
     assert local_slurm("start", second_cluster).returncode == 0
@@ -271,16 +269,7 @@ def test_local_cluster_refuses_a_folder_of_somebody_else(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + HANGING_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
-
-
-def test_a_job_knows_when_its_allocation_ends(
-    run_job: SubmitAndWait, tmp_path: Path
-) -> None:
+def test_a_job_knows_when_its_allocation_ends(run_job: RunJob, tmp_path: Path) -> None:
     (tmp_path / "when.py").write_text(
         "import time\n"
         "from nanoos_fw.slurm import allocation_times\n"
@@ -289,7 +278,7 @@ def test_a_job_knows_when_its_allocation_ends(
         "print('length', round(end - start))\n"
     )
 
-    _, output = run_job(f"{sys.executable} when.py", "--time=7")
+    output = run_job(f"{sys.executable} when.py", "--time=7")
 
     assert output.splitlines()[-1] == "length 420"
 

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import HANGING_S, wait_for
+from slurm_jobs import slurm
 from small_campaign import NAME, rows, small_plan
 
 from nanoos_fw.cli import main
@@ -31,8 +33,6 @@ pytestmark = [
 ]
 
 BIN = Path(sys.executable).parent
-# Upper bound after which a run counts as hanging; passing runs take a minute.
-HANGING_S = 240.0
 
 
 @pytest.fixture
@@ -69,14 +69,7 @@ def submitting(cluster: Path) -> Iterator[None]:
         for loop in loops:
             loop.send_signal(signal.SIGTERM)
         for loop in loops:
-            loop.wait(timeout=30)
-
-
-def wait_for(condition: Callable[[], bool], evidence: Callable[[], object]) -> None:
-    end = time.monotonic() + HANGING_S
-    while not condition():
-        assert time.monotonic() < end, evidence()
-        time.sleep(0.5)
+            loop.wait(timeout=HANGING_S)
 
 
 def states(database: Any) -> dict[str, int]:
@@ -96,13 +89,8 @@ def wait_until_ended(database: Any, cluster: Path) -> None:
     wait_for(
         lambda: not set(states(database)) - {"COMPLETED", "FIZZLED", "DEFUSED"},
         evidence,
+        every_s=0.2,
     )
-
-
-def slurm(*command: str) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=60
-    ).stdout
 
 
 def failures(database: Any) -> list[Any]:
@@ -186,10 +174,13 @@ def test_the_same_campaign_runs_through_packed_workers(
         wait_for(
             lambda: not set(states(mongodb_database)) - {"COMPLETED", "FIZZLED"},
             lambda: (states(mongodb_database), logs(), slurm("squeue")),
+            every_s=0.2,
         )
         (cluster / "work" / "drain").touch()
         wait_for(
-            lambda: not slurm("squeue", "--noheader", f"-j{jobs[0]},{jobs[1]}"), logs
+            lambda: not slurm("squeue", "--noheader", f"-j{jobs[0]},{jobs[1]}"),
+            logs,
+            every_s=0.2,
         )
     finally:
         slurm("scancel", *jobs)
@@ -252,7 +243,9 @@ def test_a_job_that_slurm_refuses_is_parked_and_the_others_go_on(
 
     said = qlaunch_once(cluster / "prep")
     ended = {"COMPLETED", "FIZZLED", "PAUSED"}
-    wait_for(lambda: not set(states(mongodb_database)) - ended, lambda: said)
+    wait_for(
+        lambda: not set(states(mongodb_database)) - ended, lambda: said, every_s=0.2
+    )
 
     found = {d["name"]: d for d in mongodb_database["fireworks"].find()}
     assert {n: d["state"] for n, d in found.items()} == {
@@ -399,15 +392,14 @@ def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
     )
 
     with submitting(cluster):
-        wait_for(lambda: bool(list(tmp_path.rglob("md/*/*/output/progress.json"))), str)
-        (progress,) = tmp_path.rglob("md/*/*/output/progress.json")
+        progress = wait_for_progress(tmp_path)
         deadline = json.loads((progress.parent / "md.json").read_text())["deadline"]
         ranks = ranks_of(progress.parent)
         assert ranks
         for rank in ranks:
             os.kill(rank, signal.SIGSTOP)
         try:
-            wait_for(lambda: time.time() > deadline, lambda: slurm("squeue"))
+            wait_for(lambda: time.time() > deadline, "the deadline")
         finally:
             for rank in ranks:
                 os.kill(rank, signal.SIGCONT)
@@ -431,7 +423,20 @@ def test_a_simulation_longer_than_its_walltime_goes_on_by_itself(
     def all_known() -> bool:  # the last one ends a moment after its firework
         return len(ended_jobs(job_ids, accounting=accounting)) == len(launches)
 
-    wait_for(all_known, lambda: job_ids)
+    wait_for(all_known, lambda: job_ids, every_s=0.5)
+
+
+def wait_for_progress(folder: Path) -> Path:
+    """Wait until the only simulation is under way; return its file of progress."""
+    found: list[Path] = []
+
+    def there() -> bool:
+        found.extend(folder.rglob("md/*/*/output/progress.json"))
+        return bool(found)
+
+    wait_for(there, lambda: slurm("squeue"), every_s=0.2)
+    (progress,) = found
+    return progress
 
 
 def running_jobs(name: str) -> list[str]:
@@ -447,7 +452,7 @@ def test_a_warned_job_hands_its_work_over(
     )
 
     with submitting(cluster):
-        wait_for(lambda: bool(list(tmp_path.rglob("md/*/*/output/progress.json"))), str)
+        wait_for_progress(tmp_path)
         (job,) = running_jobs("simulation_1")
         slurm("scancel", "--batch", "--signal=USR1", job)
         wait_until_ended(mongodb_database, cluster)

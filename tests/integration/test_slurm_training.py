@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import wait_for
+from slurm_jobs import slurm, submit_job, wait_until_ended
 from small_training import config, write_small_dataset
 
 from nanoos_fw.parallel.files import STOPPED
 from nanoos_fw.provenance import read_json, write_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]
-
-# Upper bound after which a run counts as hanging; passing runs take seconds.
-HANGING_S = 180.0
 
 # A rank program that waits at a step, so that a job is ended in the midst of it, and
 # tells which steps it made.
@@ -93,28 +89,14 @@ class Jobs:
             f"exec {sys.executable} {self.folder}/job.py {path}\n"
         )
         options = ["--nodes=2", "--ntasks-per-node=1", f"--time={minutes}"]
-        done = subprocess.run(
-            ["sbatch", "--parsable", f"--output={work_dir}/job.out", *options],
-            input=script, check=True, capture_output=True, text=True, cwd=self.folder,
-        )  # fmt: skip
-        return done.stdout.split(";")[0].strip()
+        return submit_job(
+            script, f"--output={work_dir}/job.out", f"--chdir={self.folder}", *options
+        )
 
 
-def wait_for(condition: Callable[[], bool], work_dir: Path) -> None:
-    end = time.monotonic() + HANGING_S
-    while not condition():
-        assert time.monotonic() < end, said(work_dir)
-        time.sleep(0.1)
-
-
-def wait_until_ended(job: str, work_dir: Path) -> None:
-    def ended() -> bool:
-        words = ["squeue", "--noheader", f"--jobs={job}", "--format=%t"]
-        # A job that is long over is unknown, which is an error of squeue.
-        answer = subprocess.run(words, check=False, capture_output=True, text=True)
-        return not answer.stdout.strip()
-
-    wait_for(ended, work_dir)
+def ends(job: str, work_dir: Path) -> None:
+    """Wait until a job has ended."""
+    wait_until_ended(job, lambda: said(work_dir))
 
 
 def said(work_dir: Path) -> list[str]:
@@ -123,75 +105,91 @@ def said(work_dir: Path) -> list[str]:
     return [path.read_text()[-2000:] for path in paths if path.exists()]
 
 
-def cancel(*words: str) -> None:
-    subprocess.run(["scancel", *words], check=True, capture_output=True, timeout=60)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(jobs: Jobs) -> tuple[Path, str]:
+    """Submit a training of one minute, the shortest limit, that takes longer.
+
+    For all tests: the minute passes while another one works.
+    """
+    work_dir = jobs.folder / "limited"
+    return work_dir, jobs.submit(work_dir, hold=7, minutes=1)
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: Jobs) -> Path:
+    """Return the directory of a training that nothing disturbed."""
+    work_dir = jobs.folder / "whole"
+    ends(jobs.submit(work_dir), work_dir)
+    return work_dir
+
+
+def assert_same_training(work_dir: Path, whole: Path) -> None:
+    found, expected = (read_json(d / "outcome.json") for d in (work_dir, whole))
+    assert "error" not in expected, said(whole)
+    assert "error" not in found, said(work_dir)
+    assert found["ranks"] == expected["ranks"] == 2
+    assert found["curves"] == expected["curves"]
+    assert found["checkpoint_sha256"] == expected["checkpoint_sha256"]
+    # Each step was made once: nothing began again, which would give equal bits, too.
+    for folder in (work_dir, whole):
+        made = [int(line) for line in (folder / "steps").read_text().split()]
+        assert made == list(range(15)), folder
+
+
+def reached(work_dir: Path) -> bool:
+    """Whether both ranks hold at the step at which they were told to."""
+    return all((work_dir / f"reached-{rank}").exists() for rank in range(2))
 
 
 def test_a_training_whose_jobs_are_ended_gives_the_bits_of_one_that_was_not(
-    tmp_path: Path,
+    jobs: Jobs, whole: Path
 ) -> None:
-    jobs = Jobs(tmp_path)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    parts = jobs.folder / "parts"
 
     def hold(step: int) -> str:
         job = jobs.submit(parts, step)
-        reached = [parts / f"reached-{rank}" for rank in range(2)]
-        wait_for(lambda: all(path.exists() for path in reached), parts)
+        wait_for(lambda: reached(parts), lambda: said(parts))
         return job
 
     # As at the end of its time: SLURM sends TERM to all processes of a job.
     job = hold(4)
-    cancel(job)
-    wait_until_ended(job, parts)
+    slurm("scancel", job)
+    ends(job, parts)
     assert (parts / STOPPED).exists(), said(parts)
     assert list(parts.glob("member0-epoch00001-step000002-*")), said(parts)
 
     # A rank's node fails: the ranks die where they are.
     job = hold(10)
-    cancel("--signal=KILL", f"{job}.0")
-    wait_until_ended(job, parts)
+    slurm("scancel", "--signal=KILL", f"{job}.0")
+    ends(job, parts)
     assert "killed by SIGKILL" in read_json(parts / "outcome.json")["error"]
     assert list(parts.glob("member0-epoch00003-step000001-*")), said(parts)
 
-    wait_until_ended(jobs.submit(parts), parts)
-    wait_until_ended(jobs.submit(whole), whole)
-    resumed, expected = (read_json(d / "outcome.json") for d in (parts, whole))
-    assert "error" not in expected, said(whole)
-    assert "error" not in resumed, said(parts)
-    assert resumed["ranks"] == expected["ranks"] == 2
-    assert resumed["curves"] == expected["curves"]
-    assert resumed["checkpoint_sha256"] == expected["checkpoint_sha256"]
-    # Each step was made once: nothing began again, which would give equal bits, too.
-    for work_dir in (parts, whole):
-        made = [int(line) for line in (work_dir / "steps").read_text().split()]
-        assert made == list(range(15)), work_dir
+    ends(jobs.submit(parts), parts)
+    assert_same_training(parts, whole)
 
 
 def test_a_training_longer_than_its_time_limit_stops_before_it_and_goes_on(
-    tmp_path: Path,
+    jobs: Jobs, limited: tuple[Path, str], whole: Path
 ) -> None:
-    """One minute is the shortest limit; by the clock alone, nobody signals."""
-    jobs = Jobs(tmp_path)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    job = jobs.submit(parts, hold=7, minutes=1)
-    other = jobs.submit(whole)
-    wait_until_ended(job, parts)
-    # On a machine so busy that ranks do not start within the minute, once more.
-    if not (parts / STOPPED).exists() and not (parts / "reached-0").exists():
-        wait_until_ended(jobs.submit(parts, hold=7, minutes=1), parts)
-    wait_until_ended(other, whole)
+    """By the clock alone: nobody signals."""
+    work_dir, job = limited
+    ends(job, work_dir)
+    # On a machine so busy that ranks do not come to their step in time, once more.
+    for minutes in (2, 5):
+        if not reached(work_dir):
+            ends(jobs.submit(work_dir, hold=7, minutes=minutes), work_dir)
     # The ranks ended by themselves: SLURM's kill would have been a signal.
-    stopped = read_json(parts / "outcome.json")["error"]
-    assert "end of the allocation" in stopped, said(parts)
-    assert read_json(parts / STOPPED)["evidence"]["step"] == 2
-    assert read_json(parts / "job.json")["deadline"] < (
-        (parts / "outcome.json").stat().st_mtime
+    stopped = read_json(work_dir / "outcome.json")["error"]
+    assert "end of the allocation" in stopped, said(work_dir)
+    assert read_json(work_dir / STOPPED)["evidence"]["step"] == 2
+    assert read_json(work_dir / "job.json")["deadline"] < (
+        (work_dir / "outcome.json").stat().st_mtime
     )
-    wait_until_ended(jobs.submit(parts), parts)
-    resumed, expected = (read_json(d / "outcome.json") for d in (parts, whole))
-    assert "error" not in expected, said(whole)
-    assert "error" not in resumed, said(parts)
-    assert resumed["checkpoint_sha256"] == expected["checkpoint_sha256"]
-    assert resumed["curves"] == expected["curves"]
-    made = [int(line) for line in (parts / "steps").read_text().split()]
-    assert made == list(range(15))
+    ends(jobs.submit(work_dir), work_dir)
+    assert_same_training(work_dir, whole)

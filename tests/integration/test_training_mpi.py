@@ -11,12 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from processes import HANGING_S, wait_for
 from small_training import TARGET, config, write_small_dataset
 
 from nanoos_fw.errors import (
     CorruptArtifactError,
     LaunchError,
-    MissingDependencyError,
     OutOfTimeError,
 )
 from nanoos_fw.ml.training import (
@@ -25,21 +25,10 @@ from nanoos_fw.ml.training import (
     train_cgcnn_model,
 )
 from nanoos_fw.operations.rerun import failure_class
-from nanoos_fw.parallel import Resources, launch_command, launch_ranks
+from nanoos_fw.parallel import Resources, launch_ranks
 from nanoos_fw.parallel.files import PROGRESS
 
 pytestmark = pytest.mark.mpi
-
-# Upper bound after which a run counts as hanging; passing runs take seconds.
-HANGING_S = 120.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def launcher():
-    try:
-        launch_command(Resources(ranks=2))
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +168,14 @@ for work_dir in work_dirs:
 """
 
 
+def wait_for_epoch(work_dir, parent):
+    def done():
+        assert parent.poll() is None
+        return (work_dir / PROGRESS).exists()
+
+    wait_for(done, f"no epoch in {work_dir}")
+
+
 def test_each_signal_to_the_parent_stops_a_training_with_a_checkpoint(
     dataset_dir, tmp_path
 ):
@@ -190,11 +187,7 @@ def test_each_signal_to_the_parent_stops_a_training_with_a_checkpoint(
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
         try:
             for number, work_dir in zip(numbers, work_dirs, strict=True):
-                end = time.monotonic() + HANGING_S
-                while not (work_dir / PROGRESS).exists():  # an epoch is done
-                    assert parent.poll() is None, number.name
-                    assert time.monotonic() < end, number.name
-                    time.sleep(0.05)
+                wait_for_epoch(work_dir, parent)
                 parent.send_signal(number)
                 told = parent.stdout.readline()
                 assert told.startswith("True "), told

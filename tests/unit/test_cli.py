@@ -20,7 +20,7 @@ def nanoos(*words: str, cwd: Path, **environ: str) -> subprocess.CompletedProces
         env={**os.environ, "COLUMNS": "200", **environ},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -42,7 +42,7 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "NANO_OS_WORK_DIR": str(cwd / "work")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

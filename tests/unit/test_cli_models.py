@@ -185,7 +185,7 @@ def test_the_embedded_database_keeps_what_was_done(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert [row["name"] for row in json.loads(done.stdout)] == [

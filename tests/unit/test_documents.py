@@ -272,7 +272,7 @@ def test_the_documentation_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
             str(tmp_path / "out"),
         ],
         check=True,
-        timeout=300,
+        timeout=600,
     )
     html = (tmp_path / "out" / "index.html").read_text()
     loaded = re.findall(r"(?:src|href)=\"(https?:[^\"]+)", html)

@@ -698,7 +698,7 @@ def test_the_index_decides_races_between_processes(
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 8
     pairs = [ast.literal_eval(output) for output in outputs]
     own = [version for rows in pairs for version, _ in rows]

@@ -447,7 +447,7 @@ def test_workers_share_a_search_and_survive_one_of_them(mongodb_database: Any) -
             if (number, epochs, attempt) == (3, 1, 1):
                 process.kill()
                 killed += 1
-        process.wait(timeout=60)
+        process.wait(timeout=600)
         process.stdin.close()
         process.stdout.close()
     assert killed == 1

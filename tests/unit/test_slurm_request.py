@@ -72,7 +72,7 @@ def test_the_script_ends_with_the_status_of_the_rocket(
     tmp_path: Path, status: int
 ) -> None:
     job = run_script(tmp_path, f"sh -c 'exit {status}'")
-    assert job.communicate(timeout=30)[0] == "after\n"
+    assert job.communicate(timeout=600)[0] == "after\n"
     assert job.returncode == status
 
 
@@ -93,7 +93,7 @@ def test_the_script_hands_signals_on_and_waits(tmp_path: Path, number: str) -> N
     assert job.stdout is not None
     assert job.stdout.readline() == "ready\n"
     subprocess.run(["kill", f"-{number}", str(job.pid)], check=True)
-    assert job.communicate(timeout=30)[0] == "checkpoint\nafter\n"
+    assert job.communicate(timeout=600)[0] == "checkpoint\nafter\n"
     assert job.returncode == 4
 
 
