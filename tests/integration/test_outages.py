@@ -204,7 +204,8 @@ WORK = [sys.executable, "-m", "nanoos_fw.cli", "work", "-l", "{}", "--idle", "0.
         (WORK, None),
         (WORK, Trap("launches", "during", 1)),
     ],
-    ids=repr,
+    # Without addresses: workers of pytest-xdist must find the same names.
+    ids=["rlaunch", "rlaunch-checkout", "rlaunch-launch", "work", "work-launch"],
 )
 def test_a_launcher_waits_for_its_database(
     words: list[str],
