@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -78,9 +79,7 @@ def test_ranks_of_a_firetask_run_on_both_nodes(run_job: RunJob, tmp_path: Path) 
     assert result == {"nodes": ["n1", "n2"], "size": 2}, output
 
 
-def test_the_death_of_a_rank_ends_the_others(
-    run_job: SubmitAndWait, tmp_path: Path
-) -> None:
+def test_the_death_of_a_rank_ends_the_others(run_job: RunJob, tmp_path: Path) -> None:
     """They would wait for it until the end of the allocation."""
     (tmp_path / "dies.py").write_text(
         textwrap.dedent(
@@ -115,7 +114,7 @@ def test_the_death_of_a_rank_ends_the_others(
         )
     )
 
-    _, output = run_job(
+    output = run_job(
         f"PYTHONPATH={tmp_path}:$PYTHONPATH {sys.executable} parent.py",
         "--nodes=1",
         "--ntasks=2",
@@ -302,6 +301,10 @@ DOORS = {
 OF_ACCOUNTING = {"chem", "nochem", "noroot", "high", "low"}
 
 
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, check=False).returncode == 0
+
+
 def test_slurm_agrees_on_who_may_use_a_partition() -> None:
     from nanoos_fw.slurm import (
         queued_jobs,
@@ -337,12 +340,12 @@ def test_slurm_agrees_on_who_may_use_a_partition() -> None:
             )  # fmt: skip
             if done.returncode == 0:
                 jobs[name] = done.stdout.strip()
-        until = time.monotonic() + HANGING_S
         runs = {name for name, door in doors.items() if door[-1]}
-        while time.monotonic() < until and any(
-            jobs[name] in queued_jobs() for name in runs
-        ):
-            time.sleep(0.5)
+        wait_for(
+            lambda: not any(jobs[name] in queued_jobs() for name in runs),
+            lambda: slurm("squeue"),
+            every_s=0.5,
+        )
         there = queued_jobs()
         ran = {name: name in jobs and jobs[name] not in there for name in doors}
         reasons = {
@@ -351,13 +354,10 @@ def test_slurm_agrees_on_who_may_use_a_partition() -> None:
     finally:
         subprocess.run(["scancel", *jobs.values()], check=False)
         for name in doors:
-            for _ in range(20):
-                deleted = subprocess.run(
-                    ["scontrol", "delete", f"PartitionName=door-{name}"], check=False
-                )
-                if deleted.returncode == 0:
-                    break
-                time.sleep(0.5)  # its job is still ending
+            words = ["scontrol", "delete", f"PartitionName=door-{name}"]
+            wait_for(  # until its job has ended
+                functools.partial(_succeeds, words), f"{name} to go", every_s=0.5
+            )
 
     assert ran == {name: door[-1] for name, door in doors.items()}, reasons
     assert fits == ran, (problems, reasons)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fireworks import Firework
+from processes import wait_for
 from slow_labels import SlowLabelTask
 
 from nanoos_fw import operations
-from nanoos_fw.operations.cluster_files import launchpad_text
 from nanoos_fw.operations.reconcile import reconcile
 from nanoos_fw.operations.rerun import rerun_failed_fireworks
 from nanoos_fw.operations.status import campaign_status
@@ -24,9 +22,6 @@ from nanoos_fw.stores.database import load_launchpad, open_database
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mongodb]
-
-# Upper bound after which a job counts as hanging; passing ones take seconds.
-HANGING_S = 120.0
 
 
 class Job:
@@ -87,20 +82,10 @@ class Job:
 
 @pytest.fixture
 def job(
-    mongodb_database: Any, tmp_path: Path, copper: Any, monkeypatch: pytest.MonkeyPatch
+    my_launchpad: Path, tmp_path: Path, copper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Job:
     monkeypatch.setenv("NANO_OS_WORK_DIR", str(tmp_path / "work"))
-    file = tmp_path / "my_launchpad.yaml"
-    uri = os.environ["NANO_OS_TEST_MONGODB_URI"]
-    file.write_text(launchpad_text(uri, mongodb_database.name))
-    return Job(file, tmp_path, copper)
-
-
-def wait_for(condition: Callable[[], bool], evidence: Callable[[], object]) -> None:
-    end = time.monotonic() + HANGING_S
-    while not condition():
-        assert time.monotonic() < end, evidence()
-        time.sleep(0.2)
+    return Job(my_launchpad, tmp_path, copper)
 
 
 def left_the_queue(number: str) -> bool:
