@@ -47,6 +47,32 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Share the tests out, if pytest-xdist runs them: a file stays on one worker.
+
+    Fixtures of a module are made once so, and the tests of SLURM, which share a
+    cluster, come one after the other. They mostly wait, and go first for that reason;
+    then what takes long.
+    """
+
+    def group(item: pytest.Item) -> str:
+        if item.get_closest_marker("slurm"):
+            return "slurm"
+        return f"{item.path.parent.name}/{item.path.stem}"
+
+    def turn(item: pytest.Item) -> tuple[bool, bool]:
+        return group(item) != "slurm", "integration" not in item.path.parts
+
+    if not getattr(config.option, "loadgroup", False):
+        return
+    items.sort(key=turn)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[_HOME].cleanup()
 
