@@ -16,14 +16,16 @@ from nanoos_fw.parallel import RANKS_LOCK
 ROOT = Path(__file__).parents[2]
 # Upper bound after which something counts as hanging; it takes seconds.
 HANGING_S = 150.0
-# Eats the memory of its job, which the kernel takes from the others in it.
+# Eats the memory of its job as files of a memory file system, which count for the job
+# and for no process: the kernel takes the largest of the others.
 _HOG = """
-import os, sys, time
-open("/proc/self/oom_score_adj", "w").write("-1000")
-victim, eaten = int(sys.argv[1]), []
-while os.path.exists(f"/proc/{victim}"):
-    eaten.append(bytearray(b"x") * 16_000_000)
-    time.sleep(0.005)
+import os, sys, tempfile, time
+victim = sys.argv[1]
+with tempfile.TemporaryFile(dir="/dev/shm") as file:
+    while os.path.exists(f"/proc/{victim}"):
+        file.write(bytes(16_000_000))
+        file.flush()
+        time.sleep(0.005)
 """
 
 
