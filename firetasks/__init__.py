@@ -14,17 +14,14 @@ from nanoos_fw.firetasks.active import (
 from nanoos_fw.firetasks.active_selection import SelectBatchTask
 from nanoos_fw.firetasks.campaign import WriteReportTask
 from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask
-from nanoos_fw.firetasks.md import (
-    AnalyzeTrajectoryTask,
-    RelaxStructuresTask,
-    RunMDTask,
-)
+from nanoos_fw.firetasks.md import AnalyzeTrajectoryTask, RunMDTask
 from nanoos_fw.firetasks.ml import (
     BuildDatasetTask,
     RankCandidatesTask,
     ScreenCandidatesTask,
     TrainModelTask,
 )
+from nanoos_fw.firetasks.relaxation import RelaxStructuresTask
 from nanoos_fw.firetasks.screening import ScreenWindowTask
 from nanoos_fw.firetasks.search import SearchTask
 from nanoos_fw.firetasks.streams import RankStreamTask, ScreenStreamTask

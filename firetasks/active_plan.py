@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from nanoos_fw.firetasks.base import Parameters
 from nanoos_fw.firetasks.featurization import FeatureParameters
-from nanoos_fw.firetasks.md import RelaxationMethod
+from nanoos_fw.firetasks.relaxation import RelaxationMethod
 from nanoos_fw.ml.acquisition import Objective, Selection
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.stopping import StopRules

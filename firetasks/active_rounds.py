@@ -27,7 +27,7 @@ from nanoos_fw.firetasks.active_selection import SelectBatchTask
 from nanoos_fw.firetasks.campaign import WriteReportTask
 from nanoos_fw.firetasks.fans import bounds, chunks
 from nanoos_fw.firetasks.featurization import FeaturizeStructuresTask
-from nanoos_fw.firetasks.md import RelaxStructuresTask
+from nanoos_fw.firetasks.relaxation import RelaxStructuresTask
 from nanoos_fw.provenance import content_key
 from nanoos_fw.stores.active import Round
 from nanoos_fw.stores.launches import SPEC_KEY

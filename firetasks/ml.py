@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.firetasks.featurization import FeatureParameters
-from nanoos_fw.firetasks.md import RelaxationMethod
+from nanoos_fw.firetasks.relaxation import RelaxationMethod
 from nanoos_fw.ml.datasets import (
     OUTLIER,
     PARTS,

@@ -19,7 +19,8 @@ from typing import Any
 from markupsafe import Markup
 
 from nanoos_fw import operations
-from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+from nanoos_fw.firetasks.md import MDMethod
+from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.md import zhou2004
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.ml.datasets import DatasetConfig

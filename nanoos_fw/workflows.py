@@ -35,7 +35,8 @@ from nanoos_fw.firetasks import (
 from nanoos_fw.firetasks.base import NanoTask, Parameters
 from nanoos_fw.firetasks.fans import MAX_FAN, chunks
 from nanoos_fw.firetasks.featurization import FeatureParameters
-from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+from nanoos_fw.firetasks.md import MDMethod
+from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.firetasks.streams import StreamPlan
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig

@@ -76,7 +76,8 @@ def submit_simulation(
         As `nanoos_fw.md.workflow_files.plan_workflow`; or if there is no such stored
         structure, or no such analysis.
     """
-    from nanoos_fw.firetasks.md import MDMethod, PotentialChoice
+    from nanoos_fw.firetasks.md import MDMethod
+    from nanoos_fw.firetasks.relaxation import PotentialChoice
     from nanoos_fw.md.cells import site_elements
     from nanoos_fw.md.workflow_files import plan_workflow
     from nanoos_fw.workflows import simulation_workflow

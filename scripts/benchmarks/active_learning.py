@@ -75,7 +75,7 @@ def label_all(launchpad: Any, plan: Any, folder: Path) -> dict[str, float]:
     """Relax the whole space in one child, unless it is there, and return it."""
     from nanoos_fw import operations
     from nanoos_fw.firetasks.active_state import label_source
-    from nanoos_fw.firetasks.md import RelaxStructuresTask
+    from nanoos_fw.firetasks.relaxation import RelaxStructuresTask
     from nanoos_fw.operations.active import context
     from nanoos_fw.operations.alloys import alloy_candidates, alloy_references
     from nanoos_fw.stores.active import label_values

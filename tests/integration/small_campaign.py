@@ -13,7 +13,8 @@ NAME = "small"
 
 def small_plan(folder: Path) -> Any:
     from nanoos_fw.demo import TARGET, demo_plan
-    from nanoos_fw.firetasks.md import MDMethod, PotentialChoice, RelaxationMethod
+    from nanoos_fw.firetasks.md import MDMethod
+    from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
     from nanoos_fw.md.inputs import MDConfig
     from nanoos_fw.ml.training import TrainingConfig
 

@@ -15,7 +15,8 @@ from nanoos_fw import firetasks
 from nanoos_fw.cli import main as nanoos
 from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks import AnalyzeTrajectoryTask, RunMDTask
-from nanoos_fw.firetasks.md import MDMethod, PotentialChoice
+from nanoos_fw.firetasks.md import MDMethod
+from nanoos_fw.firetasks.relaxation import PotentialChoice
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.output import simulation_thermo
 from nanoos_fw.stores.database import get_artifact, load_launchpad, open_database

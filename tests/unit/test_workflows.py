@@ -8,7 +8,7 @@ import pytest
 from nanoos_fw import firetasks
 from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import InputError
-from nanoos_fw.firetasks.md import PotentialChoice
+from nanoos_fw.firetasks.relaxation import PotentialChoice
 from nanoos_fw.workflows import (
     MAX_FAN,
     CampaignPlan,
