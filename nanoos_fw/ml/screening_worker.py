@@ -113,8 +113,9 @@ class _Child:
     def screen(self, start: int) -> dict[str, Any]:
         code: int | None = None
         for _ in range(_TRIES):
+            fresh = self._child.start()  # a machine without processes is told as it is
             try:
-                if self._child.start():
+                if fresh:
                     self._child.send(self._job)
                 self._child.send(start)
                 answer = self._child.receive()
