@@ -165,7 +165,7 @@ def test_campaigns_and_pages_show_their_screenings(
 
     plan = {
         "top_k": 3, "md_runs": 1, "seed": 0, "dataset": {"seed": 0},
-        "training": {"seed": 0}, "features": {},
+        "training": {"seed": 0, "target": "formation_energy_per_atom"}, "features": {},
     }  # fmt: skip
     CampaignStore(database).create("c", plan)
     stored_screen(database, HOSTILE, 2000, campaign="c", done=1000)
