@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+# Not for type checkers alone: the reference looks the fields of results up.
+from nanoos_fw.ml.calibration import Calibration
+from nanoos_fw.ml.model_files import ModelCard
+from nanoos_fw.ml.published import PublishedCheckpoint
 from nanoos_fw.provenance import content_key, run_environment
-from nanoos_fw.stores.models import ModelRegistry
-
-if TYPE_CHECKING:
-    from nanoos_fw.ml.calibration import Calibration
-    from nanoos_fw.ml.model_files import ModelCard
-    from nanoos_fw.ml.published import PublishedCheckpoint
-    from nanoos_fw.stores.models import ModelRecord
+from nanoos_fw.stores.models import ModelRecord, ModelRegistry
 
 _FOLDER, _WEIGHTS = "models", "weights.safetensors"
 
