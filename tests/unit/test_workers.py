@@ -13,13 +13,9 @@ from fireworks import Firework, PyTask
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.operations import slots
+from nanoos_fw.operations.shares import Share, shares, slot_environment
 from nanoos_fw.operations.slots import Slot, SlotConfig, fitting_query
-from nanoos_fw.operations.workers import (
-    Share,
-    shares,
-    slot_environment,
-    worker_name,
-)
+from nanoos_fw.operations.workers import worker_name
 
 
 def task(function: str = "os.getcwd", *args: Any) -> PyTask:
