@@ -27,12 +27,8 @@ from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.slurm import allocation_deadline
 from nanoos_fw.stores.campaigns import CampaignStore
-from nanoos_fw.stores.database import (
-    Patience,
-    embedded_file,
-    load_launchpad,
-    open_database,
-)
+from nanoos_fw.stores.database import Patience, load_launchpad, open_database
+from nanoos_fw.stores.embedded import embedded_file
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.models import ModelRegistry

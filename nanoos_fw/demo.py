@@ -30,7 +30,8 @@ from nanoos_fw.operations.status import CampaignStatus, campaign_status
 from nanoos_fw.reports import RankedCandidate, Ranking, collect_report, findings
 from nanoos_fw.slurm import queued_jobs
 from nanoos_fw.stores.campaigns import CampaignStore
-from nanoos_fw.stores.database import open_database, save_embedded
+from nanoos_fw.stores.database import open_database
+from nanoos_fw.stores.embedded import save_embedded
 from nanoos_fw.stores.launches import FailedFirework, failed_fireworks
 from nanoos_fw.stores.structures import StructureStore
 from nanoos_fw.workflows import (

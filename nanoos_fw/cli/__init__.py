@@ -257,7 +257,7 @@ def _demo_embedded(arguments: argparse.Namespace, settings: Settings) -> int:
     from rich.console import Console
 
     from nanoos_fw.parallel import Resources, launch_command, locked
-    from nanoos_fw.stores.database import open_embedded
+    from nanoos_fw.stores.embedded import open_embedded
 
     # Asked before anything is computed: without it every firework would fail.
     launch_command(Resources(ranks=settings.ranks, launcher=settings.mpi_launcher))

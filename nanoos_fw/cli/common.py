@@ -44,7 +44,8 @@ def print_json(value: Any) -> None:
 
 def open_launchpad(arguments: argparse.Namespace, settings: Settings) -> Any:
     """Return the launchpad that -l, the settings or FireWorks name."""
-    from nanoos_fw.stores.database import load_launchpad, open_embedded
+    from nanoos_fw.stores.database import load_launchpad
+    from nanoos_fw.stores.embedded import open_embedded
 
     path: Path | None = arguments.launchpad or settings.launchpad
     if path is not None and path.is_dir():
@@ -69,7 +70,7 @@ def database_of(arguments: argparse.Namespace) -> Any:
 
 def save_if_embedded(launchpad: Any) -> None:
     """Write an embedded database to its file; a server has written it already."""
-    from nanoos_fw.stores.database import embedded_file, save_embedded
+    from nanoos_fw.stores.embedded import embedded_file, save_embedded
 
     if embedded_file():
         save_embedded(launchpad)

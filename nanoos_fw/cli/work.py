@@ -78,7 +78,7 @@ def _work(arguments: argparse.Namespace) -> int:
     from nanoos_fw.operations.workers import work as run_worker
     from nanoos_fw.settings import load_settings
     from nanoos_fw.slurm import walltime_seconds
-    from nanoos_fw.stores.database import embedded_file
+    from nanoos_fw.stores.embedded import embedded_file
 
     path = arguments.launchpad or load_settings().launchpad
     if embedded_file() or (path is not None and path.is_dir()):

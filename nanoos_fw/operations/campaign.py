@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.stores.database import save_embedded, store_errors
+from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.embedded import save_embedded
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 

@@ -52,7 +52,7 @@ class State:
 
     def save(self) -> None:
         """Write an embedded database to its file; a server has written it already."""
-        from nanoos_fw.stores.database import embedded_file, save_embedded
+        from nanoos_fw.stores.embedded import embedded_file, save_embedded
 
         if embedded_file():
             save_embedded(self.launchpad)

@@ -79,7 +79,8 @@ def label_all(launchpad: Any, plan: Any, folder: Path) -> dict[str, float]:
     from nanoos_fw.operations.active import context
     from nanoos_fw.operations.alloys import alloy_candidates, alloy_references
     from nanoos_fw.stores.active import label_values
-    from nanoos_fw.stores.database import open_database, save_embedded
+    from nanoos_fw.stores.database import open_database
+    from nanoos_fw.stores.embedded import save_embedded
 
     database = open_database(launchpad)
     operations.prepare_launchpad(launchpad)
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help=".png or .svg")
     arguments = parser.parse_args()
 
-    from nanoos_fw.stores.database import open_embedded
+    from nanoos_fw.stores.embedded import open_embedded
 
     folder = arguments.work.resolve()
     launchpad = open_embedded(folder / "db", create=True)

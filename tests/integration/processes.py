@@ -124,7 +124,7 @@ class CampaignProgram:
         code = (
             "import pickle, sys; from pathlib import Path; "
             "sys.path.insert(0, sys.argv[1]); "
-            "from nanoos_fw.stores.database import open_embedded; "
+            "from nanoos_fw.stores.embedded import open_embedded; "
             f"from {self.name} import rows; "
             "found = rows(open_embedded(Path(sys.argv[2])).db); "
             "sys.stdout.buffer.write(pickle.dumps(found))"
@@ -164,7 +164,8 @@ def campaign_main(
     parser.add_argument("--submit", type=Path)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    from nanoos_fw.stores.database import load_launchpad, open_embedded
+    from nanoos_fw.stores.database import load_launchpad
+    from nanoos_fw.stores.embedded import open_embedded
 
     if arguments.submit is not None:
         submit(load_launchpad(arguments.submit), plan_in(folder))

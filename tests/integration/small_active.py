@@ -83,7 +83,7 @@ def submit(launchpad: Any, plan: Any) -> None:
 
 def run(launchpad: Any, plan: Any, launch_dir: Path) -> list[Any]:
     from nanoos_fw import operations
-    from nanoos_fw.stores.database import save_embedded
+    from nanoos_fw.stores.embedded import save_embedded
     from nanoos_fw.stores.launches import failed_fireworks
 
     operations.rerun_failed(launchpad, plan.name)

@@ -27,7 +27,8 @@ HOWTO = (
 )  # fmt: skip
 MAKE = (
     "import sys; from pathlib import Path; "
-    "from nanoos_fw.stores.database import *; "
+    "from nanoos_fw.stores.database import open_database; "
+    "from nanoos_fw.stores.embedded import open_embedded, save_embedded; "
     "launchpad = open_embedded(Path(sys.argv[1]), create=True); "
     "open_database(launchpad); save_embedded(launchpad)"
 )

@@ -26,7 +26,8 @@ import sys, json
 from pathlib import Path
 from pymatgen.core import Lattice, Structure
 from nanoos_fw.ml.graphs import build_graph
-from nanoos_fw.stores.database import open_database, open_embedded
+from nanoos_fw.stores.database import open_database
+from nanoos_fw.stores.embedded import open_embedded
 from nanoos_fw.stores.models import get_model
 database = open_database(open_embedded(Path("db")))
 model = get_model("cgcnn_bandgap_v1", database=database)
