@@ -13,11 +13,16 @@ from nanoos_fw.errors import InputError
 
 @dataclass(frozen=True)
 class Share:
-    """Processors and GPUs of a slot; ``bound`` if the processors are its own."""
+    """Processors and GPUs of a slot; ``bound`` if the processors are its own.
+
+    ``memory_mib`` is its part of what the job may use on this node, None if nobody
+    limits that.
+    """
 
     cpus: tuple[int, ...]
     gpus: tuple[str, ...]
     bound: bool
+    memory_mib: float | None = None
 
 
 def shares(
@@ -47,14 +52,31 @@ def shares(
             advice="give --slots between 1 and the number of processors",
         )
     gpus = [g for g in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if g.strip()]
+    memory = memory_per_cpu(env)
     found = []
     for number in range(slots):
         first, last = (len(cpus) * n // slots for n in (number, number + 1))
         mine = gpus[len(gpus) * number // slots : len(gpus) * (number + 1) // slots]
         if gpus and len(gpus) < slots:
             mine = [gpus[number * len(gpus) // slots]]
-        found.append(Share(tuple(cpus[first:last]), tuple(mine), bound))
+        part = None if memory is None else memory * (last - first)
+        found.append(Share(tuple(cpus[first:last]), tuple(mine), bound, part))
     return found
+
+
+def memory_per_cpu(environ: Mapping[str, str]) -> float | None:
+    """Return the memory of a job on this node over its processors there, in MiB.
+
+    None if SLURM does not say, as where it does not count memory.
+    """
+    for_each = environ.get("SLURM_MEM_PER_CPU", "")
+    if for_each.isdigit() and int(for_each):
+        return float(for_each)
+    memory = environ.get("SLURM_MEM_PER_NODE", "")
+    allocated = environ.get("SLURM_CPUS_ON_NODE", "")
+    if memory.isdigit() and int(memory) and allocated.isdigit() and int(allocated):
+        return int(memory) / int(allocated)
+    return None
 
 
 def slot_environment(
@@ -91,9 +113,7 @@ def slot_environment(
         env["SLURM_JOB_START_TIME"] = str(int(start or time.time()))
         env["SLURM_JOB_END_TIME"] = str(int(end))
     # A step would take the memory of the whole node, and the next one wait for it.
-    memory = env.get("SLURM_MEM_PER_NODE", "")
-    allocated = env.get("SLURM_CPUS_ON_NODE", "")
-    if memory.isdigit() and allocated.isdigit() and int(allocated):
-        del env["SLURM_MEM_PER_NODE"]
-        env["SLURM_MEM_PER_CPU"] = str(int(memory) // int(allocated))
+    memory = memory_per_cpu(env)
+    if memory is not None and env.pop("SLURM_MEM_PER_NODE", None) is not None:
+        env["SLURM_MEM_PER_CPU"] = str(int(memory))
     return env

@@ -4,7 +4,7 @@ A slot is started by ``operations.workers`` with a JSON file and a pipe: the fil
 what to run and with which processors, the pipe takes a line of JSON per event
 (``began``, ``ended``, ``left``). It never begins what it cannot finish: the query it
 gives to FireWorks leaves out fireworks that need more time than is left, and those that
-ask for more processors, nodes or GPUs than the slot has.
+ask for more processors, nodes, GPUs or memory than the slot has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from nanoos_fw.errors import StoreError
 from nanoos_fw.faults import let_output_be_lost
 from nanoos_fw.provenance import read_json
-from nanoos_fw.slurm import allocation_deadline, walltime_seconds
+from nanoos_fw.slurm import allocation_deadline, memory_mib, walltime_seconds
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.outages import outlast_outages
 
@@ -38,8 +39,8 @@ LOST_DATABASE_EXIT = 4
 # Less is not worth a firework: a process, imports and the first step take longer.
 _MIN_LEFT_S = 10.0
 _FIRST_POLL_S, _LONGEST_POLL_S = 1.0, 30.0
-# Walltimes of fireworks whose needs are not known are asked for so often.
-_WALLTIMES_KEPT_S = 10.0
+# What ready fireworks ask for in words is read so often.
+_WORDS_KEPT_S = 10.0
 # So many fireworks are chosen from at once; higher priorities may wait so long.
 _CANDIDATES, _CANDIDATES_KEPT_S = 64, 10.0
 _NEEDS = f"spec.{SPEC_KEY}.needs.minimum_s"
@@ -66,6 +67,8 @@ class SlotConfig(BaseModel):
         Tasks that a firework may ask for.
     gpus
         How many GPUs it has.
+    memory_mib
+        How much memory it has; None without a limit.
     idle_s
         Leave when nothing was to be run for so long.
     folder
@@ -85,6 +88,7 @@ class SlotConfig(BaseModel):
     cpus: tuple[int, ...] | None
     ranks: int
     gpus: int
+    memory_mib: float | None = None
     idle_s: float
     folder: Path
     drain_files: tuple[Path, ...]
@@ -92,7 +96,11 @@ class SlotConfig(BaseModel):
 
 
 def fitting_query(
-    left_s: float | None, ranks: int, gpus: int, unknown: Sequence[Any] = ()
+    left_s: float | None,
+    ranks: int,
+    gpus: int,
+    unknown: Sequence[Any] = (),
+    too_large: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Return the query for fireworks that a slot can finish.
 
@@ -105,6 +113,8 @@ def fitting_query(
     unknown
         Walltimes that ready fireworks of unknown needs ask for: as long as that they
         may take, and nobody knows whether they can be continued.
+    too_large
+        Amounts of memory that ready fireworks ask for and the slot does not have.
     """
     # What somebody has written into a firework is meant. What work could make use of at
     # most (``enough_ntasks``) is not: fewer ranks give the same numbers.
@@ -115,6 +125,8 @@ def fitting_query(
     ]
     if not gpus:
         conditions += [{f"{_ASKED}.{name}": {"$exists": False}} for name in _GPU_FIELDS]
+    if too_large:
+        conditions.append({f"{_ASKED}.mem": {"$nin": list(too_large)}})
     if left_s is not None:
         conditions.append({_NEEDS: {"$not": {"$gt": round(left_s, 1)}}})
         too_long = [w for w in unknown if _seconds(w) > left_s]
@@ -134,7 +146,14 @@ def _seconds(walltime: Any) -> float:
     try:
         return walltime_seconds(walltime)
     except ValueError:
-        return float("inf")
+        return math.inf
+
+
+def _mebibytes(memory: Any) -> float:
+    try:
+        return memory_mib(memory) or math.inf  # 0 asks for all of a node
+    except ValueError:
+        return math.inf
 
 
 class Slot:
@@ -166,8 +185,8 @@ class Slot:
         self._config, self._launchpad, self._tell = config, launchpad, tell
         self._deadline, self._clock, self._sleep = deadline, clock, sleep
         self._signal: str | None = None
-        self._walltimes: tuple[float, list[Any]] = (float("-inf"), [])
-        self._known: tuple[float, list[int]] = (float("-inf"), [])
+        self._words: dict[str, tuple[float, list[Any]]] = {}
+        self._known: tuple[float, list[int]] = (-math.inf, [])
         self._began: dict[str, Any] | None = None
         # Between fireworks there is nothing to lose: a request to leave comes first.
         outlast_outages(
@@ -231,22 +250,25 @@ class Slot:
         return None
 
     def _query(self) -> dict[str, Any]:
-        left = self._left()
-        walltimes: list[Any] = []
+        left, memory = self._left(), self._config.memory_mib
+        walltimes = too_large = []
         if left is not None:
-            now = self._clock()
-            if now - self._walltimes[0] > _WALLTIMES_KEPT_S:
-                walltimes = self._launchpad.fireworks.distinct(
-                    f"{_ASKED}.walltime",
-                    {
-                        "state": "READY",
-                        f"{_ASKED}.walltime": {"$exists": True},
-                        _NEEDS: {"$exists": False},
-                    },
-                )
-                self._walltimes = now, walltimes
-            walltimes = self._walltimes[1]
-        return fitting_query(left, self._config.ranks, self._config.gpus, walltimes)
+            walltimes = self._asked("walltime", {_NEEDS: {"$exists": False}})
+        if memory is not None:
+            too_large = [m for m in self._asked("mem") if _mebibytes(m) > memory]
+        return fitting_query(
+            left, self._config.ranks, self._config.gpus, walltimes, too_large
+        )
+
+    def _asked(self, field: str, query: Mapping[str, Any] | None = None) -> list[Any]:
+        """Return what ready fireworks ask for in words, which no query can compare."""
+        now, (asked, words) = self._clock(), self._words.get(field, (-math.inf, []))
+        if now - asked > _WORDS_KEPT_S:
+            name = f"{_ASKED}.{field}"
+            ready = {"state": "READY", name: {"$exists": True}, **(query or {})}
+            words = self._launchpad.fireworks.distinct(name, ready)
+            self._words[field] = now, words
+        return words
 
     def _fworker(self, query: Mapping[str, Any]) -> Any:
         from fireworks.core.fworker import FWorker
@@ -261,7 +283,7 @@ class Slot:
             fworker = self._fworker({**query, "fw_id": {"$in": candidates}})
             if self._launch(fworker):
                 return True
-            self._known = (float("-inf"), [])  # others were faster: ask again
+            self._known = (-math.inf, [])  # others were faster: ask again
         return False
 
     def _candidates(self, query: Mapping[str, Any]) -> list[int]:

@@ -217,7 +217,9 @@ class Worker:
             count = len(slot.share.cpus)
             where = f"processors {cpus}" if slot.share.bound else f"{count} processors"
             gpus = f", GPUs {','.join(slot.share.gpus)}" if slot.share.gpus else ""
-            self._say(f"slot {slot.summary.number}: {where}{gpus}")
+            memory = slot.share.memory_mib
+            room = f", {memory:.0f} MiB" if memory is not None else ""
+            self._say(f"slot {slot.summary.number}: {where}{gpus}{room}")
         if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1 and (
             os.environ.get("SLURM_STEP_ID") is None
         ):
@@ -242,6 +244,7 @@ class Worker:
             cpus=slot.share.cpus if slot.share.bound else None,
             ranks=ranks,
             gpus=len(slot.share.gpus),
+            memory_mib=slot.share.memory_mib,
             idle_s=self._plan.idle_s,
             folder=folder,
             drain_files=(

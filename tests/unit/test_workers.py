@@ -37,6 +37,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "narrow": {"_queueadapter": {"ntasks": 2, "nodes": 1}},
     "nodes": {"_queueadapter": {"nodes": 2}},
     "gpu": {"_queueadapter": {"gpus_per_node": 1}},
+    "little": {"_queueadapter": {"mem": "900M"}},
+    "much": {"_queueadapter": {"mem": "3G"}},
 }
 
 
@@ -55,9 +57,9 @@ def test_a_slot_leaves_what_it_cannot_finish(
         {"fw_id": number, "name": name, "spec": spec}
         for number, (name, spec) in enumerate(SPECS.items())
     )
-    query = fitting_query(left, 2, gpus, ["9:00:00", 1])
+    query = fitting_query(left, 2, gpus, ["9:00:00", 1], ["3G"])
     found = {d["name"] for d in launchpad.fireworks.find(query)}
-    assert found == set(SPECS) - refused
+    assert found == set(SPECS) - refused - {"much"}
 
 
 def slot(launchpad: Any, folder: Path, **changes: Any) -> SlotConfig:
@@ -69,6 +71,7 @@ def slot(launchpad: Any, folder: Path, **changes: Any) -> SlotConfig:
         cpus=None,
         ranks=1,
         gpus=0,
+        memory_mib=changes.get("memory_mib"),
         idle_s=60.0,
         folder=folder,
         drain_files=(folder / "drain",),
@@ -102,6 +105,18 @@ def run_slot(launchpad: Any, folder: Path, left_s: float | None, **changes: Any)
     finally:
         os.chdir(before)
     return reason, events, clock.now - 1000.0
+
+
+def test_a_slot_leaves_what_asks_for_more_memory_than_it_has(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    asked = {"enough": "1G", "number": 1024, "more": "1025M", "node": 0, "none": None}
+    for name, memory in asked.items():
+        spec = {} if memory is None else {"_queueadapter": {"mem": memory}}
+        launchpad.add_wf(Firework([task()], spec=spec, name=name))
+    run_slot(launchpad, tmp_path, None, memory_mib=1024.0)
+    left = launchpad.fireworks.find({"state": "READY"}, {"name": 1})
+    assert {document["name"] for document in left} == {"more", "node"}
 
 
 def test_a_slot_runs_what_fits_then_idles_and_leaves_the_rest(
@@ -214,6 +229,13 @@ def test_an_allocation_is_divided_without_overlap() -> None:
     unbound = shares(2, in_job, range(64))
     assert [len(s.cpus) for s in unbound] == [4, 4]
     assert not any(s.bound for s in unbound)
+    assert all(s.memory_mib is None for s in [*found, *few, *unbound])
+    for memory in (
+        {"SLURM_MEM_PER_NODE": "16000"},
+        {"SLURM_MEM_PER_CPU": "2000", "SLURM_MEM_PER_NODE": "0"},
+    ):
+        rich = shares(3, {**in_job, **memory}, range(8))
+        assert [s.memory_mib for s in rich] == [4000.0, 6000.0, 6000.0]
     for number in (0, 9):
         with pytest.raises(InputError, match="processors"):
             shares(number, in_job, range(8))
