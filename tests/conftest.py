@@ -51,26 +51,39 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Share the tests out, if pytest-xdist runs them: a file stays on one worker.
+    """Let tests of SLURM, which mostly wait, go first, then what takes long.
 
-    Fixtures of a module are made once so, and the tests of SLURM, which share a
-    cluster, come one after the other. They mostly wait, and go first for that reason;
-    then what takes long.
+    Only where pytest-xdist shares the tests out.
     """
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: (
+                not _needs_slurm(item.path),
+                "integration" not in item.path.parts,
+            )
+        )
 
-    def group(item: pytest.Item) -> str:
-        if item.get_closest_marker("slurm"):
-            return "slurm"
-        return f"{item.path.parent.name}/{item.path.stem}"
 
-    def turn(item: pytest.Item) -> tuple[bool, bool]:
-        return group(item) != "slurm", "integration" not in item.path.parts
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file on one worker, and all files with tests of SLURM on the same one.
 
-    if not getattr(config.option, "loadgroup", False):
-        return
-    items.sort(key=turn)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    Fixtures of a module are made once so, and what happens to nodes of the one cluster
+    happens to one test. The process that gives out tests knows only their names.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWorkerForSlurm(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if _needs_slurm(config.rootpath / file) else file
+
+    return OneWorkerForSlurm(config, log)
+
+
+@functools.cache
+def _needs_slurm(file: Path) -> bool:
+    return "mark.slurm" in file.read_text(encoding="utf-8")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
