@@ -211,7 +211,7 @@ def test_a_launcher_waits_for_its_database(
     words: list[str],
     trap: Trap | None,
     file: Path,
-    launchpad: Any,
+    mongodb_database: Any,  # not through the proxy: a client has to find back to it
     proxy: DatabaseProxy,
     tmp_path: Path,
 ) -> None:
@@ -228,13 +228,13 @@ def test_a_launcher_waits_for_its_database(
     assert child.wait(timeout=HANGING_S) == 0, log.read_text()
     assert trap is None or trap.hit.is_set()
     assert waits(tmp_path), log.read_text()
-    found = launchpad.fireworks.find_one({"name": "one"})
+    found = mongodb_database.fireworks.find_one({"name": "one"})
     assert found["state"] == "COMPLETED"
-    assert launchpad.launches.count_documents({}) == 1
+    assert mongodb_database.launches.count_documents({}) == 1
 
 
 def test_qlaunch_waits_for_its_database(
-    file: Path, launchpad: Any, proxy: DatabaseProxy, tmp_path: Path
+    file: Path, mongodb_database: Any, proxy: DatabaseProxy, tmp_path: Path
 ) -> None:
     """Plain qlaunch, by the adapter that it loads; sbatch is a script that says 7."""
     sbatch = tmp_path / "bin" / "sbatch"
@@ -259,8 +259,9 @@ def test_qlaunch_waits_for_its_database(
     proxy.restore()
     assert child.wait(timeout=HANGING_S) == 0
     assert "the database is back" in log.read_text()
-    assert launchpad.fireworks.find_one({"name": "one"})["state"] == "RESERVED"
-    (launch,) = launchpad.launches.find()
+    found = mongodb_database.fireworks.find_one({"name": "one"})
+    assert found["state"] == "RESERVED"
+    (launch,) = mongodb_database.launches.find()
     assert launch["state_history"][-1]["reservation_id"] == "7"
 
 
