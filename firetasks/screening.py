@@ -19,20 +19,29 @@ from nanoos_fw.stores.screens import Screen, ScreenStore, screen_job
 _PROBE_CHUNKS = 2
 
 
-class ScreenWindowParameters(Parameters):
+class WindowParameters(Parameters):
+    """A window of a sequence of candidates.
+
+    Parameters
+    ----------
+    start, stop
+        Whole chunks, the last of which may be shorter.
+    """
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+
+
+class ScreenWindowParameters(WindowParameters):
     """Parameters of ScreenWindowTask.
 
     Parameters
     ----------
     screen
         Name of the screening, which is in the database.
-    start, stop
-        The window: whole chunks, the last of which may be shorter.
     """
 
     screen: str
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
 
 
 class ScreenWindowTask(NanoTask):
@@ -44,21 +53,27 @@ class ScreenWindowTask(NanoTask):
 
     def run(self, place: TaskContext) -> dict[str, Any]:
         """Screen the chunks that are not stored yet."""
-        parameters = self.parameters
-        screen = ScreenStore(place.database).get(parameters.screen)
+        screen = ScreenStore(place.database).get(self.parameters.screen)
+        return run_window_in(place, screen, self.parameters)
 
-        def stored(done: int, wall_s: float) -> None:
-            place.check_time(needed_s=wall_s, chunks=done)
 
-        return run_window(
-            place.database,
-            screen,
-            place.work_dir("screening", screen.key),
-            start=parameters.start,
-            stop=parameters.stop,
-            workers=place.settings.ranks,
-            on_chunk=stored,
-        )
+def run_window_in(
+    place: TaskContext, screen: Screen, window: WindowParameters
+) -> dict[str, Any]:
+    """Screen a window where a firetask is, as long as its time allows."""
+
+    def stored(done: int, wall_s: float) -> None:
+        place.check_time(needed_s=wall_s, chunks=done)
+
+    return run_window(
+        place.database,
+        screen,
+        place.work_dir("screening", screen.key),
+        start=window.start,
+        stop=window.stop,
+        workers=place.settings.ranks,
+        on_chunk=stored,
+    )
 
 
 def run_window(

@@ -15,7 +15,7 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.firetasks.fans import bounds
 from nanoos_fw.firetasks.featurization import FeatureParameters
-from nanoos_fw.firetasks.screening import run_window
+from nanoos_fw.firetasks.screening import WindowParameters, run_window_in
 from nanoos_fw.ml.candidate_filters import CandidateFilter
 from nanoos_fw.ml.candidates import CandidateSource, CandidateSpec, open_candidates
 from nanoos_fw.ml.ranking import Ranked, Ranking, rank_top
@@ -65,18 +65,10 @@ class StreamPlan(Parameters):
         ]
 
 
-class ScreenStreamParameters(Parameters):
-    """Parameters of ScreenStreamTask.
-
-    Parameters
-    ----------
-    start, stop
-        The window: whole chunks, the last of which may be shorter.
-    """
+class ScreenStreamParameters(WindowParameters):
+    """Parameters of ScreenStreamTask."""
 
     campaign: str
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
 
 
 class ScreenStreamTask(NanoTask):
@@ -88,21 +80,8 @@ class ScreenStreamTask(NanoTask):
 
     def run(self, place: TaskContext) -> dict[str, Any]:
         """Screen the chunks that are not stored yet with the campaign's model."""
-        parameters = self.parameters
-        screen, _ = _opened(place, parameters.campaign)
-
-        def stored(done: int, wall_s: float) -> None:
-            place.check_time(needed_s=wall_s, chunks=done)
-
-        return run_window(
-            place.database,
-            screen,
-            place.work_dir("screening", screen.key),
-            start=parameters.start,
-            stop=parameters.stop,
-            workers=place.settings.ranks,
-            on_chunk=stored,
-        )
+        screen, _ = _opened(place, self.parameters.campaign)
+        return run_window_in(place, screen, self.parameters)
 
 
 class RankStreamParameters(Parameters):
