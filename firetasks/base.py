@@ -75,6 +75,27 @@ class TaskContext:
     work_root: Path
     deadline: float | None
 
+    @classmethod
+    def on(
+        cls,
+        database: Any,
+        settings: Settings,
+        work_root: Path,
+        deadline: float | None = None,
+    ) -> TaskContext:
+        """Return the place with all stores of a database."""
+        return cls(
+            database=database,
+            structures=StructureStore(database),
+            features=FeatureStore(database),
+            simulations=SimulationStore(database),
+            models=ModelRegistry(database),
+            campaigns=CampaignStore(database),
+            settings=settings,
+            work_root=work_root,
+            deadline=deadline,
+        )
+
     def check_time(self, needed_s: float = 0.0, **progress: Any) -> None:
         """Stop in time; for tasks without a child that does it.
 
@@ -211,13 +232,8 @@ class NanoTask(FiretaskBase):
         # Indexes are made by commands, which the connection does not repeat.
         database = patience.run(lambda: open_database(launchpad))
         root = fw_spec.get(SPEC_KEY, {}).get("work_root") or settings.work_dir
-        return TaskContext(
-            database=database,
-            structures=StructureStore(database),
-            features=FeatureStore(database),
-            simulations=SimulationStore(database),
-            models=ModelRegistry(database),
-            campaigns=CampaignStore(database),
+        return TaskContext.on(
+            database,
             settings=settings,
             work_root=Path(root).resolve(),
             deadline=allocation_deadline(),

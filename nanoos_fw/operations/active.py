@@ -29,9 +29,6 @@ from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.stores.active import ActiveStore, Round, label_values, put_labels
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database, store_errors
-from nanoos_fw.stores.features import FeatureStore
-from nanoos_fw.stores.models import ModelRegistry
-from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import StructureStore
 
 RUNNING, WAITING, STOPPED = "running", "waiting for labels", "stopped"
@@ -412,16 +409,10 @@ def context(
 ) -> TaskContext:
     """Return what the firetasks of a campaign see, for use in this process."""
     settings = settings or load_settings()
-    return TaskContext(
-        database=database,
-        structures=StructureStore(database),
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
+    return TaskContext.on(
+        database,
         settings=settings,
         work_root=Path(plan.work_root or settings.work_dir).resolve(),
-        deadline=None,
     )
 
 

@@ -49,11 +49,8 @@ from nanoos_fw.operations.row_files import read_rows
 from nanoos_fw.operations.screen_exports import export_screen, ranked_rows, rows_of
 from nanoos_fw.reports.collect import collect_report
 from nanoos_fw.settings import Settings
-from nanoos_fw.stores.campaigns import CampaignStore
-from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.screens import ScreenStore, register_screen
-from nanoos_fw.stores.simulations import SimulationStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 from nanoos_fw.workflows import CampaignPlan, screening_workflow, window_workflow
 
@@ -490,16 +487,10 @@ def test_a_campaign_selects_from_a_sequence(database, tmp_path):
     assert "stream" not in values  # campaigns from before are the same ones
     plan = CampaignPlan.model_validate({**values, "stream": stream, "top_k": 5})
     assert CampaignPlan.model_validate(plan.model_dump(mode="json")) == plan
-    place = TaskContext(
-        database=database,
-        structures=StructureStore(database),
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
+    place = TaskContext.on(
+        database,
         settings=Settings(ranks=1),
         work_root=tmp_path,
-        deadline=None,
     )
     place.campaigns.create("demo", plan.model_dump(mode="json"))
     place.campaigns.record("demo", model="energy@1")

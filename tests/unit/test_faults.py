@@ -33,12 +33,8 @@ from nanoos_fw.faults import (
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.firetasks.labelling import LabelTask
 from nanoos_fw.settings import Settings
-from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database
-from nanoos_fw.stores.features import FeatureStore
-from nanoos_fw.stores.models import ModelRegistry
-from nanoos_fw.stores.simulations import SimulationStore
-from nanoos_fw.stores.structures import NewStructure, StructureStore
+from nanoos_fw.stores.structures import NewStructure
 
 
 @pytest.mark.parametrize(
@@ -168,16 +164,10 @@ class Launchpad:
 @pytest.fixture
 def place(embedded_database: Any, tmp_path: Path) -> TaskContext:
     database = open_database(Launchpad(embedded_database))
-    return TaskContext(
-        database=database,
-        structures=StructureStore(database),
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
+    return TaskContext.on(
+        database,
         settings=Settings(ranks=1),
         work_root=tmp_path / "work",
-        deadline=None,
     )
 
 

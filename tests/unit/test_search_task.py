@@ -24,13 +24,9 @@ from nanoos_fw.ml.search import SearchConfig, check_dataset, read_search, sugges
 from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.provenance import read_json
 from nanoos_fw.settings import Settings
-from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import open_database
-from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.searches import SearchStore
-from nanoos_fw.stores.simulations import SimulationStore
-from nanoos_fw.stores.structures import StructureStore
 from nanoos_fw.workflows import search_workflow
 
 TARGET = "formation_energy_per_atom"
@@ -81,16 +77,10 @@ def search(dataset_dir: Path, **changes: Any) -> SearchConfig:
 @pytest.fixture
 def place(embedded_database: Any, tmp_path: Path) -> TaskContext:
     database = open_database(Launchpad(embedded_database))
-    return TaskContext(
-        database=database,
-        structures=StructureStore(database),
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
+    return TaskContext.on(
+        database,
         settings=Settings(ranks=1),
         work_root=tmp_path / "work",
-        deadline=None,
     )
 
 

@@ -36,7 +36,6 @@ from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import ensure_indexes
 from nanoos_fw.stores.datasets import build_train_val_datasets
 from nanoos_fw.stores.features import Features, FeatureStore
-from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.simulations import Simulation, SimulationStore
 from nanoos_fw.stores.structures import NewStructure, StructureStore
 
@@ -446,16 +445,10 @@ def test_labels_of_no_or_another_unit_are_not_taken_for_the_usual(
 
 
 def context(database: Any, folder: Path) -> TaskContext:
-    return TaskContext(
-        database=database,
-        structures=StructureStore(database),
-        features=FeatureStore(database),
-        simulations=SimulationStore(database),
-        models=ModelRegistry(database),
-        campaigns=CampaignStore(database),
+    return TaskContext.on(
+        database,
         settings=load_settings(),
         work_root=folder,
-        deadline=None,
     )
 
 
