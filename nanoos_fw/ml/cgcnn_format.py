@@ -24,7 +24,7 @@ from nanoos_fw.ml.graphs import (
     nearest_neighbors,
     read_arrays,
 )
-from nanoos_fw.ml.neighbors import expand_in_gaussians, list_nearest
+from nanoos_fw.ml.neighbors import expand_in_gaussians
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -202,14 +202,7 @@ def build_cgcnn_batch(
         raise InputError(f"a batch has no layout {layout!r}")
     flat, errors = read_arrays(crystals)
     sizes = np.diff(flat.atom_start)
-    found = list_nearest(
-        flat.lattices,
-        flat.frac_coords,
-        flat.numbers,
-        flat.atom_start,
-        cutoff_radius,
-        max_neighbors,
-    )
+    found = flat.nearest(cutoff_radius, max_neighbors)
     numbers, degrees = flat.numbers, found.degrees
     if found.status.any():
         for row in np.flatnonzero(found.status):

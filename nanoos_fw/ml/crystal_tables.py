@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable, degree_column
 from nanoos_fw.ml.graphs import CrystalArrays, graph_error, read_arrays
-from nanoos_fw.ml.neighbors import list_nearest
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -102,14 +101,7 @@ def _table_of(
     for begin, flat in flats:
         if not len(flat.positions):
             continue
-        found = list_nearest(
-            flat.lattices,
-            flat.frac_coords,
-            flat.numbers,
-            flat.atom_start,
-            cutoff_radius,
-            max_neighbors,
-        )
+        found = flat.nearest(cutoff_radius, max_neighbors)
         sizes = np.diff(flat.atom_start)
         good = found.status == 0
         edge_of = np.concatenate([[0], np.cumsum(found.degrees)])[flat.atom_start]

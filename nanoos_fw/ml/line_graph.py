@@ -24,7 +24,6 @@ from nanoos_fw.ml.graphs import (
     read_arrays,
     vectors_of_arrays,
 )
-from nanoos_fw.ml.neighbors import list_nearest
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -276,14 +275,7 @@ def _build(
     angle_cutoff: float,
     errors: dict[int, InputError | CorruptArtifactError],
 ) -> tuple[LineGraphTable, NDArray[np.int64]]:
-    found = list_nearest(
-        flat.lattices,
-        flat.frac_coords,
-        flat.numbers,
-        flat.atom_start,
-        cutoff_radius,
-        None,
-    )
+    found = flat.nearest(cutoff_radius, None)
     for row in np.flatnonzero(found.status).tolist():
         errors[begin + int(flat.positions[row])] = graph_error(
             flat, found, row, cutoff_radius

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nanoos_fw.crystals import HEAVIEST, check_periodic, decode_arrays
 from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.ml.neighbors import NeighborList, list_nearest
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -44,6 +45,17 @@ class CrystalArrays:
     frac_coords: NDArray[np.float64]
     atom_start: NDArray[np.int64]
     positions: NDArray[np.int64]
+
+    def nearest(self, cutoff_radius: float, max_neighbors: int | None) -> NeighborList:
+        """Return the neighbours of all atoms, as ``list_nearest`` does."""
+        return list_nearest(
+            self.lattices,
+            self.frac_coords,
+            self.numbers,
+            self.atom_start,
+            cutoff_radius,
+            max_neighbors,
+        )
 
 
 def read_arrays(

@@ -22,7 +22,6 @@ from nanoos_fw.ml.graphs.crystal import CrystalGraph, centres, check_parameters
 from nanoos_fw.ml.lattices import CLOSE, FLAT, ISOLATED, NOT_FINITE, TOO_MANY
 from nanoos_fw.ml.neighbors import (
     NeighborList,
-    list_nearest,
     list_nearest_of_one,
     order_of_edges,
     shells_of,
@@ -327,14 +326,7 @@ def _build_some(
     errors: dict[int, InputError | CorruptArtifactError],
 ) -> None:
     """Build graphs with one call, and put them where they belong."""
-    found = list_nearest(
-        flat.lattices,
-        flat.frac_coords,
-        flat.numbers,
-        flat.atom_start,
-        cutoff_radius,
-        max_neighbors,
-    )
+    found = flat.nearest(cutoff_radius, max_neighbors)
     starts = flat.atom_start
     local = np.arange(len(flat.numbers), dtype=np.int32)
     local -= np.repeat(starts[:-1], np.diff(starts)).astype(np.int32)

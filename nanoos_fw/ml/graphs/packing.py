@@ -24,7 +24,6 @@ from nanoos_fw.ml.graphs.crystal import (
     centres,
     check_parameters,
 )
-from nanoos_fw.ml.neighbors import list_nearest
 
 _HEADER = struct.Struct("<4sBBHIIdI")
 _HEADER_FIELDS = np.dtype(
@@ -155,14 +154,7 @@ def pack_arrays(
         packed one by one.
     """
     check_parameters(cutoff_radius, max_neighbors)
-    found = list_nearest(
-        flat.lattices,
-        flat.frac_coords,
-        flat.numbers,
-        flat.atom_start,
-        cutoff_radius,
-        max_neighbors,
-    )
+    found = flat.nearest(cutoff_radius, max_neighbors)
     starts = flat.atom_start
     if (
         np.diff(starts).max(initial=0) > np.iinfo(np.int16).max
