@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 # Rank numbers of an outer launch must not reach an inner one, and the ranks have no
 # business with the database.
 _SCRUBBED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "MONGO", "NANO_OS_MONGODB")
+_NETMOD = "MPIR_CVAR_CH4_NETMOD"  # of MPICH: by what means ranks on other nodes talk
 _ROOM_BYTES = 64 * 1024  # error, log and a first block of results
 _LAST_RANKS_S = 10.0  # ranks of a dead launcher or parent end within a second or two
 
@@ -109,11 +111,28 @@ def launch_command(resources: Resources) -> list[str]:
         )
     # Without -K the ranks that are left wait for one that was killed until the end of
     # the allocation; mpiexec ends them by itself.
-    srun = ["--mpi=pmi2", "--exact", "--kill-on-bad-exit=1"]
+    srun = ["--mpi=pmi2", "--exact", "--kill-on-bad-exit=1", *_short_addresses()]
     extra = srun if Path(program).name == "srun" else []
     if len(words) > 1:
         extra = []  # a user who writes options knows the site's
     return [program, *words[1:], *extra, "-n", str(resources.ranks)]
+
+
+def _short_addresses() -> list[str]:
+    """Return the option of ``srun`` that lets ranks of the mpich package find another.
+
+    Over UCX, ranks on different nodes tell their addresses in 4 kB of which most is
+    whatever lies behind them in memory, in lines that may exceed the 1,024 bytes which
+    SLURM's plugin pmi2 reads at once. What follows is then sometimes lost, and all
+    ranks wait to the end of the allocation. Addresses of libfabric take 70 bytes.
+    """
+    if _NETMOD in os.environ:
+        return []
+    try:
+        importlib.metadata.version("mpich")
+    except importlib.metadata.PackageNotFoundError:
+        return []  # the site's, whose netmods are not known
+    return [f"--export=ALL,{_NETMOD}=ofi"]
 
 
 def launch_ranks(

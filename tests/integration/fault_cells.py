@@ -126,6 +126,7 @@ class Cell:
         self._moment = moment or default_moment(fault, stage)
         self._name = f"nanoos_matrix_{uuid.uuid4().hex[:10]}"
         self._result = Result(fault, stage, self._moment)
+        self._held: int | None = None  # a rank that was stopped, to be killed
         self._files = folder / "cluster"
         self._category = ""
         self._packed = fault in {"slot", "worker"}
@@ -263,11 +264,15 @@ class Cell:
     def _in_the_work(self) -> bool:
         if self._moment != "work":
             return False
-        if self._stage in WITH_RANKS:
-            return len(cluster.ranks_below(self._folder)) > 0
-        return bool(self._children())
+        if self._fault != "rank":
+            return bool(self._ranks())
+        self._held = cluster.hold(self._ranks())
+        return self._held is not None
 
-    def _children(self) -> list[int]:
+    def _ranks(self) -> list[int]:
+        """Return what computes: the ranks, or the child that featurizes."""
+        if self._stage in WITH_RANKS:
+            return cluster.ranks_below(self._folder)
         return [
             pid
             for job in cluster.jobs()
@@ -312,20 +317,16 @@ class Cell:
     def _kill_ranks(self, job: str) -> None:
         """Kill a rank, or the child that featurizes, and once more if it comes back."""
         for _ in range(2):
-            ranks = (
-                cluster.ranks_below(self._folder)
-                if self._stage in WITH_RANKS
-                else self._children()
-            )
-            if not ranks:
+            if self._held is None:
                 raise RuntimeError("there was no rank to kill")
-            cluster.kill(ranks[-1])
-            cluster.wait_for(lambda: not self._in_the_work(), "end of all ranks", 60)
+            cluster.kill(self._held)
+            cluster.wait_for(lambda: not self._ranks(), "end of all ranks", 60)
+            self._held = None
             with contextlib.suppress(TimeoutError):
                 cluster.wait_for(
                     lambda: job not in cluster.jobs() or self._in_the_work(), "more", 8
                 )
-            if not self._in_the_work():
+            if self._held is None:
                 return
 
     def _disturb_the_start(self) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nanoos_fw.parallel import RANKS_LOCK
@@ -116,12 +116,27 @@ def kill(*pids: int) -> None:
     wait_for(lambda: not any(map(_lives, pids)), f"end of {pids}", 20)
 
 
+def hold(pids: Sequence[int]) -> int | None:
+    """Stop one of these processes, so that it cannot end meanwhile, and return it."""
+    for pid in reversed(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda pid=pid: _state(pid) in "TZX", f"stop of {pid}", 20)
+            if _state(pid) == "T":
+                return pid
+    return None
+
+
 def _lives(pid: int) -> bool:
+    return _state(pid) not in "ZX"
+
+
+def _state(pid: int) -> str:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+        return "X"
+    return stat.rpartition(")")[2].split()[0]
 
 
 # ---------------------------------------------------------------------------- faults

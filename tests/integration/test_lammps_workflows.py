@@ -530,19 +530,19 @@ def test_simulation_from_the_command_line_stops_and_goes_on(tmp_path, capsys):
     cell.to(filename=str(path))
     words = ["md", "run", str(path), "--workflow", "MD_NVE_LAMMPS"]
     words += ["--potential", "zhou2004", "-o", str(folder)]
-    words += ["--set", "temperature=250", "num_steps=12000", "equilibration_steps=100"]
+    words += ["--set", "temperature=250", "num_steps=60000", "equilibration_steps=100"]
     words += ["restart_every=500", "supercell_min_atoms=30", "dump_every=1000"]
     assert main([*words, "--timeout", "1.5"]) != 0
     capsys.readouterr()
     assert main(["md", "status", str(folder), "--json"]) == 0
     partial = json.loads(capsys.readouterr().out)
     assert not partial["finished"]
-    assert partial["total_steps"] == 12_100
-    assert partial["restart_step"] < 12_100
+    assert partial["total_steps"] == 60_100
+    assert partial["restart_step"] < 60_100
     assert main([*words, "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["success"]
-    assert outcome["steps"] == 12_100
+    assert outcome["steps"] == 60_100
     # Again: nothing is computed. With other numbers: not into this folder.
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == outcome
@@ -550,7 +550,7 @@ def test_simulation_from_the_command_line_stops_and_goes_on(tmp_path, capsys):
     assert "another simulation" in capsys.readouterr().err
     assert main(["md", "status", str(folder)]) == 0
     told = capsys.readouterr().out
-    assert "finished, step 12100 of 12100" in told
+    assert "finished, step 60100 of 60100" in told
     assert "total_energy_ev" in told
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -93,21 +94,42 @@ def test_the_launcher_beside_python_comes_first(bare_path: Path) -> None:
     assert launch_command(Resources(ranks=2))[0] == str(own)
 
 
-def test_srun_is_the_launcher_inside_slurm(
-    bare_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_slurm(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the srun of an allocation, beside an mpiexec."""
     make_program(bare_path, "mpiexec")
-    srun = make_program(bare_path, "srun")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+    return make_program(bare_path, "srun")
+
+
+def test_srun_is_the_launcher_inside_slurm(
+    in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPIR_CVAR_CH4_NETMOD", "ucx")  # the user's choice stays
     command = launch_command(Resources(ranks=2))
     assert command == [
-        str(srun),
+        str(in_slurm),
         "--mpi=pmi2",
         "--exact",
         "--kill-on-bad-exit=1",
         "-n",
         "2",
     ]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_ranks_of_the_mpich_package_tell_short_addresses(
+    installed: bool, in_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if not installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "5.0.2"
+
+    monkeypatch.delenv("MPIR_CVAR_CH4_NETMOD", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    told = "--export=ALL,MPIR_CVAR_CH4_NETMOD=ofi"
+    assert (told in launch_command(Resources(ranks=2))) == installed
 
 
 def test_the_options_of_a_given_launcher_are_kept(bare_path: Path) -> None:
