@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.datasets import Dataset
 from nanoos_fw.ml.forest import ForestModel
 from nanoos_fw.ml.graph_scalars import graph_scalars
 from nanoos_fw.ml.metrics import calibrate
+from nanoos_fw.ml.network_models import NetworkModel
 from nanoos_fw.ml.predictors import PropertyModel
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
@@ -93,7 +93,7 @@ def calibrate_model(
     ----------
     A. N. Angelopoulos, S. Bates, arXiv:2107.07511 (2021).
     """
-    if not isinstance(model, CGCNNModel | ForestModel) or model.card is None:
+    if not isinstance(model, NetworkModel | ForestModel) or model.card is None:
         raise InputError(
             f"{model.model_type} models state their uncertainty themselves",
             advice="calibrate networks and forests",
@@ -149,7 +149,7 @@ def calibrate_model(
 # ------------------------------------------------------------------------- private
 
 
-def _check(model: CGCNNModel | ForestModel, dataset: Dataset) -> None:
+def _check(model: NetworkModel | ForestModel, dataset: Dataset) -> None:
     if dataset.mock_targets:
         raise InputError("mock targets cannot calibrate a model")
     target = dataset.config.target_property
@@ -165,7 +165,11 @@ def _check(model: CGCNNModel | ForestModel, dataset: Dataset) -> None:
             f"{model.unit or 'no unit'}",
             advice="build the dataset with the model's unit",
         )
-    if isinstance(model, CGCNNModel) and model.card is not None and model.card.classes:
+    if (
+        isinstance(model, NetworkModel)
+        and model.card is not None
+        and model.card.classes
+    ):
         raise InputError(
             f"model {model.model_name!r} predicts classes: their probabilities have "
             "no intervals"

@@ -11,7 +11,6 @@ checkpoint is tensors and a few numbers.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
@@ -33,6 +31,8 @@ from nanoos_fw.ml.network import (
     TensorBatch,
     build_network,
 )
+from nanoos_fw.ml.optimization import Loss, learning_rate, new_optimizer
+from nanoos_fw.ml.teams import share
 from nanoos_fw.parallel import Communicator
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Fit:
         self.device = torch.device("cpu") if device is None else device
         double = config.precision == "float64"
         self.dtype = torch.float64 if double else torch.float32
-        self.classes = getattr(architecture, "n_outputs", 1) > 1
+        self.loss = Loss(config.loss, classes=architecture.n_outputs > 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(config.seed, member))
             network = build_network(architecture, atom_table)
@@ -165,7 +165,7 @@ class Fit:
             m for m in self.network.modules() if isinstance(m, CountedDropout) and m.p
         ]
         self._flatten()
-        self.optimizer = _optimizer(config, self._decayed, self._rest)
+        self.optimizer = new_optimizer(config, self._decayed, self._rest)
         self.history, self.position = History(), Position()
         self._average = (self._weights.clone(), self._moments.clone())
         self._best = self._average
@@ -218,7 +218,7 @@ class Fit:
             if interrupted():
                 return False
             number = epoch * self.steps_per_epoch + position.step
-            rate = self._learning_rate(number)
+            rate = learning_rate(self.config, number, self.steps_per_epoch)
             sums = self._step(batches[position.step], number, rate)
             position.sums = [a + b for a, b in zip(position.sums, sums, strict=True)]
             if not math.isfinite(position.sums[0]):
@@ -261,7 +261,8 @@ class Fit:
                     continue
                 chunk = rows[start : start + size]
                 output = self.network(self._batch(chunk))
-                answers[start : start + len(chunk)] = self._values(output).cpu().numpy()
+                values = self.loss.values(output)
+                answers[start : start + len(chunk)] = values.cpu().numpy()
         self.comm.sum_in_place(answers)
         return answers
 
@@ -372,10 +373,10 @@ class Fit:
         with self._autocast():
             output = self.network(self._batch(mine))
         targets = self._targets[torch.from_numpy(mine)].to(self.device)
-        loss = self._loss(output.to(self.dtype), targets)
+        loss = self.loss.total(output.to(self.dtype), targets)
         torch.autograd.backward([loss / len(rows)])
         with torch.no_grad():
-            error = self._values(output.detach().to(self.dtype)) - targets
+            error = self.loss.values(output.detach().to(self.dtype)) - targets
             sums = [loss.detach(), (error * error).sum(), error.abs().sum()]
             self._flat.sums.copy_(torch.stack(sums))
         self._flat.sum()
@@ -387,16 +388,6 @@ class Fit:
             group["lr"] = rate
         self.optimizer.step()
         return tuple(self._flat.sums.tolist())
-
-    def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        if self.classes:
-            logs = functional.log_softmax(output, dim=1)
-            return functional.nll_loss(logs, targets.long(), reduction="sum")
-        return _LOSSES[self.config.loss](output, targets, reduction="sum")
-
-    def _values(self, output: Tensor) -> Tensor:
-        """Return what is compared with the targets."""
-        return functional.softmax(output, dim=1)[:, 1] if self.classes else output
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._cast:
@@ -415,26 +406,6 @@ class Fit:
             kept = torch.rand(n_rows, layer.channels, generator=generator) >= layer.p
             mask = kept[torch.from_numpy(places)].to(self.dtype) / (1.0 - layer.p)
             layer.mask = mask.to(self.device)
-
-    def _learning_rate(self, step: int) -> float:
-        """Return the rate of a step, a function of its number alone."""
-        config = self.config
-        total = config.epochs * self.steps_per_epoch
-        warmup = round(config.warmup_fraction * total)
-        done = (step - warmup) / max(1, total - warmup)
-        if config.schedule == "one-cycle":
-            if step < warmup:
-                return config.learning_rate * _ease(1 / 25, 1.0, step / warmup)
-            return config.learning_rate * _ease(1.0, 1 / 25e4, done)
-        if step < warmup:
-            return config.learning_rate * (step + 1) / warmup
-        if config.schedule == "constant":
-            return config.learning_rate
-        if config.schedule == "step":
-            epoch = step // self.steps_per_epoch
-            passed = sum(epoch >= milestone for milestone in config.milestones)
-            return config.learning_rate * config.gamma**passed
-        return config.learning_rate * _ease(1.0, 0.0, done)
 
     def _update_average(self, step: int) -> None:
         """Take a step's weights and moments into their running average."""
@@ -468,52 +439,17 @@ class Fit:
             history.val_mse.append(square * scale**2)
             history.val_mae.append(float(np.abs(error).mean()) * scale)
             history.val_r2.append(1.0 - square / spread if spread else None)
-            history.val_loss.append(self._criterion(found, truth))
+            history.val_loss.append(self.loss.mean(found, truth))
             # Of a number, the mean absolute error decides; of classes, the likelihood.
-            curve = history.val_loss if self.classes else history.val_mae
+            curve = history.val_loss if self.loss.classes else history.val_mae
             improved = curve[-1] <= min(curve)
         if improved:
             history.best_epoch = history.epochs
             self._best = averaged
 
-    def _criterion(
-        self, found: NDArray[np.float64], truth: NDArray[np.float64]
-    ) -> float:
-        """Return the mean loss of predictions."""
-        if self.classes:
-            likely = np.where(truth > 0.5, found, 1.0 - found)
-            return float(-np.log(np.maximum(likely, 1e-300)).mean())
-        pair = (torch.from_numpy(found), torch.from_numpy(truth))
-        return float(_LOSSES[self.config.loss](*pair, reduction="mean"))
-
     def _use(self, buffers: tuple[Tensor, Tensor]) -> None:
         self._weights.copy_(buffers[0])
         self._moments.copy_(buffers[1])
-
-
-def share(sizes: NDArray[np.int64], comm: Communicator) -> NDArray[np.int64]:
-    """Return this rank's places in a batch, work spread as evenly as greed allows.
-
-    The largest graphs are dealt first, each to the rank with the least work so far;
-    ranks may come out empty.
-
-    Parameters
-    ----------
-    sizes
-        ``(n,)``, work of each graph of the batch.
-    comm
-        The ranks.
-    """
-    if comm.size == 1:
-        return np.arange(len(sizes))
-    loads = [(0, rank) for rank in range(comm.size)]
-    mine = []
-    for place in np.argsort(-sizes, kind="stable").tolist():
-        load, rank = loads[0]
-        heapq.heapreplace(loads, (load + int(sizes[place]), rank))
-        if rank == comm.rank:
-            mine.append(place)
-    return np.array(mine, dtype=np.int64)
 
 
 def freeze(network: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -551,28 +487,6 @@ def freeze(network: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 # ------------------------------------------------------------------------- private
 
-_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "mse": functional.mse_loss,
-    "mae": functional.l1_loss,
-    "huber": functional.smooth_l1_loss,
-}
-
-
-def _optimizer(
-    config: TrainingConfig, decayed: nn.Parameter, rest: nn.Parameter
-) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [decayed], "weight_decay": config.weight_decay},
-        {"params": [rest], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum
-        )
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
 
 def _has_bfloat16(device: torch.device) -> bool:
     """Tell whether products of bfloat16 are not slower than those of float32."""
@@ -580,11 +494,6 @@ def _has_bfloat16(device: torch.device) -> bool:
         return True
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
-
-
-def _ease(begin: float, end: float, done: float) -> float:
-    """Go from one number to another along half a cosine."""
-    return end + (begin - end) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _seed(*numbers: int) -> int:

@@ -287,7 +287,7 @@ class ForestModel:
     def predict(
         self, graph_repr: AnyGraph, *, coverage: float = DEFAULT_COVERAGE
     ) -> dict[str, Any]:
-        """Predict one structure; keys as in :meth:`.cgcnn.CGCNNModel.predict`."""
+        """Predict one structure; keys as in :meth:`.NetworkModel.predict`."""
         graph = as_graph(graph_repr)
         found = self.predict_full([graph], coverage=coverage)
         mean = float(found.mean[0])

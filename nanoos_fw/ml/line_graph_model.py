@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.batches import GraphTable
-from nanoos_fw.ml.cgcnn import AnyGraph, CGCNNModel
 from nanoos_fw.ml.ensembles import build_networks, predict_table
+from nanoos_fw.ml.features import AnyGraph
 from nanoos_fw.ml.line_graph import (
     LineGraphTable,
     line_graphs_of,
@@ -19,6 +19,7 @@ from nanoos_fw.ml.line_graph import (
     with_angles,
 )
 from nanoos_fw.ml.model_files import REFERENCE, LineGraphArchitecture, ModelCard
+from nanoos_fw.ml.network_models import NetworkModel
 from nanoos_fw.ml.training_config import MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from nanoos_fw.ml.network import Network
 
 
-class LineGraphModel(CGCNNModel):
+class LineGraphModel(NetworkModel):
     """An ensemble of networks on atoms, bonds and angles, for one property.
 
     Parameters
     ----------
     model_name, target_property, model_version, threads
-        As in :class:`nanoos_fw.ml.cgcnn.CGCNNModel`. Predictions are by torch.
+        As in :class:`nanoos_fw.ml.network_models.NetworkModel`. Predictions are by
+        torch.
 
     References
     ----------
@@ -51,9 +53,12 @@ class LineGraphModel(CGCNNModel):
         threads: int | None = None,
     ) -> None:
         super().__init__(
-            model_name, target_property, model_version=model_version, threads=threads
+            model_name,
+            target_property,
+            LineGraphArchitecture(kind="line_graph"),
+            model_version=model_version,
+            threads=threads,
         )
-        self.architecture = LineGraphArchitecture(kind="line_graph")
         self._members: list[Network] = []
 
     def table_of(self, graphs: Sequence[AnyGraph]) -> LineGraphTable:

@@ -24,7 +24,6 @@ NETWORK_FORMAT = "nanoos_fw.cgcnn"
 FOREST_FORMAT = "nanoos_fw.forest"
 """Entries of a file's metadata by which networks and forests are known."""
 
-_MOCK = "mock_targets"
 ATOM_TABLE, REFERENCE = "atom_table", "element_reference"
 FETCH = (
     "weights are read from safetensors files only, since unpickling a file can run "

@@ -68,7 +68,7 @@ class PropertyModel(Protocol):
         """Return the elements of a graph that the training set did not hold."""
 
     def predict(self, graph_repr: AnyGraph) -> dict[str, Any]:
-        """Predict one structure: see :meth:`nanoos_fw.ml.cgcnn.CGCNNModel.predict`."""
+        """Predict one structure: see :meth:`.NetworkModel.predict`."""
 
     def predict_many(
         self, graphs: Sequence[AnyGraph], batch_size: int = 256
@@ -183,9 +183,8 @@ def _read_network(
     data: bytes, *, model_name: str, model_version: str | None, threads: int | None
 ) -> PropertyModel:
     card, _ = read_checkpoint(data)
-    kind: type[CGCNNModel] = CGCNNModel
-    if isinstance(card.architecture, LineGraphArchitecture):
-        kind = LineGraphModel
+    angles = isinstance(card.architecture, LineGraphArchitecture)
+    kind = LineGraphModel if angles else CGCNNModel
     model = kind(
         model_name, card.target_property, model_version=model_version, threads=threads
     )

@@ -303,7 +303,7 @@ def chunk_starts(
 
 
 def _shares_tables(model: PropertyModel) -> bool:
-    return isinstance(model, CGCNNModel) and not isinstance(model, LineGraphModel)
+    return isinstance(model, CGCNNModel)
 
 
 def _kinds_of_graphs(

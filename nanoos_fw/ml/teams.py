@@ -1,11 +1,18 @@
-"""Teams of ranks that fit the members of an ensemble at the same time."""
+"""Who does what: teams of ranks fit the members of an ensemble at the same time.
+
+The ranks of a team share the graphs of each batch.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nanoos_fw.errors import OutOfTimeError
 from nanoos_fw.ml.checkpoints import Checkpoints
@@ -103,6 +110,31 @@ def fit_members(
         )
     mine_only = fitted if team.rank == 0 else {}
     return _collect(mine_only, lambda member: new_fit(member, Communicator()), comm)
+
+
+def share(sizes: NDArray[np.int64], comm: Communicator) -> NDArray[np.int64]:
+    """Return this rank's places in a batch, work spread as evenly as greed allows.
+
+    The largest graphs are dealt first, each to the rank with the least work so far;
+    ranks may come out empty.
+
+    Parameters
+    ----------
+    sizes
+        ``(n,)``, work of each graph of the batch.
+    comm
+        The ranks.
+    """
+    if comm.size == 1:
+        return np.arange(len(sizes))
+    loads = [(0, rank) for rank in range(comm.size)]
+    mine = []
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + int(sizes[place]), rank))
+        if rank == comm.rank:
+            mine.append(place)
+    return np.array(mine, dtype=np.int64)
 
 
 # ------------------------------------------------------------------------- private

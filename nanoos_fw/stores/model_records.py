@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from nanoos_fw.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Storage = Literal["gridfs", "file", "none"]
 
@@ -93,6 +98,76 @@ def higher_is_better(metric: str) -> bool:
 def says_which_is_better(metric: str) -> bool:
     """Tell whether models can be ordered by a metric."""
     return metric not in _NO_MERIT
+
+
+def best_model(
+    records: Sequence[ModelRecord],
+    metric: str,
+    *,
+    target: str | None = None,
+    part: str | None = None,
+) -> ModelRecord:
+    """Return the version with the best metric; a tie goes to the first.
+
+    Parameters
+    ----------
+    records
+        To choose from.
+    metric, part
+        As in :meth:`nanoos_fw.stores.models.ModelRegistry.best`.
+    target
+        That of all records, for messages.
+
+    Raises
+    ------
+    InputError
+        If none states the metric, their targets or units differ, or the metric is
+        none that is good high or low.
+    """
+    if not says_which_is_better(metric):
+        raise InputError(
+            f"{metric} does not say which model is better",
+            advice="take mae, rmse, mse, r2, accuracy, roc_auc or nll",
+        )
+    parts = PARTS if part is None else (part,)
+    stated: list[ModelRecord] = []
+    judged = parts[0]
+    for judged in parts:
+        stated = [r for r in records if metric_of(r, metric, judged) is not None]
+        if stated:
+            break
+    if not stated:
+        raise InputError(
+            f"no model states {metric} of {' or '.join(parts)}"
+            + (f" for target {target!r}" if target else ""),
+            evidence={"models": [r.reference for r in records[:20]]},
+            advice="see 'nanoos models list --json' for what is stated",
+        )
+    targets = sorted({record.target for record in stated})
+    if len(targets) > 1:
+        raise InputError(
+            f"the {metric} of different targets cannot be compared: "
+            f"{', '.join(targets)}",
+            advice=f"name one, as in best:{metric}:{targets[0]}",
+        )
+    units = sorted({record.unit for record in stated})
+    if len(units) > 1:
+        raise InputError(
+            f"the {metric} in different units cannot be compared: "
+            f"{', '.join(unit or 'none' for unit in units)}",
+            evidence={"models": {r.reference: r.unit for r in stated[:20]}},
+            advice="compare models of one unit, named by name@version",
+        )
+    datasets = {record.dataset_info.get("dataset_hash") for record in stated}
+    if len(datasets) > 1:
+        logger.warning(
+            "the %s of %d models were measured on %d datasets: they are not "
+            "strictly comparable",
+            metric,
+            len(stated),
+            len(datasets),
+        )
+    return min(stated, key=lambda record: merit(record, metric, judged))
 
 
 def compare_models(

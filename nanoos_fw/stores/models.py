@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanoos_fw.errors import (
-    CorruptArtifactError,
-    InputError,
-    MissingDependencyError,
-    StoreError,
-)
+from nanoos_fw.errors import InputError, MissingDependencyError, StoreError
 from nanoos_fw.provenance import (
     content_key,
     package_versions,
-    sha256_bytes,
     sha256_file,
     utc_now,
     write_atomic,
 )
 from nanoos_fw.stores.aliases import ACTIVE, LATEST, NOTHING, AliasEntry, AliasLog
-from nanoos_fw.stores.database import get_artifact, put_artifact, store_errors
+from nanoos_fw.stores.database import put_artifact, store_errors
 from nanoos_fw.stores.model_records import (
     MOCK_TARGETS,
-    PARTS,
     ModelRecord,
+    best_model,
     compare_models,
     merit,
     metric_of,
-    says_which_is_better,
 )
+from nanoos_fw.stores.model_weights import WeightStore
 from nanoos_fw.stores.predictions import Prediction, PredictionStore
-from nanoos_fw.stores.system_models import (
-    SYSTEM_MODELS,
-    install_advice,
-)
+from nanoos_fw.stores.system_models import SYSTEM_MODELS, check_name
 
 if TYPE_CHECKING:
-    from nanoos_fw.ml.cgcnn import CGCNNModel
+    from nanoos_fw.ml.network_models import NetworkModel
     from nanoos_fw.ml.predictors import PropertyModel
 
 __all__ = [
@@ -48,14 +38,13 @@ __all__ = [
     "ModelRecord",
     "ModelRegistry",
     "Prediction",
+    "check_name",
     "compare_models",
     "get_model",
     "list_models",
     "metric_of",
     "register_model",
 ]
-
-logger = logging.getLogger(__name__)
 
 _REGISTER_TRIES = 50
 _BEST = "best"
@@ -68,6 +57,7 @@ class ModelRegistry:
         self._database = database
         self._models = database["models"]
         self._aliases = AliasLog(database)
+        self._weights = WeightStore(database)
         self._predictions = PredictionStore(database)
 
     # ------------------------------------------------------------------- versions
@@ -280,56 +270,12 @@ class ModelRegistry:
             If no usable model states the metric, their targets or units differ, or
             the metric is none that is good high or low.
         """
-        if not says_which_is_better(metric):
-            raise InputError(
-                f"{metric} does not say which model is better",
-                advice="take mae, rmse, mse, r2, accuracy, roc_auc or nll",
-            )
-        records = [
+        usable = [
             record
             for record in self.list_models(target=target)
             if record.has_weights and not record.has_mock_targets
         ]
-        parts = PARTS if part is None else (part,)
-        stated: list[ModelRecord] = []
-        judged = parts[0]
-        for judged in parts:
-            stated = [r for r in records if metric_of(r, metric, judged) is not None]
-            if stated:
-                break
-        if not stated:
-            raise InputError(
-                f"no model states {metric} of {' or '.join(parts)}"
-                + (f" for target {target!r}" if target else ""),
-                evidence={"models": [r.reference for r in records[:20]]},
-                advice="see 'nanoos models list --json' for what is stated",
-            )
-        targets = sorted({record.target for record in stated})
-        if len(targets) > 1:
-            raise InputError(
-                f"the {metric} of different targets cannot be compared: "
-                f"{', '.join(targets)}",
-                advice=f"name one, as in best:{metric}:{targets[0]}",
-            )
-        units = sorted({record.unit for record in stated})
-        if len(units) > 1:
-            raise InputError(
-                f"the {metric} in different units cannot be compared: "
-                f"{', '.join(unit or 'none' for unit in units)}",
-                evidence={"models": {r.reference: r.unit for r in stated[:20]}},
-                advice="compare models of one unit, named by name@version",
-            )
-        datasets = {record.dataset_info.get("dataset_hash") for record in stated}
-        if len(datasets) > 1:
-            logger.warning(
-                "the %s of %d models were measured on %d datasets: they are not "
-                "strictly comparable",
-                metric,
-                len(stated),
-                len(datasets),
-            )
-        # A tie goes to the older version: min takes the first.
-        return min(stated, key=lambda record: merit(record, metric, judged))
+        return best_model(usable, metric, target=target, part=part)
 
     # -------------------------------------------------------------------- aliases
 
@@ -350,12 +296,12 @@ class ModelRegistry:
                 evidence={"dataset_info": {MOCK_TARGETS: True}},
                 advice="train on computed or measured targets",
             )
-        self._check_weights_there(record)
+        self._weights.check_there(record)
         self._aliases.move(record.name, alias, record.version, reason)
         # A collection of garbage marks first and looks at aliases then, this the other
         # way round: one of the two sees the other.
         try:
-            self._check_weights_there(self.get(record.reference))
+            self._weights.check_there(self.get(record.reference))
         except MissingDependencyError:
             self.deactivate(record.name, alias=alias, reason="its weights were removed")
             raise
@@ -392,7 +338,7 @@ class ModelRegistry:
             name,
             alias,
             reason,
-            check=lambda version: self._check_weights_there(
+            check=lambda version: self._weights.check_there(
                 self.get(f"{name}@{version}")
             ),
         )
@@ -416,27 +362,7 @@ class ModelRegistry:
         CorruptArtifactError
             If they are not the ones that were registered.
         """
-        self._check_weights_there(record)
-        assert record.sha256 is not None
-        if record.storage == "gridfs":
-            return get_artifact(self._database, record.sha256)
-        path = Path(record.checkpoint_path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StoreError(
-                f"the weights of {record.reference} cannot be read from {path}: "
-                f"{error.strerror}",
-                advice="bring the file back, or register the model again",
-            ) from error
-        found = sha256_bytes(data)
-        if found != record.sha256:
-            raise CorruptArtifactError(
-                f"{path} does not hold the weights of {record.reference}",
-                evidence={"sha256": found, "sha256_expected": record.sha256},
-                advice="bring the file back, or register the model again",
-            )
-        return data
+        return self._weights.read(record)
 
     def write_weights(self, record: ModelRecord, path: Path) -> Path:
         """Write the weights of a version to a file, verified, and return its path."""
@@ -473,20 +399,6 @@ class ModelRegistry:
             sha256=record.sha256,
             threads=threads,
         )
-
-    def _check_weights_there(self, record: ModelRecord) -> None:
-        if record.storage == "none":
-            raise MissingDependencyError(
-                f"no weights are installed for the model {record.name!r}",
-                evidence={"model": record.reference},
-                advice=install_advice(record.name),
-            )
-        if record.removed is not None:
-            raise MissingDependencyError(
-                f"the weights of {record.reference} were removed on {record.removed}",
-                evidence={"training_key": record.training_key},
-                advice="train it again, which registers a new version",
-            )
 
     # ---------------------------------------------------------------- predictions
 
@@ -532,7 +444,7 @@ class ModelRegistry:
 
 
 def register_model(
-    model: CGCNNModel,
+    model: NetworkModel,
     weights: Path,
     *,
     metrics: Mapping[str, Any] | None = None,
@@ -616,24 +528,6 @@ def _registry(database: Any) -> ModelRegistry:
 
         database = open_database(load_launchpad(load_settings().launchpad))
     return ModelRegistry(database)
-
-
-def check_name(name: str, target: str) -> None:
-    """Refuse names that cannot be used for models of a target.
-
-    Raises
-    ------
-    InputError
-        If the name is empty, cannot be told from a reference, or is taken.
-    """
-    if not name or "@" in name or ":" in name:
-        raise InputError(f"model name {name!r} must not be empty or hold '@', ':'")
-    system = SYSTEM_MODELS.get(name)
-    if system is not None and target != system.target:
-        raise InputError(
-            f"{name!r} is the name of a model for {system.target!r}, not {target!r}",
-            advice="choose another name",
-        )
 
 
 def _record(document: Mapping[str, Any], is_active: bool) -> ModelRecord:

