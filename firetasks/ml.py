@@ -30,10 +30,10 @@ from nanoos_fw.ml.training import (
     train_cgcnn_model,
     with_parent,
 )
-from nanoos_fw.ml.training_config import MODEL_TYPES
+from nanoos_fw.ml.training_config import MODEL_TYPES, training_key
 from nanoos_fw.ml.uncertainty import DEFAULT_COVERAGE
 from nanoos_fw.parallel import locked
-from nanoos_fw.provenance import content_key, sha256_file
+from nanoos_fw.provenance import sha256_file
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.datasets import build_from_targets, collect_targets
 from nanoos_fw.stores.models import ModelRecord, Prediction
@@ -178,18 +178,13 @@ class TrainModelTask(NanoTask):
             parent = place.models.get(parameters.parent)
             weights = self._parent_file(place, parent)
             training = with_parent(training, weights)
-        asked: dict[str, Any] = {
-            "dataset": dataset_hash,
-            "config": training.model_dump(mode="json"),
-        }
-        training_key = content_key("training", asked)
         # Under another name it is another entry, of the same finished training.
-        key = training_key
-        if parameters.campaign is None:
-            key = content_key("training", {**asked, "name": parameters.model_name})
+        name = parameters.model_name if parameters.campaign is None else None
+        key = training_key(training, dataset_hash, name)
         record = place.models.find(key)
         if record is None:
-            result = self._train(place, training, dataset_dir, training_key, parent)
+            work_dir = place.work_dir("training", training_key(training, dataset_hash))
+            result = self._train(place, training, dataset_dir, work_dir, parent)
             record = self._register(place, result, dataset_dir, key, parent)
         if parameters.campaign is not None:
             place.models.activate(
@@ -233,10 +228,9 @@ class TrainModelTask(NanoTask):
         place: TaskContext,
         training: TrainingConfig,
         dataset_dir: Path,
-        training_key: str,
+        work_dir: Path,
         parent: ModelRecord | None,
     ) -> TrainingResult:
-        work_dir = place.work_dir("training", training_key)
         with locked(work_dir):
             return train_cgcnn_model(
                 training.target,

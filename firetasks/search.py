@@ -11,17 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from nanoos_fw.errors import InputError, LaunchError, NanoOSError, OutOfTimeError
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    InputError,
+    LaunchError,
+    NanoOSError,
+    OutOfTimeError,
+)
 from nanoos_fw.faults import is_environment
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.ml.datasets import open_dataset
-from nanoos_fw.ml.search import SearchConfig, best_trial, check_dataset
+from nanoos_fw.ml.search import SearchConfig, Trial, best_trial, check_dataset
 from nanoos_fw.ml.training import TrainingResult, train_cgcnn_model
 from nanoos_fw.ml.training_config import MODEL_TYPES
 from nanoos_fw.parallel import locked
-from nanoos_fw.provenance import content_key, read_json, write_json
+from nanoos_fw.provenance import content_key, read_json, sha256_file, write_json
 from nanoos_fw.stores.database import put_artifact
 from nanoos_fw.stores.searches import (
     DEFAULT_LEASE_S,
@@ -80,13 +86,15 @@ class SearchTask(NanoTask):
         finished: list[int] = []
         exhausted = False
         while parameters.max_jobs is None or len(finished) < parameters.max_jobs:
+            # Asked before the claim: what ends after it may have left work to do.
+            alone = store.others_at_work(config.name) is None
             job = store.claim(
                 config.name, lease_s=parameters.lease_s, nodes=allocated_nodes()
             )
             if job is not None:
                 worker.work(job)
                 finished.append(job.number)
-            elif not worker.wait_for_others():
+            elif alone or not worker.wait_for_others():
                 exhausted = True
                 break
         if exhausted and store.others_at_work(config.name) is None:
@@ -120,17 +128,30 @@ def register_winner(
 ) -> str | None:
     """Register the model of the best trial, once, and close the search.
 
+    A search that was stopped has its best so far registered; resumed, it may find
+    another one, which becomes the next version.
+
     Returns
     -------
     str or None
         Its reference; None if no trial gave a model.
+
+    Raises
+    ------
+    CorruptArtifactError
+        If the files of the trial are not those that were judged.
     """
     best = best_trial(store.trials(config.name))
     if best is None:
         store.finish_search(config.name, None)
         return None
-    work_dir = trial_dir(place, config, best.number)
-    result = TrainingResult(**read_json(work_dir / _RESULT))
+    known = store.status(config.name)["model"]
+    if known is not None:
+        told = place.models.get(known).dataset_info
+        if (told.get("trial"), told.get("epochs")) == (best.number, best.epochs):
+            store.finish_search(config.name, known)
+            return str(known)
+    result = _judged_result(trial_dir(place, config, best.number), best)
     dataset = open_dataset(Path(config.dataset_dir), verify=False)
     record = place.models.register(
         name=config.model_name or config.name,
@@ -138,7 +159,15 @@ def register_winner(
         unit=result.unit,
         model_type=MODEL_TYPES[result.config.model_type],
         weights=Path(result.checkpoint),
-        training_key=content_key("search", {"search": config.model_dump(mode="json")}),
+        training_key=content_key(
+            "search",
+            {
+                "search": config.model_dump(mode="json"),
+                "dataset": result.dataset_hash,
+                "trial": best.number,
+                "epochs": best.epochs,
+            },
+        ),
         training_config=result.config.model_dump(mode="json"),
         metrics={**result.metrics, "baselines": result.baselines},
         dataset_info={
@@ -154,6 +183,22 @@ def register_winner(
     )
     store.finish_search(config.name, record.reference)
     return record.reference
+
+
+def _judged_result(work_dir: Path, trial: Trial) -> TrainingResult:
+    """Return what the training of a trial gave when it was judged."""
+    result = TrainingResult(**read_json(work_dir / _RESULT))
+    weights = Path(result.checkpoint)
+    if (
+        result.metrics["val"]["mae"] != trial.value
+        or sha256_file(weights) != result.checkpoint_sha256
+    ):
+        raise CorruptArtifactError(
+            f"{work_dir} does not hold what trial {trial.number} was judged by",
+            evidence={"val_mae_expected": trial.value, "checkpoint": str(weights)},
+            advice="bring the folder back, or repeat the search under another name",
+        )
+    return result
 
 
 class _Worker:
@@ -211,7 +256,13 @@ class _Worker:
         )
 
     def _train(self, job: Job) -> TrainingResult:
-        training = self.config.training_of(job.parameters)
+        try:
+            training = self.config.training_of(job.parameters)
+        except ValidationError as error:  # each value is good, together they are not
+            raise InputError(
+                f"the values of trial {job.number} do not go together: {error}",
+                advice="narrow the space of the search",
+            ) from error
         work_dir = trial_dir(self.place, self.config, job.number)
         with locked(work_dir):
             result = train_cgcnn_model(
@@ -227,21 +278,19 @@ class _Worker:
         return result
 
     def wait_for_others(self) -> bool:
-        """Wait until work of others ends or its lease does; True if some may be free.
+        """Wait until work of others ends or its lease does; True if either came.
 
         A living worker renews its lease, and takes the next work itself: after one
         lease without any change there is nothing to wait for.
         """
         end = time.time() + self.lease_s + _MARGIN_S
-        waited = False
         while self.store.state(self.config.name) == RUNNING:
             left = self.store.others_at_work(self.config.name)
             if left is None or left < 0:
-                return waited or left is not None
+                return True
             deadline = self.place.deadline or end
             if time.time() > min(end, deadline):
                 return False
-            waited = True
             time.sleep(min(left + _MARGIN_S, self.lease_s / 10, 5.0))
         return False
 

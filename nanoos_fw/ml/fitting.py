@@ -148,13 +148,13 @@ class Fit:
         self.loss = Loss(config.loss, classes=architecture.n_outputs > 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(config.seed, member))
-            network = build_network(architecture, atom_table)
+            network = build_network(architecture, atom_table).to(self.dtype)
         if start is not None:
             given = {name: np.array(value) for name, value in start.items()}
             network.load_state_dict(
                 {name: torch.from_numpy(value) for name, value in given.items()}
             )
-        self.network = network.to(device=self.device, dtype=self.dtype)
+        self.network = network.to(self.device)
         self.network.use_communicator(comm)
         self._cast = config.precision == "bfloat16" and _has_bfloat16(self.device)
         for module in self.network.modules():

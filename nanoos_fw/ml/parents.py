@@ -45,7 +45,7 @@ def with_parent(config: TrainingConfig, parent: Path) -> TrainingConfig:
     CorruptArtifactError
         If the file is no checkpoint.
     """
-    card, _, digest = read_parent(parent)
+    card, _, digest = read_parent(parent, config.parent_sha256)
     if card.target_property != config.target:
         raise InputError(
             f"{parent} predicts {card.target_property}, not {config.target}",
@@ -59,26 +59,32 @@ def with_parent(config: TrainingConfig, parent: Path) -> TrainingConfig:
                 f"{name} is {given[name]} in the config but {value} in {parent}",
                 advice=f"leave {name} out to take that of the parent",
             )
-    if config.parent_sha256 not in (None, digest):
-        raise InputError(
-            f"{parent} is not the parent that the config names",
-            evidence={"sha256": digest, "sha256_expected": config.parent_sha256},
-        )
     # Copies keep what was given apart from defaults, for the next time.
     values = {**given, **sizes, "parent_sha256": digest}
     return read_training_config(values)
 
 
-def read_parent(path: Path) -> tuple[ModelCard, dict[str, NDArray[Any]], str]:
-    """Return card, arrays and SHA-256 of a checkpoint to train further."""
+def read_parent(
+    path: Path, sha256: str | None
+) -> tuple[ModelCard, dict[str, NDArray[Any]], str]:
+    """Return card, arrays and SHA-256 of a checkpoint to train further.
+
+    ``sha256`` is what the config names; None takes any file.
+    """
     if not path.is_file():
         raise InputError(
             f"there is no checkpoint {path} to train further",
             advice="give the file of a model, or fetch it from the model registry",
         )
     raw = path.read_bytes()
+    digest = sha256_bytes(raw)
+    if sha256 not in (None, digest):
+        raise InputError(
+            f"{path} is not the parent that the config names",
+            evidence={"sha256": digest, "sha256_expected": sha256},
+        )
     card, arrays = read_checkpoint(raw, str(path))
-    return card, arrays, sha256_bytes(raw)
+    return card, arrays, digest
 
 
 def check_parent(

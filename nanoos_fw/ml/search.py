@@ -172,8 +172,18 @@ class SearchConfig(BaseModel):
             if name in _FIXED or name not in TrainingConfig.model_fields:
                 known = sorted(set(TrainingConfig.model_fields) - set(_FIXED))
                 raise ValueError(f"{name!r} cannot vary; what can: {', '.join(known)}")
-        for corner in self._corners():
-            self.training_of(corner)  # a bad range must not show in the 40th trial
+        for corner in ({}, *self._corners()):
+            # A bad range must not show in the 40th trial.
+            training = self.training_of(corner)
+            if (
+                training.parent_sha256 is not None
+                or training.freeze
+                or training.normalizer == "keep"
+            ):
+                raise ValueError(
+                    "trials begin with drawn weights: parent_sha256, freeze and "
+                    "normalizer = keep need a parent"
+                )
         return self
 
     def _corners(self) -> list[dict[str, Any]]:

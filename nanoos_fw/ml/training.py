@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from nanoos_fw.ml.training_config import (
     TrainingConfig,
     TrainingResult,
     read_training_config,
+    training_key,
 )
 from nanoos_fw.ml.training_outcome import (
     CHECKPOINT,
@@ -42,14 +43,7 @@ from nanoos_fw.parallel import (
     launch_ranks,
     run_rank_program,
 )
-from nanoos_fw.provenance import (
-    content_key,
-    sha256_file,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    pass
+from nanoos_fw.provenance import sha256_file, write_json
 
 __all__ = [
     "CHECKPOINT",
@@ -97,7 +91,8 @@ def train_cgcnn_model(
         Directory of :func:`nanoos_fw.ml.datasets.write_dataset`.
     work_dir
         Holds checkpoints and the result. Called again with the same directory, the
-        training goes on where it stopped, bit for bit at an equal number of ranks.
+        training goes on where it stopped, bit for bit at equal numbers of ranks and
+        threads.
     resources
         Ranks, threads and launcher.
     deadline
@@ -194,10 +189,7 @@ def main(
         table = with_angles(table, training.angle_cutoff)
     parent = config.get("parent")
     plan = make_plan(training, dataset, table, None if parent is None else Path(parent))
-    key = content_key(
-        "training",
-        {"config": training.model_dump(mode="json"), "dataset": dataset.dataset_hash},
-    )
+    key = training_key(training, dataset.dataset_hash)
     device = choose_device(config.get("device", "cpu"), comm)
 
     def group(team: Communicator) -> Communicator:

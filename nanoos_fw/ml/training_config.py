@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.provenance import content_key
 
 _LATER_FIELDS = (
     "dense_layers",
@@ -316,3 +317,29 @@ def read_training_config(values: Mapping[str, Any]) -> TrainingConfig:
         return TrainingConfig(**values)
     except ValidationError as error:
         raise InputError(f"the training config is not valid: {error}") from error
+
+
+def training_key(
+    config: TrainingConfig, dataset_hash: str, name: str | None = None
+) -> str:
+    """Return the content key of a training: of all that decides its weights.
+
+    Ranks, threads and device change rounding alone, and are no part of it.
+
+    Parameters
+    ----------
+    config
+        Of a training that begins with a parent, as
+        :func:`nanoos_fw.ml.parents.with_parent` returns it.
+    dataset_hash
+        Of structures, graphs, targets and split.
+    name
+        Of a model: its entry in the registry, where one training may have several.
+    """
+    asked: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "dataset": dataset_hash,
+    }
+    if name is not None:
+        asked["name"] = name
+    return content_key("training", asked)

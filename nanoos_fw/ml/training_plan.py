@@ -23,7 +23,7 @@ from nanoos_fw.ml.model_files import (
     ModelCard,
     atom_features,
 )
-from nanoos_fw.ml.parents import check_parent, read_parent
+from nanoos_fw.ml.parents import check_parent, check_without_parent, read_parent
 from nanoos_fw.ml.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -69,8 +69,11 @@ def make_plan(
     architecture = _architecture(training, table.cutoff_radius)
     scale: tuple[float, float] | None = None
     arrays, members, mock = None, 0, dataset.mock_targets
-    if parent is not None:
-        card, arrays, _ = read_parent(parent)
+    if parent is None:
+        check_without_parent(training)
+    else:
+        # Not named, it would be no part of the key of the training.
+        card, arrays, _ = read_parent(parent, training.parent_sha256 or "")
         check_parent(training, card, table, parent)
         mock = mock or card.mock_targets
         atom_table, members = arrays[ATOM_TABLE], card.n_members
@@ -79,6 +82,13 @@ def make_plan(
             update={"dropout": training.dropout}
         )
         if training.normalizer == "keep":
+            if dataset.unit != card.unit:
+                raise InputError(
+                    f"the dataset is in {dataset.unit or 'no unit'}, the parent in "
+                    f"{card.unit or 'no unit'}: its scale cannot be kept",
+                    advice="build the dataset with the parent's unit, or take "
+                    "normalizer: refit",
+                )
             reference = np.asarray(arrays[REFERENCE], dtype=np.float64)
             scale = (card.target_mean, card.target_std)
     if training.classes:
@@ -111,6 +121,12 @@ def make_plan(
 
 def _architecture(training: TrainingConfig, cutoff_radius: float) -> AnyArchitecture:
     """Return the sizes of a new network for graphs of a cutoff (Å)."""
+    if training.gaussian_step >= cutoff_radius:
+        raise InputError(
+            f"gaussian_step {training.gaussian_step:g} Å leaves no Gaussians to tell "
+            f"distances up to {cutoff_radius:g} Å apart by",
+            advice="lower it, to 0.2 Å say",
+        )
     n_outputs = max(1, len(training.classes))
     if training.model_type == "line_graph":
         return LineGraphArchitecture(

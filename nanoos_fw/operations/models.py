@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,10 @@ def calibrate_registered(
         weights=weights,
         training_key=content_key("calibrated version", [parent.name, key]),
         training_config=parent.training_config,
-        metrics={**parent.metrics, "calibration": {"n": found.n, "mae": found.mae}},
+        metrics={
+            **_without_shares(parent.metrics),
+            "calibration": {"n": found.n, "mae": found.mae},
+        },
         dataset_info={**parent.dataset_info, "calibration": told},
         environment=run_environment(),
         parent=parent.reference,
@@ -189,6 +193,14 @@ def import_checkpoint(
 
 
 # ------------------------------------------------------------------------- private
+
+
+def _without_shares(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics without the shares inside error bars, which were of others."""
+    return {
+        part: {k: v for k, v in numbers.items() if not k.startswith("within_")}
+        for part, numbers in metrics.items()
+    }
 
 
 def _learned(registry: ModelRegistry, record: ModelRecord) -> set[str]:

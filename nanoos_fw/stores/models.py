@@ -192,7 +192,7 @@ class ModelRegistry:
         name, _, selector = reference.partition("@")
         selector = selector or ACTIVE
         version: int | None
-        if selector.isdigit():
+        if selector.isdecimal():
             version = int(selector)
         elif selector == LATEST:
             version = self._last_version(name, none=-1)

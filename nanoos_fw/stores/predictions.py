@@ -65,16 +65,21 @@ class Prediction:
 
 
 class PredictionStore:
-    """The collection ``predictions``."""
+    """The collection ``predictions``.
+
+    A row is of a model version, a structure, and the version of features by which it
+    was predicted: those of another one are not seen.
+    """
 
     def __init__(self, database: Any) -> None:
         self._predictions = database["predictions"]
 
     def put(self, model: str, rows: Iterable[Prediction]) -> int:
         """Store predictions once per (model, structure); return how many are new."""
+        key = _key(model)
         upserts = [
             (
-                {"model": model, "structure": row.structure},
+                {"model": key, "structure": row.structure},
                 {
                     "$setOnInsert": {
                         "prediction": row.prediction,
@@ -91,7 +96,7 @@ class PredictionStore:
 
     def get(self, model: str, structures: Sequence[str]) -> list[Prediction]:
         """Return the predictions there are for the structures, in their order."""
-        query = {"model": model, "structure": {"$in": list(structures)}}
+        query = {"model": _key(model), "structure": {"$in": list(structures)}}
         with store_errors("read predictions"):
             found = {d["structure"]: d for d in self._predictions.find(query)}
         return [
@@ -109,4 +114,15 @@ class PredictionStore:
     def count(self, model: str) -> int:
         """Return how many structures a model version was asked about."""
         with store_errors("count predictions"):
-            return int(self._predictions.count_documents({"model": model}))
+            return int(self._predictions.count_documents({"model": _key(model)}))
+
+
+# ------------------------------------------------------------------------- private
+
+
+def _key(model: str) -> str:
+    """Return what stands for a model version and the present version of features."""
+    from nanoos_fw.ml.features import FEATURE_VERSION
+
+    # The first version is left out, as it was before there was a choice.
+    return model if FEATURE_VERSION == 1 else f"{model}/features {FEATURE_VERSION}"

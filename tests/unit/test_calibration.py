@@ -181,10 +181,13 @@ def test_a_registered_model_is_calibrated_as_its_next_version(
         file = tmp_path / f"version{number}"
         made = write_model(file, dataset_hash=digest, n_train=number)
         parent = None if number == 1 else "m@1"
-        register_model(made, file, parent=parent, database=database)
+        metrics = {"test": {"mae": 0.2, "within_interval": 0.97, "within_1_std": 0.5}}
+        register_model(made, file, parent=parent, metrics=metrics, database=database)
     call = (database, "m@2", tmp_path / "dataset", tmp_path / "work")
     found = calibrate_registered(*call)
     assert (found.record.reference, found.record.parent) == ("m@3", "m@2")
+    # The errors are those of the weights, the shares those of intervals that went.
+    assert found.record.metrics["test"] == {"mae": 0.2}
     assert found.calibration.parts == ("val",)
     assert found.to_dict()["n"] == len(dataset.rows("val"))
     assert calibrate_registered(*call).record.reference == "m@3"

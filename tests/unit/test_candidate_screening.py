@@ -179,6 +179,35 @@ def test_key_follows_the_candidates_only():
         open_candidates({**ALLOYS, "repeat": [4, 4, 4]})
 
 
+def test_every_setting_of_a_screening_is_part_of_its_key():
+    otherwise = {
+        "known_set": "mine", "coverage": 0.5, "chunk": 8, "cutoff_radius": 5.0,
+        "max_neighbors": None,
+    }  # fmt: skip
+    filters = {
+        "elements": ["Cu"], "require": ["Cu"], "exclude": ["Cu"], "n_elements": [1, 2],
+        "n_sites": [1, 2], "fraction": {"Cu": [0.1, 0.2]}, "volume_per_atom": [9, 30],
+        "min_distance": 1.0, "charge_balance": True,
+    }  # fmt: skip
+    apart = {"candidates", "models", "filters"}
+    assert {*otherwise, *apart} == set(ScreenSpec.model_fields)
+    assert set(filters) == set(CandidateFilter.model_fields)
+    changes = [{}, *({name: value} for name, value in otherwise.items())]
+    changes += [{"filters": {name: value}} for name, value in filters.items()]
+    source, other = (open_candidates({**ALLOYS, "seed": seed}) for seed in (0, 1))
+    base = {"candidates": ALLOYS, "models": ["m"]}
+    plain = ScreenSpec.model_validate(base)
+    keys = {
+        ScreenSpec.model_validate({**base, **change}).key(source, ["w"], "k")
+        for change in changes
+    }
+    keys |= {
+        plain.key(other, ["w"], "k"), plain.key(source, ["w", "v"], "k"),
+        plain.key(source, ["w"], "other"),
+    }  # fmt: skip
+    assert len(keys) == len(changes) + 3
+
+
 def test_pack_gives_files_back_and_refuses_another_one(tmp_path, rock_salt, copper):
     (tmp_path / "cifs").mkdir()
     rock_salt.to(filename=str(tmp_path / "cifs" / "a.cif"), fmt="cif")

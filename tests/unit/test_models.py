@@ -760,6 +760,20 @@ def test_a_prediction_is_written_once(registry: ModelRegistry) -> None:
     assert registry.n_predictions("m@1") == 3
 
 
+def test_predictions_from_other_features_are_not_seen(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = Prediction("s", -0.1, None, False), Prediction("s", -0.2, None, False)
+    assert registry.put_predictions("m@1", [old]) == 1
+    monkeypatch.setattr("nanoos_fw.ml.features.FEATURE_VERSION", 2)
+    assert registry.predictions("m@1", ["s"]) == []
+    assert registry.put_predictions("m@1", [new]) == 1
+    assert registry.predictions("m@1", ["s"]) == [new]
+    assert registry.n_predictions("m@1") == 1
+    monkeypatch.setattr("nanoos_fw.ml.features.FEATURE_VERSION", 1)
+    assert registry.predictions("m@1", ["s"]) == [old]
+
+
 def test_a_prediction_of_an_older_release_has_no_interval(
     registry: ModelRegistry, database: Any
 ) -> None:

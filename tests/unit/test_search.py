@@ -144,6 +144,15 @@ def test_the_estimator_spreads_out_over_running_trials() -> None:
         ({"budget": {}}, "needs a budget"),
         ({"method": "grid"}, "method"),
         ({"name": "a b"}, "name"),
+        (
+            {"training": {"target": TARGET, "parent_sha256": "a" * 64}},
+            "need a parent",
+        ),
+        ({"training": {"target": TARGET, "freeze": ["dense"]}}, "need a parent"),
+        (
+            {"space": {"normalizer": {"kind": "choice", "values": ["refit", "keep"]}}},
+            "need a parent",
+        ),
     ],
 )
 def test_a_search_that_cannot_work_is_refused(changes: Any, words: str) -> None:

@@ -13,7 +13,12 @@ from fireworks import Firework, Workflow
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.cli import main as nanoos
-from nanoos_fw.errors import InputError, LaunchError, OutOfTimeError
+from nanoos_fw.errors import (
+    CorruptArtifactError,
+    InputError,
+    LaunchError,
+    OutOfTimeError,
+)
 from nanoos_fw.firetasks import SearchTask
 from nanoos_fw.firetasks import search as task_module
 from nanoos_fw.firetasks.base import TaskContext
@@ -30,6 +35,11 @@ from nanoos_fw.stores.searches import SearchStore
 from nanoos_fw.workflows import search_workflow
 
 TARGET = "formation_energy_per_atom"
+SMALL = {
+    "target": TARGET, "epochs": 4, "batch_size": 8, "hidden_dim": 4, "num_layers": 1,
+    "readout_dim": 4, "gaussian_step": 1.0, "ensemble_size": 1,
+    "forest_baseline": False,
+}  # fmt: skip
 
 
 class Launchpad:
@@ -59,10 +69,7 @@ def search(dataset_dir: Path, **changes: Any) -> SearchConfig:
     values = {
         "name": "widths",
         "dataset_dir": str(dataset_dir),
-        "training": {
-            "target": TARGET, "epochs": 4, "batch_size": 8, "hidden_dim": 4,
-            "num_layers": 1, "readout_dim": 4, "gaussian_step": 1.0, "ensemble_size": 1,
-        },
+        "training": SMALL,
         "space": {
             "learning_rate": {"kind": "float", "low": 1e-3, "high": 0.1, "log": True}
         },
@@ -204,6 +211,114 @@ def test_a_worker_can_do_part_of_the_work(
     assert (second["jobs"], second["model"]) == ([2], "widths@1")
     drawn = [trial.parameters for trial in store.trials("widths")]
     assert drawn == [suggest(config, number, []) for number in range(3)]
+
+
+class Judged:
+    """Trainings whose validation error is said by the test, by their turn."""
+
+    def __init__(self, trainings: Trainings, values: list[float]) -> None:
+        self.trainings, self.values = trainings, values
+
+    def __call__(self, target: str, config: Any, **options: Any) -> Any:
+        result = self.trainings(target, config, **options)
+        said = self.values[len(self.trainings.epochs) - 1]
+        val = {**result.metrics["val"], "mae": said}
+        return result.model_copy(update={"metrics": {**result.metrics, "val": val}})
+
+
+def test_a_resumed_search_registers_what_it_finds_after_the_stop(
+    place: TaskContext,
+    trainings: Trainings,
+    dataset_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = create(place, search(dataset_dir, method="random", budget={"trials": 3}))
+    judged = Judged(trainings, [0.3, 0.4, 0.1])
+
+    def stopped_meanwhile(*words: Any, **options: Any) -> Any:
+        if len(trainings.epochs) == 1:
+            store.stop("widths")
+        return judged(*words, **options)
+
+    monkeypatch.setattr(task_module, "train_cgcnn_model", stopped_meanwhile)
+    first = SearchTask(search="widths").run(place)
+    assert (first["jobs"], first["model"]) == ([0, 1], "widths@1")
+    assert place.models.get("widths@1").dataset_info["trial"] == 0
+    store.resume("widths")
+    second = SearchTask(search="widths").run(place)
+    assert (second["jobs"], second["best"]["number"]) == ([2], 2)
+    record = place.models.get(second["model"])
+    assert (record.reference, record.dataset_info["trial"]) == ("widths@2", 2)
+    assert record.metrics["val"]["mae"] == 0.1
+    assert SearchTask(search="widths").run(place)["model"] == "widths@2"
+    assert len(place.models.list_models(name="widths")) == 2
+
+
+def test_a_search_is_not_closed_on_work_that_ended_meanwhile(
+    place: TaskContext,
+    trainings: Trainings,
+    dataset_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = search(dataset_dir, budget={"trials": 2}, training={**SMALL, "epochs": 2})
+    store = create(place, config)
+    monkeypatch.setattr(task_module, "train_cgcnn_model", Judged(trainings, [0.3, 0.2]))
+    SearchTask(search="widths", max_jobs=1).run(place)
+    other = store.claim("widths")
+    assert other is not None
+    claim = SearchStore.claim
+
+    def ends_behind_our_back(self: SearchStore, name: str, **options: Any) -> Any:
+        job = claim(self, name, **options)
+        if job is None and self.others_at_work(name) is not None:
+            self.finish(other, {1: 0.4})
+        return job
+
+    monkeypatch.setattr(SearchStore, "claim", ends_behind_our_back)
+    answer = SearchTask(search="widths").run(place)
+    # The other trial ended after our claim, and let the better one go on.
+    assert answer["jobs"] == [0]
+    assert store.trials("widths")[0].epochs == 2
+    assert store.state("widths") == "done"
+
+
+def test_values_that_do_not_go_together_fail_their_trial_alone(
+    place: TaskContext, trainings: Trainings, dataset_dir: Path
+) -> None:
+    space = {
+        "model_type": {"kind": "choice", "values": ["cgcnn", "line_graph"]},
+        "precision": {"kind": "choice", "values": ["float32", "bfloat16"]},
+    }
+    training = {k: v for k, v in SMALL.items() if k != "readout_dim"}
+    training = {**training, "epochs": 1, "num_layers": 2, "hidden_dim": 4}
+    config = search(
+        dataset_dir, method="random", space=space, budget={"trials": 4},
+        training=training, seed=14,
+    )  # fmt: skip
+    drawn = [suggest(config, number, []) for number in range(4)]
+    assert {"model_type": "line_graph", "precision": "bfloat16"} in drawn
+    assert any(own["model_type"] == "cgcnn" for own in drawn)
+    store = create(place, config)
+    SearchTask(search="widths").run(place)
+    for own, row in zip(drawn, store.table("widths"), strict=True):
+        assert (row["state"] == "done") == (own["model_type"] == "cgcnn")
+        if own == {"model_type": "line_graph", "precision": "bfloat16"}:
+            assert "do not go together" in row["error"]["message"]
+    assert store.state("widths") == "done"
+
+
+def test_files_that_were_not_judged_are_not_registered(
+    place: TaskContext, trainings: Trainings, dataset_dir: Path
+) -> None:
+    config = search(dataset_dir, method="random", budget={"trials": 1})
+    store = create(place, config)
+    SearchTask(search="widths", max_jobs=1).run(place)
+    (trained,) = (place.work_root / "search").glob("*/*/trial.json")
+    weights = Path(read_json(trained)["checkpoint"])
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    with pytest.raises(CorruptArtifactError, match="was judged by"):
+        SearchTask(search="widths").run(place)
+    assert store.status("widths")["model"] is None
 
 
 def test_another_dataset_in_the_same_place_is_noticed(

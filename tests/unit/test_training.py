@@ -20,7 +20,7 @@ from nanoos_fw.ml.datasets import (
     build_regression_dataset,
     write_dataset,
 )
-from nanoos_fw.ml.fitting import Fit, share
+from nanoos_fw.ml.fitting import Fit
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.metrics import (
     calibrate,
@@ -29,6 +29,7 @@ from nanoos_fw.ml.metrics import (
     regression_metrics,
 )
 from nanoos_fw.ml.network import GlobalBatchNorm, _GlobalNormalization
+from nanoos_fw.ml.teams import share
 from nanoos_fw.ml.training import (
     TrainingConfig,
     TrainingResult,
@@ -36,6 +37,7 @@ from nanoos_fw.ml.training import (
     train_cgcnn_model,
     with_parent,
 )
+from nanoos_fw.ml.training_config import training_key
 from nanoos_fw.parallel import Communicator, StopRequest
 
 TARGET = "formation_energy_per_atom"
@@ -96,13 +98,14 @@ class StopAfter(StopRequest):
         return self.left < 0
 
 
-def train(dataset_dir, work_dir, stop=None, pause_after=None, **changes):
+def train(dataset_dir, work_dir, stop=None, pause_after=None, parent=None, **changes):
     work_dir.mkdir(exist_ok=True)
     config = {
         "config": TrainingConfig(**{**SMALL, **changes}).model_dump(mode="json"),
         "dataset_dir": str(dataset_dir),
         "threads": 1,
         "pause_after": pause_after,
+        "parent": parent,
     }
     result = main(config, work_dir, Communicator(), stop or StopRequest())
     json.dumps(result, allow_nan=False)  # must be able to cross the process boundary
@@ -680,6 +683,50 @@ def test_a_parent_of_other_sizes_is_refused(dataset_dir, tmp_path):
         )
 
 
+def test_frozen_parts_keep_every_digit_of_their_parent(dataset_dir, tmp_path):
+    options = {"epochs": 1, "ensemble_size": 1, "precision": "float64"}
+    first = train(dataset_dir, tmp_path / "first", **options)
+    second = train(
+        dataset_dir, tmp_path / "second", parent=first.checkpoint,
+        parent_sha256=first.checkpoint_sha256, freeze=("dense",), **options,
+    )  # fmt: skip
+    before, after = load_file(first.checkpoint), load_file(second.checkpoint)
+    name = "members.0.dense.weight"
+    assert not np.array_equal(before[name], before[name].astype(np.float32))
+    assert np.array_equal(after[name], before[name])
+
+
+def test_a_parent_that_the_key_does_not_name_is_refused(dataset_dir, tmp_path):
+    first = train(dataset_dir, tmp_path / "first", epochs=1, ensemble_size=1)
+    with pytest.raises(InputError, match="not the parent that the config names"):
+        train(dataset_dir, tmp_path / "second", parent=first.checkpoint)
+    with pytest.raises(InputError, match="no file was given"):
+        train(dataset_dir, tmp_path / "third", parent_sha256=first.checkpoint_sha256)
+
+
+def test_the_scale_of_a_parent_in_another_unit_is_not_kept(dataset_dir, tmp_path):
+    first = train(dataset_dir, tmp_path / "first", epochs=1, ensemble_size=1)
+    config = DatasetConfig(
+        target_property=TARGET, unit="meV/atom", train_fraction=0.7, val_fraction=0.2,
+        test_fraction=0.1,
+    )  # fmt: skip
+    targets = {name: 1000.0 * value for name, value in TARGETS.items()}
+    write_dataset(build_regression_dataset(GRAPHS, targets, config), tmp_path / "meV")
+    options = {
+        "epochs": 1, "ensemble_size": 1, "parent": first.checkpoint,
+        "parent_sha256": first.checkpoint_sha256,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="in meV/atom, the parent in eV/atom"):
+        train(tmp_path / "meV", tmp_path / "kept", normalizer="keep", **options)
+    refitted = train(tmp_path / "meV", tmp_path / "refitted", **options)
+    assert refitted.unit == "meV/atom"
+
+
+def test_gaussians_that_tell_no_distances_apart_are_refused(dataset_dir, tmp_path):
+    with pytest.raises(InputError, match="no Gaussians"):
+        train(dataset_dir, tmp_path, gaussian_step=8.0)
+
+
 def test_every_epoch_has_its_metrics_and_the_forest_stands_beside(
     dataset_dir, tmp_path
 ):
@@ -746,6 +793,56 @@ def test_later_fields_leave_the_keys_of_older_trainings_alone():
     changed = TrainingConfig(target=TARGET, dropout=0.1)
     assert changed.model_dump(mode="json") == {**dumped, "dropout": 0.1}
     assert TrainingConfig(**changed.model_dump(mode="json")) == changed
+
+
+OTHERWISE = {
+    "target": "bandgap", "epochs": 7, "batch_size": 9, "learning_rate": 0.5,
+    "hidden_dim": 9, "num_layers": 4, "readout_dim": 9, "dense_layers": 2,
+    "gaussian_step": 0.3, "ensemble_size": 2, "optimizer": "sgd", "momentum": 0.5,
+    "weight_decay": 0.3, "schedule": "step", "warmup_fraction": 0.3,
+    "milestones": (3,), "gamma": 0.5, "clip_norm": 1.0, "loss": "mae",
+    "classes": ("a", "b"), "dropout": 0.1, "averaging_epochs": 1.0, "patience": 3,
+    "element_reference": False, "element_vectors": "published", "checkpoint_every": 3,
+    "checkpoint_minutes": 1.0, "keep_checkpoints": 3, "seed": 1,
+    "precision": "float64", "parent_sha256": "a" * 64, "freeze": ("dense",),
+    "normalizer": "keep", "forest_baseline": False, "model_type": "line_graph",
+    "angle_layers": 1, "angle_cutoff": 3.0, "angle_gaussians": 9,
+}  # fmt: skip
+
+
+def test_every_setting_is_part_of_the_key_of_a_training():
+    assert {*OTHERWISE, "schema_version"} == set(TrainingConfig.model_fields)
+    keys = set()
+    for name, value in OTHERWISE.items():
+        base = {"target": TARGET}
+        if name == "classes":
+            base["element_reference"] = False
+        if name.startswith("angle_"):
+            base["model_type"] = "line_graph"
+        before, after = (
+            training_key(TrainingConfig(**{**base, **change}), "hash")
+            for change in ({}, {name: value})
+        )
+        assert before != after, name
+        keys.add(after)
+    assert len(keys) == len(OTHERWISE)
+    plain = TrainingConfig(target=TARGET)
+    others = {training_key(plain, "hash", "m"), training_key(plain, "other hash")}
+    assert len({training_key(plain, "hash"), *others} | keys) == len(keys) + 3
+
+
+def test_what_keys_leave_out_means_the_same_for_ever():
+    config = TrainingConfig(target=TARGET)
+    written = config.model_dump(mode="json")
+    left_out = {n: v for n, v in config if n not in written}
+    assert left_out == {
+        "dense_layers": 1, "momentum": 0.9, "milestones": (), "gamma": 0.1,
+        "clip_norm": None, "classes": (), "dropout": 0.0, "element_vectors": "own",
+        "checkpoint_minutes": 10.0, "keep_checkpoints": 2, "parent_sha256": None,
+        "freeze": (), "normalizer": "refit", "forest_baseline": True,
+        "model_type": "cgcnn", "angle_layers": 2, "angle_cutoff": 3.5,
+        "angle_gaussians": 20,
+    }  # fmt: skip
 
 
 def test_the_command_line_trains_and_tells(dataset_dir, tmp_path, capsys):
