@@ -23,6 +23,7 @@ from nanoos_fw.firetasks.handover import (
     refuse_if_cancelled,
     stopping_on_signals,
 )
+from nanoos_fw.ml.screening_worker import end_kept_workers
 from nanoos_fw.parallel import Resources
 from nanoos_fw.settings import Settings, load_settings
 from nanoos_fw.slurm import allocation_deadline
@@ -140,10 +141,12 @@ class NanoTask(FiretaskBase):
     """A firetask: checked parameters in, library call, small answer out.
 
     A subclass writes its stored name out in ``_fw_name`` (a contract with databases
-    that hold it), names the model of its parameters, and implements ``run``.
+    that hold it), names the model of its parameters, and implements ``run``. If it
+    screens, ``keeps_workers`` lets the processes of the firework before it live on.
     """
 
     parameters_model: ClassVar[type[Parameters]]
+    keeps_workers: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -165,6 +168,8 @@ class NanoTask(FiretaskBase):
         When time is up the firework hands over to its continuation, see ``handover``.
         Errors of the system get the class by which a rerun decides, see ``faults``.
         """
+        if not self.keeps_workers:  # their memory is for this firework now
+            end_kept_workers()
         try:
             with stopping_on_signals():
                 place = self._context(fw_spec)

@@ -50,6 +50,7 @@ class ScreenWindowTask(NanoTask):
     _fw_name = "{{nanoos_fw.firetasks.ScreenWindowTask}}"
     parameters_model = ScreenWindowParameters
     parameters: ScreenWindowParameters
+    keeps_workers = True
 
     def run(self, place: TaskContext) -> dict[str, Any]:
         """Screen the chunks that are not stored yet."""
@@ -73,6 +74,7 @@ def run_window_in(
         stop=window.stop,
         workers=place.settings.ranks,
         on_chunk=stored,
+        keep_workers=True,
     )
 
 
@@ -85,6 +87,7 @@ def run_window(
     stop: int | None = None,
     workers: int = 1,
     on_chunk: Callable[[int, float], None] = lambda _done, _wall_s: None,
+    keep_workers: bool = False,
 ) -> dict[str, Any]:
     """Screen a window and store each chunk as soon as it is done.
 
@@ -103,6 +106,8 @@ def run_window(
     on_chunk
         Called after each stored chunk with the number stored by this call, and the
         seconds that this one took.
+    keep_workers
+        Keep the processes for the next call.
 
     Returns
     -------
@@ -117,7 +122,8 @@ def run_window(
     written, candidates, core_s = 0, 0, 0.0
     if missing:
         job = screen_job(database, screen, work_dir)
-        with closing(screen_chunks(job, missing, workers=workers)) as documents:
+        chunks = screen_chunks(job, missing, workers=workers, keep=keep_workers)
+        with closing(chunks) as documents:
             for document in documents:
                 written += store.put_chunks(screen.key, [document])
                 candidates += document["n"]

@@ -77,6 +77,7 @@ class ScreenStreamTask(NanoTask):
     _fw_name = "{{nanoos_fw.firetasks.ScreenStreamTask}}"
     parameters_model = ScreenStreamParameters
     parameters: ScreenStreamParameters
+    keeps_workers = True
 
     def run(self, place: TaskContext) -> dict[str, Any]:
         """Screen the chunks that are not stored yet with the campaign's model."""

@@ -4,10 +4,14 @@ The parent owns the database: a worker gets a chunk's first candidate through a 
 answers with the packed result. A worker that dies (out of memory, a killed node
 process) is replaced and its chunk tried once more; when the parent is gone the workers
 see their pipe close and end.
+
+Starting a worker, with its imports and models, takes as long as a chunk. So a program
+that runs one firework after another may keep its workers for the next one.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -48,7 +52,7 @@ class ScreenJob:
 
 
 def screen_chunks(
-    job: ScreenJob, starts: Sequence[int], *, workers: int = 1
+    job: ScreenJob, starts: Sequence[int], *, workers: int = 1, keep: bool = False
 ) -> Generator[dict[str, Any], None, None]:
     """Yield the documents of chunks as they are done, in no particular order.
 
@@ -60,6 +64,9 @@ def screen_chunks(
         First candidate of each chunk.
     workers
         Processes, of one thread each.
+    keep
+        Take workers that were kept, and keep them after the last chunk, until
+        :func:`end_kept_workers` or the end of this process.
 
     Raises
     ------
@@ -73,7 +80,9 @@ def screen_chunks(
     for start in starts:
         waiting.put(start)
     count = max(1, min(workers, len(starts)))
-    children = [_Child(job) for _ in range(count)]
+    kept = _kept[:count] if keep else []
+    children = kept + [_Child() for _ in range(count - len(kept))]
+    del _kept[: len(kept)]
     closing = threading.Event()
 
     def serve(child: _Child) -> None:
@@ -85,7 +94,7 @@ def screen_chunks(
             if start is None:
                 return
             try:
-                done.put(child.screen(start))
+                done.put(child.screen(job, start))
             except Exception as error:  # raised again in the thread that asked
                 done.put(error)
                 return
@@ -99,24 +108,36 @@ def screen_chunks(
             if isinstance(answer, Exception):
                 raise answer
             yield answer
+        if keep:
+            _kept.extend(children)
+            children = []
     finally:
         closing.set()
         for child in children:
             child.close()
 
 
+def end_kept_workers() -> None:
+    """End the workers that were kept, and free their memory."""
+    while _kept:
+        _kept.pop().close()
+
+
 class _Child:
-    def __init__(self, job: ScreenJob) -> None:
-        self._job = job
+    """A worker, and the job whose models it has."""
+
+    def __init__(self) -> None:
+        self._job: ScreenJob | None = None
         self._child = PipedChild(__name__, "the screening worker")
 
-    def screen(self, start: int) -> dict[str, Any]:
+    def screen(self, job: ScreenJob, start: int) -> dict[str, Any]:
         code: int | None = None
         for _ in range(_TRIES):
             fresh = self._child.start()  # a machine without processes is told as it is
             try:
-                if fresh:
-                    self._child.send(self._job)
+                if fresh or self._job != job:
+                    self._child.send(job)
+                    self._job = job
                 self._child.send(start)
                 answer = self._child.receive()
             except GONE:
@@ -138,6 +159,10 @@ class _Child:
 
     def close(self) -> None:
         self._child.close()
+
+
+_kept: list[_Child] = []
+atexit.register(end_kept_workers)
 
 
 # ------------------------------------------------------------------ in the child
@@ -179,6 +204,9 @@ def _main() -> None:
         job = receive()
         while True:
             start = receive()
+            if not isinstance(start, int):  # another job
+                job, screener = start, None
+                continue
             try:
                 screener = screener or ChunkScreener(job)
                 answer = screener.screen(start)

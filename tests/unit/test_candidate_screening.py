@@ -15,7 +15,7 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.crystals import encode_structure, structure_key
 from nanoos_fw.demo import demo_plan
-from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
 from nanoos_fw.firetasks import RankStreamTask, ScreenStreamTask
 from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.firetasks.screening import choose_window, run_window
@@ -44,7 +44,11 @@ from nanoos_fw.ml.screening_engine import (
     encode_chunk,
     screen_chunk,
 )
-from nanoos_fw.ml.screening_worker import ScreenJob, screen_chunks
+from nanoos_fw.ml.screening_worker import (
+    ScreenJob,
+    end_kept_workers,
+    screen_chunks,
+)
 from nanoos_fw.operations.row_files import read_rows
 from nanoos_fw.operations.screen_exports import export_screen, ranked_rows, rows_of
 from nanoos_fw.reports.collect import collect_report
@@ -336,6 +340,52 @@ def test_a_killed_worker_loses_its_chunk_only(tmp_path):
     assert sorted(found) == [0, 16, 32, 48, 64, 80]
     undisturbed = {d["start"]: d["sha256"] for d in screen_chunks(job, sorted(found))}
     assert found == undisturbed
+
+
+def test_kept_workers_go_on_with_the_next_firework_and_end_before_others(
+    tmp_path, launchpad
+):
+    job, other = (
+        ScreenJob(
+            spec(models=[f"{name}@1"]).model_dump(mode="json"),
+            [(str(tmp_path / name), model_file(tmp_path / name))],
+        )
+        for name in ("m", "o")
+    )
+
+    def answers(job, starts, **options):
+        found = screen_chunks(job, starts, workers=2, **options)
+        return {d["start"]: d["sha256"] for d in found}
+
+    expected = answers(job, [0, 16, 32])
+    assert not _children_of(os.getpid())
+    try:
+        assert answers(job, [0, 16], keep=True).items() <= expected.items()
+        kept = set(_children_of(os.getpid()))
+        assert len(kept) == 2
+        assert answers(job, [16, 32], keep=True).items() <= expected.items()
+        assert set(_children_of(os.getpid())) == kept
+        # Of another screening they take the models; one that died is replaced.
+        os.kill(kept.pop(), signal.SIGKILL)
+        assert answers(other, [0, 16], keep=True) == answers(other, [0, 16])
+        stopped = screen_chunks(job, [0, 16, 32], workers=2, keep=True)
+        next(stopped)
+        stopped.close()  # at the end of an allocation: some are in a chunk
+        assert not _children_of(os.getpid())
+        answers(job, [0], keep=True)
+        assert _children_of(os.getpid())
+        task = ScreenStreamTask(campaign="none", start=0, stop=16)
+        task.launchpad = launchpad
+        with pytest.raises(NanoOSError):
+            task.run_task({})
+        assert _children_of(os.getpid())  # it screens, too
+        task = RankStreamTask(campaign="none", top_k=1)
+        task.launchpad = launchpad
+        with pytest.raises(NanoOSError):
+            task.run_task({})
+        assert not _children_of(os.getpid())
+    finally:
+        end_kept_workers()
 
 
 def _children_of(pid):
