@@ -194,13 +194,16 @@ def repair_nodes() -> None:
 
 
 def hog_line(folder: Path) -> str:
-    """Return a line of shell for jobs: eat all memory when ``exhaust`` says so."""
+    """Return a line of shell for jobs: eat all memory when ``exhaust`` says so.
+
+    It ends with its job, which nothing but cgroups would see to.
+    """
     script = folder / "hog.py"
     script.write_text(_HOG)
     ask = folder / "hog"
     return (
-        f"( while sleep 0.1; do [ -e {ask} ] && exec {sys.executable} {script} "
-        f"$(cat {ask}); done ) &"
+        f"( while sleep 0.1 && kill -0 $$; do [ -e {ask} ] && exec "
+        f"{sys.executable} {script} $(cat {ask}); done ) 2>/dev/null &"
     )
 
 
