@@ -11,6 +11,7 @@ from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embed
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.searches import SubmittedSearch
+    from nanoos_fw.stores.search_records import SearchRecords
 
 
 def add_commands(commands: Any) -> None:
@@ -181,10 +182,10 @@ def _stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the store and the launchpad."""
+def _open(arguments: argparse.Namespace) -> tuple[SearchRecords, Any]:
+    """Return what is known of searches, and the launchpad."""
     launchpad = launchpad_of(arguments)
     from nanoos_fw.stores.database import open_database
-    from nanoos_fw.stores.searches import SearchStore
+    from nanoos_fw.stores.search_records import SearchRecords
 
-    return SearchStore(open_database(launchpad)), launchpad
+    return SearchRecords(open_database(launchpad)), launchpad

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nanoos_fw.errors import InputError
 from nanoos_fw.operations import prepare_launchpad, submit
 from nanoos_fw.stores.database import open_database
-from nanoos_fw.stores.searches import SearchStore
+from nanoos_fw.stores.search_records import SearchRecords
 
 if TYPE_CHECKING:
     from nanoos_fw.ml.search import SearchConfig
@@ -85,7 +85,7 @@ def create_search(
     folder = str(Path(config.dataset_dir).resolve())
     config = config.model_copy(update={"dataset_dir": folder})
     _check_workers(workers)
-    SearchStore(open_database(launchpad)).create(config, check_dataset(config))
+    SearchRecords(open_database(launchpad)).create(config, check_dataset(config))
     return _submit(launchpad, config.name, work_root, workers, turn=0)
 
 
@@ -107,7 +107,7 @@ def resume_search(
         If there is no such search.
     """
     _check_workers(workers)
-    store = SearchStore(open_database(launchpad))
+    store = SearchRecords(open_database(launchpad))
     store.resume(name)
     turn = 1 + store.next_turn(name)
     return _submit(launchpad, name, work_root, workers, turn=turn)
