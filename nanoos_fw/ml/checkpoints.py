@@ -102,7 +102,7 @@ class Checkpoints:
 
     def _read(self, fit: Fit) -> bytes | None:
         """Return the last intact checkpoint of a member."""
-        files = self.files(fit.member)
+        files, damaged = self.files(fit.member), []
         for path in files:
             match = _NAME.fullmatch(path.name)
             data = path.read_bytes()
@@ -112,6 +112,7 @@ class Checkpoints:
                     "taken",
                     path,
                 )
+                damaged.append(path)
                 continue
             key = _header(data)["key"]
             if key != self.key:
@@ -120,6 +121,8 @@ class Checkpoints:
                     evidence={"key": key, "key_expected": self.key},
                     advice="use another work directory, or delete this one",
                 )
+            for other in damaged:  # not one of those that are kept
+                other.rename(other.with_name(f"{other.name}.damaged"))
             return data
         if files:
             raise CorruptArtifactError(

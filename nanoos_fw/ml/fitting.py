@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.gradients import FlatParameters
+from nanoos_fw.ml.metrics import r_squared
 from nanoos_fw.ml.network import (
     CountedDropout,
     GatedConvolution,
@@ -170,7 +171,6 @@ class Fit:
         self._average = (self._weights.clone(), self._moments.clone())
         self._best = self._average
         self._targets = torch.from_numpy(data.targets).to(self.dtype)
-        self._spread = float(np.var(data.targets[data.train]))
         # Batches of nearly equal size, none of a single graph: batch normalization
         # needs company.
         n_train = len(data.train)
@@ -422,7 +422,8 @@ class Fit:
         history.train_loss.append(loss)
         history.train_mse.append(square * scale**2)
         history.train_mae.append(absolute * scale)
-        history.train_r2.append(1.0 - square / self._spread if self._spread else None)
+        learned = self.data.targets[self.data.train]
+        history.train_r2.append(r_squared(square, learned))
         history.learning_rate.append(rate)
         averaged = (self._average[0].clone(), self._average[1].clone())
         improved = True
@@ -435,10 +436,10 @@ class Fit:
             if not np.isfinite(found).all():
                 raise self._diverged("its predictions are not finite", rate)
             error = found - truth
-            square, spread = float((error**2).mean()), float(np.var(truth))
+            square = float((error**2).mean())
             history.val_mse.append(square * scale**2)
             history.val_mae.append(float(np.abs(error).mean()) * scale)
-            history.val_r2.append(1.0 - square / spread if spread else None)
+            history.val_r2.append(r_squared(square, truth))
             history.val_loss.append(self.loss.mean(found, truth))
             # Of a number, the mean absolute error decides; of classes, the likelihood.
             curve = history.val_loss if self.loss.classes else history.val_mae

@@ -36,17 +36,27 @@ def regression_metrics(
         return metrics | dict.fromkeys(("mse", "mae", "rmse", "r2"))
     error = mean - truth
     mse = float(np.mean(error**2))
-    spread = float(np.var(truth))
     metrics |= {
         "mse": mse,
         "mae": float(np.mean(np.abs(error))),
         "rmse": float(np.sqrt(mse)),
-        "r2": 1.0 - mse / spread if spread > 0 else None,
+        "r2": r_squared(mse, truth),
     }
     if std is not None:
         metrics["within_1_std"] = float(np.mean(np.abs(error) <= std))
         metrics["within_2_std"] = float(np.mean(np.abs(error) <= 2 * std))
     return metrics
+
+
+def r_squared(mse: float, truth: NDArray[np.float64]) -> float | None:
+    """Return one minus the mean squared error over the variance of the truth.
+
+    None with fewer than two different values: their variance is zero, or what rounding
+    makes of it.
+    """
+    if not len(truth) or np.ptp(truth) == 0.0:
+        return None
+    return 1.0 - mse / float(np.var(truth))
 
 
 def classification_metrics(

@@ -197,9 +197,10 @@ class NetworkModel(ABC):
         dict
             ``prediction`` (mean of the ensemble) and ``uncertainty`` (calibrated
             spread of its members, or of passes with dropout; None with neither) in
-            ``unit``; ``interval`` (lower and upper end, or None without calibration)
-            and its ``coverage``; ``unit``, ``target_property``, ``model_name``,
-            ``model_version``, ``model_type``, ``checkpoint_sha256``, ``n_members``;
+            ``unit``; ``interval`` (lower and upper end; None without calibration, and
+            of classes) and its ``coverage``; ``unit``, ``target_property``,
+            ``model_name``, ``model_version``, ``model_type``, ``checkpoint_sha256``,
+            ``n_members``;
             ``out_of_domain``, ``distance`` to the training structures and
             ``unseen_elements``: what the network says about an element it never saw
             is no prediction. Of classes, ``prediction`` is the probability of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,7 @@ def judge_baselines(
             mock_targets=dataset.mock_targets,
         )
         said, std = forest.predict_features(graph_scalars(table))
-        half_width = forest.half_width(std)
+        half_width = None if training.classes else forest.half_width(std)
         found["forest"] = _by_part(dataset, said, std, half_width)
     return found
 
@@ -194,7 +195,7 @@ def _uncertainty(
     source: Spread = "ensemble" if training.ensemble_size > 1 else "none"
     if passes:
         source = "mc_dropout" if source == "none" else "ensemble+mc_dropout"
-    return fit_uncertainty(
+    found = fit_uncertainty(
         table,
         mean - dataset.targets,
         spread,
@@ -204,6 +205,11 @@ def _uncertainty(
         dropout_passes=passes,
         seed=training.seed,
     )
+    if not training.classes:
+        return found
+    # The truth is a label, which an interval around a probability says nothing of.
+    card = found.card.model_copy(update={"n_calibration": 0})
+    return replace(found, card=card, scores=np.zeros(0))
 
 
 def _by_part(

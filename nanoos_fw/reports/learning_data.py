@@ -289,5 +289,5 @@ def regression_scores(name: str, targets: Series, predictions: Series) -> Scores
         name=name,
         mae=float(np.mean(np.abs(error))),
         rmse=float(np.sqrt(np.mean(error**2))),
-        r2=1.0 - float(np.sum(error**2)) / spread if spread > 0 else None,
+        r2=1.0 - float(np.sum(error**2)) / spread if np.ptp(y) > 0 else None,
     )

@@ -866,6 +866,7 @@ def test_regression_scores_are_the_textbook_ones() -> None:
     assert scores.rmse == pytest.approx(((0.25 + 0 + 1 + 1) / 4) ** 0.5)
     assert scores.r2 == pytest.approx(1 - 2.25 / (4 + 1 + 0 + 9))
     assert regression_scores("constant", [1.0, 1.0], [1.0, 2.0]).r2 is None
+    assert regression_scores("constant", [0.1] * 3, [0.2] * 3).r2 is None
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 8))

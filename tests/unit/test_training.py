@@ -39,6 +39,7 @@ from nanoos_fw.ml.training import (
 )
 from nanoos_fw.ml.training_config import training_key
 from nanoos_fw.parallel import Communicator, StopRequest
+from nanoos_fw.provenance import sha256_file
 
 TARGET = "formation_energy_per_atom"
 SMALL = {
@@ -269,6 +270,19 @@ def test_a_changed_checkpoint_falls_back_to_the_one_before(
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CorruptArtifactError, match="member 1"):
         train(dataset_dir, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_none_of_those_that_stay(dataset_dir, tmp_path):
+    with pytest.raises(OutOfTimeError):
+        train(dataset_dir, tmp_path, StopAfter(6 * 3 + 3 * 3 + 1))
+    (last,) = tmp_path.glob("member1-epoch00003-step000001-*")
+    last.write_bytes(last.read_bytes()[:100])
+    train(dataset_dir, tmp_path, pause_after=4)
+    kept = sorted(tmp_path.glob("member1-*.safetensors"))
+    assert [path.name[:18] for path in kept] == [
+        "member1-epoch00002", "member1-epoch00004",
+    ]  # fmt: skip
+    assert all(sha256_file(path) in path.name for path in kept)
 
 
 def test_as_many_checkpoints_stay_as_asked_for(dataset_dir, tmp_path):
@@ -506,6 +520,12 @@ def test_metrics_equal_their_formulas():
     assert regression_metrics(truth[:1], mean[:1])["r2"] is None
 
 
+def test_equal_values_have_no_r_squared():
+    truth = np.full(3, 0.1)
+    assert np.var(truth) > 0  # by rounding
+    assert regression_metrics(truth, truth + 0.01)["r2"] is None
+
+
 def test_element_reference_finds_exact_coefficients():
     rng = np.random.default_rng(0)
     fractions = np.zeros((20, 119))
@@ -603,8 +623,10 @@ def test_two_classes_are_learned_as_probabilities(labels_dir, tmp_path):
     assert curve.val_loss[curve.best_epoch - 1] == min(curve.val_loss)
     model = CGCNNModel("m", "is_metal").load_from_checkpoint(result.checkpoint)
     row = result.predictions["val"][0]
-    said = model.predict(GRAPHS[row["structure_id"]])["prediction"]
-    assert said == pytest.approx(row["mean"], abs=1e-5)
+    said = model.predict(GRAPHS[row["structure_id"]], coverage=0.5)
+    assert said["interval"] is row["half_width"] is None
+    assert "within_interval" not in result.metrics["val"]
+    assert said["prediction"] == pytest.approx(row["mean"], abs=1e-5)
 
 
 def test_targets_that_are_no_classes_are_refused(dataset_dir, tmp_path):
