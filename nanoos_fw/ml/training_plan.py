@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn_format import published_element_vectors
@@ -91,6 +92,7 @@ def make_plan(
                 )
             reference = np.asarray(arrays[REFERENCE], dtype=np.float64)
             scale = (card.target_mean, card.target_std)
+    _check_described(dataset, fractions, atom_table)
     if training.classes:
         scale = (0.0, 1.0)
         _check_labels(dataset)
@@ -153,6 +155,22 @@ def _architecture(training: TrainingConfig, cutoff_radius: float) -> AnyArchitec
         gaussian_step=training.gaussian_step,
         gaussian_width=training.gaussian_step,
     )
+
+
+def _check_described(
+    dataset: Dataset, fractions: NDArray[np.float64], atom_table: NDArray[np.float32]
+) -> None:
+    """Refuse elements that the network is told nothing of: they would be one."""
+    without = fractions[:, ~atom_table.any(axis=1)] > 0
+    rows = np.flatnonzero(without.any(axis=1))
+    if len(rows):
+        numbers = np.flatnonzero(~atom_table.any(axis=1))[without.any(axis=0)]
+        symbols = [element_symbol(int(z)) for z in numbers]
+        raise InputError(
+            f"there is no description of {', '.join(symbols)}, which {len(rows)} "
+            f"structures hold, such as {dataset.ids[rows[0]]}",
+            advice="leave them out, or use element_vectors: own without a parent",
+        )
 
 
 def _check_labels(dataset: Dataset) -> None:

@@ -20,6 +20,7 @@ from nanoos_fw.ml.datasets import (
     build_regression_dataset,
     write_dataset,
 )
+from nanoos_fw.ml.ensembles import state_of
 from nanoos_fw.ml.fitting import Fit
 from nanoos_fw.ml.graphs import build_graph
 from nanoos_fw.ml.metrics import (
@@ -27,6 +28,12 @@ from nanoos_fw.ml.metrics import (
     classification_metrics,
     fit_element_reference,
     regression_metrics,
+)
+from nanoos_fw.ml.model_files import (
+    ATOM_TABLE,
+    REFERENCE,
+    read_checkpoint,
+    save_checkpoint,
 )
 from nanoos_fw.ml.network import GlobalBatchNorm, _GlobalNormalization
 from nanoos_fw.ml.teams import share
@@ -742,6 +749,21 @@ def test_the_scale_of_a_parent_in_another_unit_is_not_kept(dataset_dir, tmp_path
         train(tmp_path / "meV", tmp_path / "kept", normalizer="keep", **options)
     refitted = train(tmp_path / "meV", tmp_path / "refitted", **options)
     assert refitted.unit == "meV/atom"
+
+
+def test_elements_that_a_parent_is_told_nothing_of_are_refused(dataset_dir, tmp_path):
+    first = train(dataset_dir, tmp_path / "first", epochs=1, ensemble_size=1)
+    card, arrays = read_checkpoint(Path(first.checkpoint).read_bytes())
+    table = arrays[ATOM_TABLE].copy()
+    table[13] = 0.0
+    digest = save_checkpoint(
+        tmp_path / "parent", card, [state_of(arrays, 0)], table, arrays[REFERENCE]
+    )
+    with pytest.raises(InputError, match="no description of Al"):
+        train(
+            dataset_dir, tmp_path / "second", parent=tmp_path / "parent",
+            parent_sha256=digest, ensemble_size=1,
+        )  # fmt: skip
 
 
 def test_gaussians_that_tell_no_distances_apart_are_refused(dataset_dir, tmp_path):
