@@ -176,7 +176,11 @@ class NanoTask(FiretaskBase):
                 place.check_time(_MIN_USEFUL_S)
                 fw_id = getattr(self, "fw_id", None)
                 with (
-                    noted_place(place.database, fw_id)
+                    noted_place(
+                        place.database,
+                        fw_id,
+                        cores=place.settings.ranks * place.settings.threads,
+                    )
                     if fw_id is not None
                     else contextlib.nullcontext()
                 ):

@@ -533,6 +533,7 @@ class _Collector:
                         stage=time.stage,
                         tasks=time.launches,
                         wall_s=time.wall_s,
+                        core_hours=None if time.core_s is None else time.core_s / 3600,
                         elapsed_s=time.elapsed_s,
                     )
                     for time in times

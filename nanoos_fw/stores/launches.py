@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import Any
 from nanoos_fw.errors import NanoOSError, error_from_dict
 from nanoos_fw.faults import disk_full_in_text
 from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.places import read_cores
 
 # Key of our part of a firework's spec: campaign, stage, key, work_root.
 SPEC_KEY = "nanoos"
@@ -31,12 +33,17 @@ class FailedFirework:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Launches of one stage: number, summed and elapsed wall time in s."""
+    """Launches of one stage: number, summed and elapsed wall time in s.
+
+    ``core_s`` is the sum of wall time times allocated cores; None if those of a launch
+    are not known.
+    """
 
     stage: str
     launches: int
     wall_s: float
     elapsed_s: float
+    core_s: float | None
 
 
 def failed_fireworks(database: Any, campaign: str) -> list[FailedFirework]:
@@ -91,18 +98,23 @@ def stage_times(database: Any, campaign: str) -> tuple[list[StageTime], list[str
         launches = list(
             database["launches"].find(
                 {"fw_id": {"$in": list(stages)}},
-                {"fw_id": 1, "time_start": 1, "time_end": 1, "host": 1},
+                {"launch_id": 1, "fw_id": 1, "time_start": 1, "time_end": 1, "host": 1},
             )
         )
+    cores = read_cores(database, [launch["launch_id"] for launch in launches])
     spans: dict[tuple[int, str], list[tuple[datetime, datetime]]] = {}
+    core_s: dict[tuple[int, str], list[float]] = {}
     hosts = set()
     for launch in launches:
         start, end = launch.get("time_start"), launch.get("time_end")
         if start is None or end is None:
             continue
         spec = stages[launch["fw_id"]]
-        spans.setdefault((spec.get("order", 0), spec["stage"]), []).append(
-            (_time(start), _time(end))
+        stage = spec.get("order", 0), spec["stage"]
+        begin, stop = _time(start), _time(end)
+        spans.setdefault(stage, []).append((begin, stop))
+        core_s.setdefault(stage, []).append(
+            (stop - begin).total_seconds() * cores.get(launch["launch_id"], math.nan)
         )
         hosts.add(str(launch["host"]))
     times = [
@@ -113,8 +125,9 @@ def stage_times(database: Any, campaign: str) -> tuple[list[StageTime], list[str
             elapsed_s=(
                 max(end for _, end in times) - min(start for start, _ in times)
             ).total_seconds(),
+            core_s=None if math.isnan(total := sum(core_s[order, stage])) else total,
         )
-        for (_, stage), times in sorted(spans.items())
+        for (order, stage), times in sorted(spans.items())
     ]
     return times, sorted(hosts)
 

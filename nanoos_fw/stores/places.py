@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -43,11 +44,20 @@ class LaunchPlace:
 
 @contextlib.contextmanager
 def noted_place(
-    database: Any, fw_id: int, environ: Mapping[str, str] | None = None
+    database: Any,
+    fw_id: int,
+    environ: Mapping[str, str] | None = None,
+    *,
+    cores: int | None = None,
 ) -> Iterator[None]:
     """Write down where this launch runs, and beat until the block ends.
 
     A database that is away for a while stops neither the work nor the heartbeat.
+
+    Parameters
+    ----------
+    cores
+        That its children may use; a job of SLURM has those that SLURM says.
     """
     env = os.environ if environ is None else environ
     with store_errors("note where a launch runs"):
@@ -65,6 +75,7 @@ def noted_place(
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "slurm": slurm_ids(env),
+        "cores": allocated_cores(env, cores),
         "started": now,
         "beat": now,
     }
@@ -99,6 +110,22 @@ def noted_place(
         yield
     finally:
         end.set()
+
+
+def allocated_cores(env: Mapping[str, str], usable: int | None) -> int | None:
+    """Return the cores that nobody else can have while a launch runs.
+
+    All of its job's, on all nodes; in a slot of a packed worker, and outside of SLURM,
+    those it may use.
+    """
+    text = env.get("SLURM_JOB_CPUS_PER_NODE", "")
+    if "NANO_OS_SLOT" in env or not text:
+        return usable
+    # 4(x2),2: two nodes of 4 and one of 2
+    groups = re.findall(
+        r"(\d+)(?:\(x(\d+)\))?", text
+    )
+    return sum(int(count) * int(nodes or 1) for count, nodes in groups) or usable
 
 
 def slurm_ids(env: Mapping[str, str]) -> dict[str, str]:
@@ -172,6 +199,14 @@ def read_places(database: Any, launch_ids: list[int]) -> dict[int, LaunchPlace]:
         )
         for document in documents
     }
+
+
+def read_cores(database: Any, launch_ids: list[int]) -> dict[int, int]:
+    """Return the cores of launches, as far as they are known. One query."""
+    query = {"_id": {"$in": launch_ids}, "cores": {"$gt": 0}}
+    with store_errors("read the cores of launches"):
+        found = database[COLLECTION].find(query, {"cores": 1})
+        return {document["_id"]: int(document["cores"]) for document in found}
 
 
 def utc(value: Any) -> datetime:

@@ -96,6 +96,7 @@ def test_a_failed_firework_tells_its_cause_and_runs_again(
     launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations.campaign, "save_embedded", lambda _: None)
+    monkeypatch.setenv("NANO_OS_RANKS", "3")
     operations.submit(launchpad, report_workflow(tmp_path, "late"))
     stages: list[str] = []
     operations.run_embedded(launchpad, tmp_path / "launches", on_launch=stages.append)
@@ -116,6 +117,9 @@ def test_a_failed_firework_tells_its_cause_and_runs_again(
     # Both tries took time.
     assert [(time.stage, time.launches) for time in times] == [("report", 2)]
     assert len(hosts) == 1
+    assert times[0].core_s == pytest.approx(3 * times[0].wall_s)
+    launchpad.db["launch_places"].update_one({}, {"$unset": {"cores": ""}})
+    assert stage_times(launchpad.db, "late")[0][0].core_s is None  # of an older release
     page = (tmp_path / "report.html").read_text()
     assert "not available" in page  # of an empty campaign nothing is made up
 

@@ -43,7 +43,7 @@ from nanoos_fw.operations.rerun import (
 )
 from nanoos_fw.slurm import EndedJob, QueuedJob, parse_cluster
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
-from nanoos_fw.stores.places import noted_place, read_places
+from nanoos_fw.stores.places import noted_place, read_cores, read_places
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 CLUSTER = parse_cluster(
@@ -366,6 +366,26 @@ def test_a_task_notes_the_job_it_runs_in(launchpad: Any, tmp_path: Path) -> None
         socket.gethostname(),
         os.getpid(),
     )
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores"),
+    [
+        ({}, 2),
+        ({"SLURM_JOB_CPUS_PER_NODE": "8"}, 8),
+        ({"SLURM_JOB_CPUS_PER_NODE": "4(x2),2"}, 10),
+        ({"SLURM_JOB_CPUS_PER_NODE": "4(x2)", "NANO_OS_SLOT": "1"}, 2),
+    ],
+)
+def test_a_launch_notes_the_cores_that_it_keeps_from_others(
+    environ: dict[str, str], cores: int, launchpad: Any, tmp_path: Path
+) -> None:
+    added = firework()
+    launchpad.add_wf(added)
+    _, launch_id = launchpad.checkout_fw(FWorker("w"), str(tmp_path))
+    with noted_place(launchpad.db, added.fw_id, environ, cores=2):
+        pass
+    assert read_cores(launchpad.db, [launch_id, 99]) == {launch_id: cores}
 
 
 # ------------------------------------------------------------------------------ rerun
