@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ from nanoos_fw.slurm import (
     batch_script,
     jobs_of,
     memory_mib,
+    over_policy,
     read_cluster,
     run_slurm,
     slurm_request,
@@ -137,7 +139,9 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
     def get_script_str(self, launch_dir: str) -> str:
         """Return the batch script; of a refused firework a comment that says why."""
         try:
-            return batch_script(self._sized(self.request), launch_dir)
+            request = self._sized(self.request)
+            _check_policy(request)
+            return batch_script(request, launch_dir)
         except InputError as error:
             if self._reserved() is None:
                 raise
@@ -330,6 +334,32 @@ def _known_partition(queue: str | None) -> Partition | None:
     except NanoOSError as error:
         logger.warning("limits of the partition are not known: %s", error)
         return None
+
+
+def _check_policy(request: SlurmRequest) -> None:
+    """Refuse what limits of accounting never let run: such a job would wait for ever.
+
+    Raises
+    ------
+    InputError
+        Names the limits and whose they are.
+    """
+    if shutil.which("sinfo") is None:  # no job can be submitted either
+        return
+    try:
+        problems = over_policy(
+            request, _cluster(int(time.monotonic() // _LIMITS_KEPT_S))
+        )
+    except NanoOSError as error:
+        logger.warning("limits of accounting are not known: %s", error)
+        return
+    if problems:
+        raise InputError(
+            f"SLURM would never run this job: {'; '.join(problems)}",
+            evidence={"request": request.model_dump(mode="json", exclude_none=True)},
+            advice="ask for less (_queueadapter, my_qadapter.yaml), or set another qos "
+            "or account",
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -150,7 +150,7 @@ def default_request(
     cpus = min(node.cpus for node in partition.usable)
     # A node without a configured memory has 1 MiB: what jobs get is not limited by it.
     share = min(node.memory_mib // node.cpus for node in partition.usable)
-    hours = min(_WALLTIME_H[category] * 3600.0, partition.max_time_s)
+    most_s = _longest_s(cluster, partition, choices)
     request: dict[str, Any] = {
         "queue": partition.name,
         "account": choices.account,
@@ -160,10 +160,18 @@ def default_request(
         "cpus_per_task": min(cpus, _MAX_THREADS) if category == "infer" else 1,
         "mem_per_cpu": f"{share}M" if share > 1 else None,
         "gpus_per_node": 1 if on_gpu else None,
-        "walltime": _walltime(hours),
+        "walltime": _walltime(min(_WALLTIME_H[category] * 3600.0, most_s)),
         "requeue": False,
     }
     return {name: value for name, value in request.items() if value is not None}
+
+
+def _longest_s(
+    cluster: Cluster, partition: Partition, choices: ClusterChoices
+) -> float:
+    chosen = {"account": choices.account, "qos": choices.qos}
+    request = slurm_request({k: v for k, v in chosen.items() if v is not None})
+    return cluster.longest_s(request, partition)
 
 
 def write_cluster_files(
@@ -251,7 +259,9 @@ def _work_script(
         "ntasks": cpus,
         "cpus_per_task": 1,
         "gpus_per_node": gpus,
-        "walltime": _walltime(min(_WORK_WALLTIME_H * 3600.0, partition.max_time_s)),
+        "walltime": _walltime(
+            min(_WORK_WALLTIME_H * 3600.0, _longest_s(cluster, partition, choices))
+        ),
         "array": "0-0",  # sbatch --array=0-9 goes before it
         "signal": "B:USR1@120",
         "pre_rocket": _pre_rocket(folder / categories[0], choices),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, LaunchError, MissingDependencyError
 from nanoos_fw.slurm.access import (
     Access,
     Submitter,
@@ -16,7 +17,16 @@ from nanoos_fw.slurm.access import (
     read_submitter,
 )
 from nanoos_fw.slurm.commands import run_slurm
+from nanoos_fw.slurm.policy import (
+    JobLimits,
+    Policy,
+    longest_s,
+    policy_problems,
+    read_policy,
+)
 from nanoos_fw.slurm.request import SlurmRequest, memory_mib, walltime_seconds
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ _AWAY = ("down", "drain", "fail", "maint", "powered_down", "unknown", "future")
 class Partition:
     """A partition and its limits; infinite where there is none.
 
-    ``state`` is UP, DOWN (jobs wait), DRAIN or INACTIVE (jobs are refused).
+    ``state`` is UP, DOWN (jobs wait), DRAIN or INACTIVE (jobs are refused); ``qos`` is
+    the QOS whose limits apply to all of its jobs.
     """
 
     name: str
@@ -52,6 +63,7 @@ class Partition:
     nodes: tuple[Node, ...]
     min_nodes: int = 1
     access: Access = field(default_factory=Access)
+    qos: str | None = None
 
     @property
     def up(self) -> bool:
@@ -82,7 +94,10 @@ class Partition:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A SLURM cluster, for a user; without one partitions are open to all."""
+    """A SLURM cluster, for a user; without one partitions are open to all.
+
+    ``enforces_limits`` tells whether those of accounting, the ``policy``, count.
+    """
 
     name: str
     version: str
@@ -90,6 +105,19 @@ class Cluster:
     accounting: bool
     partitions: tuple[Partition, ...]
     submitter: Submitter | None = None
+    enforces_limits: bool = False
+    policy: Policy = field(default_factory=Policy)
+
+    def limits(self, request: SlurmRequest, partition: Partition) -> list[JobLimits]:
+        """Return what accounting limits a job to; see ``slurm.policy``."""
+        return self.policy.of(request, partition.name, partition.qos, self.submitter)
+
+    def longest_s(self, request: SlurmRequest, partition: Partition) -> float:
+        """Return the longest walltime of a job in a partition, in s."""
+        by_policy, _ = longest_s(self.limits(request, partition))
+        if self.policy.lifts("PartitionTimeLimit", request, self.submitter):
+            return by_policy
+        return min(by_policy, partition.max_time_s)
 
     def partition(self, name: str | None) -> Partition:
         """Return a partition by name, or the default one.
@@ -112,7 +140,8 @@ class Cluster:
 def read_cluster() -> Cluster:
     """Ask ``scontrol`` and ``sinfo`` what the cluster offers: three short commands.
 
-    Three more go to accounting if partitions have lists of accounts or QOS.
+    Three more go to accounting if partitions have lists of accounts or QOS, and five
+    if SLURM enforces limits of accounting.
     """
     cluster = parse_cluster(
         partitions=run_slurm(["scontrol", "show", "partition", "--oneliner"]),
@@ -122,8 +151,15 @@ def read_cluster() -> Cluster:
         config=run_slurm(["scontrol", "show", "config"]),
     )
     asked = any(partition.access.asks_accounting for partition in cluster.partitions)
-    who = read_submitter(cluster.name, accounting=cluster.accounting and asked)
-    return replace(cluster, submitter=who)
+    asked = cluster.accounting and (asked or cluster.enforces_limits)
+    who = read_submitter(cluster.name, accounting=asked)
+    policy = Policy()
+    if cluster.enforces_limits:
+        try:
+            policy = read_policy(cluster.name, who.user)
+        except (LaunchError, MissingDependencyError) as error:
+            logger.warning("limits of accounting are not known: %s", error)
+    return replace(cluster, submitter=who, policy=policy)
 
 
 def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
@@ -159,6 +195,7 @@ def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
                 max_nodes=_limit(fields.get("MaxNodes", "UNLIMITED")),
                 min_nodes=int(fields.get("MinNodes", "1")),
                 access=parse_access(fields),
+                qos=fields.get("QoS", "N/A").replace("N/A", "") or None,
                 nodes=tuple(_as_allowed(n, fields) for n in by_partition.get(name, ())),
             )
         )
@@ -169,6 +206,10 @@ def parse_cluster(partitions: str, nodes: str, config: str) -> Cluster:
         accounting=settings.get("AccountingStorageType", "").strip()
         not in {"", "accounting_storage/none", "(null)"},
         partitions=tuple(found),
+        enforces_limits=bool(
+            {"limits", "safe"}
+            & set(settings.get("AccountingStorageEnforce", "").split(","))
+        ),
     )
 
 
@@ -215,6 +256,21 @@ def request_problems(request: SlurmRequest, cluster: Cluster) -> list[str]:
     return reasons
 
 
+def over_policy(request: SlurmRequest, cluster: Cluster) -> list[str]:
+    """Return what of a request exceeds the limits of accounting in all its partitions.
+
+    Unlike the other problems SLURM may not tell of these: the job waits for ever.
+    """
+    names = [None] if request.queue is None else request.queue.split(",")
+    reasons = []
+    for partition in map(cluster.partition, names):
+        found = policy_problems(request, cluster.limits(request, partition))
+        if not found:
+            return []
+        reasons += found
+    return list(dict.fromkeys(reasons))
+
+
 def check_request(request: SlurmRequest, cluster: Cluster, what: str) -> None:
     """Refuse a request that the cluster could never run.
 
@@ -256,7 +312,12 @@ def _problems_in(
 ) -> list[str]:
     where = f"partition {partition.name!r}"
     problems = _door_problems(request, cluster, partition, where)
-    if request.walltime is not None:
+    problems += policy_problems(request, cluster.limits(request, partition))
+
+    def lifted(flag: str) -> bool:
+        return cluster.policy.lifts(flag, request, cluster.submitter)
+
+    if request.walltime is not None and not lifted("PartitionTimeLimit"):
         asked = walltime_seconds(request.walltime)
         if asked > partition.max_time_s:
             problems.append(
@@ -264,7 +325,9 @@ def _problems_in(
                 f"{partition.max_time_s / 3600:g} h of {where}"
             )
     nodes = request.nodes or 1
-    most = min(partition.max_nodes, len(partition.nodes))
+    most = float(len(partition.nodes))
+    if not lifted("PartitionMaxNodes"):
+        most = min(partition.max_nodes, most)
     if nodes > most:
         problems.append(f"{nodes} nodes exceed the {most:g} of {where}")
     cpus = request.cpus_per_task or 1

@@ -122,9 +122,7 @@ def allocated_cores(env: Mapping[str, str], usable: int | None) -> int | None:
     if "NANO_OS_SLOT" in env or not text:
         return usable
     # 4(x2),2: two nodes of 4 and one of 2
-    groups = re.findall(
-        r"(\d+)(?:\(x(\d+)\))?", text
-    )
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return sum(int(count) * int(nodes or 1) for count, nodes in groups) or usable
 
 

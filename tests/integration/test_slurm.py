@@ -298,12 +298,26 @@ DOORS = {
     "noroot": ("DenyAccounts=root", [], {}, False),
     "high": ("AllowQos=high", [], {}, False),
     "low": ("DenyQos=normal", [], {}, False),
+    "tiny": ("QoS=tiny", ["--ntasks=2", "--time=5"], {"ntasks": 2}, False),
+    "fits": ("QoS=tiny", ["--ntasks=1", "--time=5"], {"walltime": 5}, True),
+    "long": ("QoS=tiny", ["--time=11"], {"walltime": 11}, False),
+    # Only as a flag of the job's own QOS it has an effect.
+    "longer": ("QoS=longer MaxTime=2", ["--time=5"], {"walltime": 5}, False),
 }
 OF_ACCOUNTING = {"chem", "nochem", "noroot", "high", "low"}
+OF_LIMITS = {"tiny", "fits", "long", "longer"}
+LIMITS = {
+    "tiny": ["MaxTRES=cpu=1", "MaxWall=00:10:00"],
+    "longer": ["Flags=PartitionTimeLimit"],
+}
 
 
 def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, check=False).returncode == 0
+
+
+def _knows_qos(name: str) -> bool:
+    return f"QOS={name}(" in slurm("scontrol", "show", "assoc_mgr", "flags=qos")
 
 
 def test_slurm_agrees_on_who_may_use_a_partition() -> None:
@@ -318,10 +332,17 @@ def test_slurm_agrees_on_who_may_use_a_partition() -> None:
     doors = dict(DOORS)
     if not read_cluster().accounting:
         doors = {
-            name: door for name, door in doors.items() if name not in OF_ACCOUNTING
+            name: door
+            for name, door in doors.items()
+            if name not in OF_ACCOUNTING | OF_LIMITS
         }
+    elif not read_cluster().enforces_limits:
+        doors = {name: door for name, door in doors.items() if name not in OF_LIMITS}
     jobs: dict[str, str] = {}
     try:
+        for name, limits in LIMITS.items() if OF_LIMITS & doors.keys() else ():
+            run_slurm(["sacctmgr", "--immediate", "add", "qos", name, *limits])
+            wait_for(functools.partial(_knows_qos, name), f"QOS {name}", every_s=0.2)
         for name, (fields, *_) in doors.items():
             up = [] if "State=" in fields else ["State=UP"]
             run_slurm(
@@ -359,6 +380,8 @@ def test_slurm_agrees_on_who_may_use_a_partition() -> None:
             wait_for(  # until its job has ended
                 functools.partial(_succeeds, words), f"{name} to go", every_s=0.5
             )
+        if OF_LIMITS & doors.keys():
+            run_slurm(["sacctmgr", "--immediate", "delete", "qos", ",".join(LIMITS)])
 
     assert ran == {name: door[-1] for name, door in doors.items()}, reasons
     assert fits == ran, (problems, reasons)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from nanoos_fw.operations.cluster_files import (
     write_cluster_files,
 )
 from nanoos_fw.queue_adapter import SlurmAdapter
-from nanoos_fw.slurm import Cluster, check_request, parse_cluster, slurm_request
+from nanoos_fw.slurm import (
+    Cluster,
+    check_request,
+    parse_cluster,
+    slurm_request,
+    walltime_seconds,
+)
+from nanoos_fw.slurm.policy import parse_policy
 from nanoos_fw.workflows import screening_workflow
 
 CLUSTER = parse_cluster(
@@ -218,6 +226,38 @@ def test_a_misspelt_override_is_refused_before_anything_is_submitted(
     adapter = SlurmAdapter({"queue": "cpu", "memory": "4G"})
     with pytest.raises(InputError, match="memory"):
         adapter.get_script_str(str(tmp_path))
+
+
+def test_what_limits_of_accounting_never_let_run_is_not_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SLURM takes such a job, and leaves it pending."""
+    qualities = "tiny||01:00:00|cpu=2||\n"
+    limited = replace(
+        CLUSTER,
+        partitions=tuple(replace(p, qos="tiny") for p in CLUSTER.partitions),
+        policy=parse_policy(qualities, ""),
+    )
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/sinfo")
+    monkeypatch.setattr(queue_adapter, "_cluster", lambda _period: limited)
+    large = {"ntasks": 4, "walltime": "2:00:00"}
+    with pytest.raises(InputError, match="4 processors exceed the 2 of QOS 'tiny'"):
+        SlurmAdapter(large).get_script_str(str(tmp_path))
+    small = {**large, "ntasks": 2, "walltime": "1:00:00"}
+    assert "--time=1:00:00" in SlurmAdapter(small).get_script_str(str(tmp_path))
+    # Of a reserved firework it is told when the job is to be submitted, which parks it.
+    parked: list[Any] = []
+    monkeypatch.setattr(
+        SlurmAdapter, "_park", lambda _self, error: parked.append(error)
+    )
+    monkeypatch.setattr(SlurmAdapter, "_sized", lambda _self, request: request)
+    command = "rlaunch singleshot --fw_id 7"
+    adapter = SlurmAdapter({**large, "rocket_launch": command})
+    assert "not submitted" in adapter.get_script_str(str(tmp_path))
+    adapter.submit_to_queue("script")
+    assert "MaxWall" in str(parked[0])
+    asked = default_request("prep", limited, ClusterChoices())["walltime"]
+    assert walltime_seconds(asked) == 3600
 
 
 def test_what_passes_is_waited_for_and_what_does_not_is_told(

@@ -10,9 +10,11 @@ import pytest
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.slurm import (
+    Partition,
     batch_script,
     check_request,
     memory_mib,
+    over_policy,
     parse_cluster,
     parse_sacct,
     parse_scontrol_jobs,
@@ -21,6 +23,7 @@ from nanoos_fw.slurm import (
     walltime_seconds,
 )
 from nanoos_fw.slurm.access import Submitter, parse_submitter
+from nanoos_fw.slurm.policy import parse_policy
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "slurm"
 CASES = sorted(path.stem for path in REFERENCE.glob("*.json"))
@@ -322,6 +325,89 @@ def test_what_accounting_does_not_tell_is_no_problem() -> None:
     root = replace(DOORS, submitter=Submitter("root", is_root=True))
     for queue in ("staff", "root"):
         assert request_problems(slurm_request({"queue": queue}), root) == []
+
+
+# ------------------------------------------------------- limits of accounting
+
+# As sacctmgr of SLURM 22.05 prints them.
+POLICY = parse_policy(
+    "normal||02:00:00|cpu=3,mem=3G||node=2\n"
+    "long|DenyOnLimit,PartitionTimeLimit|2-00:00:00||cpu=2|\n"
+    "tiny|||cpu=1,mem=1.50G,gres/gpu=0||mem=1G\n"
+    "over|OverPartQOS|||cpu=2|\n",
+    "phys||01:00:00|node=1|\nchem||00:30:00|node=1|\nchem|open|||cpu=9\n",
+)
+LIMITED = replace(
+    parse_cluster(
+        partitions="PartitionName=main Default=YES MaxTime=1:00:00 QoS=N/A State=UP\n"
+        "PartitionName=small MaxTime=UNLIMITED QoS=tiny State=UP\n",
+        nodes="main|n1|32|128000|gpu:4|idle\nmain|n2|32|128000|gpu:4|idle\n"
+        "small|n1|32|128000|gpu:4|idle\nsmall|n2|32|128000|gpu:4|idle\n",
+        config="ClusterName = mat\nAccountingStorageEnforce = associations,limits\n",
+    ),
+    submitter=ANN,
+    policy=POLICY,
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"ntasks": 4}, "4 processors exceed the 3 of QOS 'normal' (MaxTRES)"),
+        ({"mem_per_cpu": "1G", "ntasks": 2, "cpus_per_task": 2}, "4 processors"),
+        ({"mem_per_cpu": "2G", "ntasks": 2}, "4096 MiB exceed the 3072"),
+        ({"nodes": 2}, "2 nodes exceed the 1 of account 'phys' (MaxTRES)"),
+        ({"qos": "long", "ntasks": 3}, "the 2 of QOS 'long' (MaxTRESPU)"),
+        ({"qos": "long", "walltime": "3-0"}, "exceeds the 48 h of QOS 'long'"),
+        ({"qos": "none", "walltime": 31, "account": "chem"}, "0.5 h of account 'chem'"),
+        ({"queue": "small", "ntasks": 2}, "the 1 of QOS 'tiny' (MaxTRES)"),
+        ({"queue": "small", "mem": "1100M"}, "the 1024 of QOS 'tiny' (GrpTRES)"),
+        ({"queue": "small", "gpus": 1, "mem": 1}, "1 GPUs exceed the 0"),
+        ({"walltime": 90}, "exceeds the 1 h of partition 'main'"),
+    ],
+)
+def test_a_request_beyond_the_limits_of_accounting_is_found(
+    values: dict[str, object], problem: str
+) -> None:
+    problems = request_problems(slurm_request(values), LIMITED)
+    assert problem in "; ".join(problems)
+    if "QOS" in problem:
+        assert over_policy(slurm_request(values), LIMITED)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ntasks": 3, "mem": "3G", "walltime": 60},
+        {"qos": "long", "walltime": "1-12"},  # longer than its partition gives
+        {"qos": "long", "mem": "8G"},
+        {"queue": "small", "qos": "over", "mem": "1G"},
+        {"queue": "main,small", "ntasks": 3},
+        {"account": "sub", "ntasks": 30},  # two QOS, and nobody says which
+    ],
+)
+def test_a_request_within_the_limits_of_accounting_is_let_pass(
+    values: dict[str, object],
+) -> None:
+    assert request_problems(slurm_request(values), LIMITED) == []
+    assert over_policy(slurm_request(values), LIMITED) == []
+
+
+def test_of_limits_the_first_that_is_set_counts() -> None:
+    small, main = LIMITED.partition("small"), LIMITED.partition("main")
+
+    def sources(partition: Partition, **values: object) -> list[str]:
+        found = LIMITED.limits(slurm_request(values), partition)
+        return [limits.source for limits in found]
+
+    assert sources(small) == ["QOS 'tiny'", "QOS 'normal'", "account 'phys'"]
+    assert sources(small, qos="over") == ["QOS 'over'", "QOS 'tiny'", "account 'phys'"]
+    assert sources(main, qos="none") == ["account 'phys'"]
+    assert sources(main, account="sub") == []  # its QOS may go before the account
+    assert LIMITED.enforces_limits
+    assert not CLUSTER.enforces_limits
+    assert LIMITED.longest_s(slurm_request({}), main) == 3600
+    assert LIMITED.longest_s(slurm_request({"qos": "long"}), main) == 48 * 3600
 
 
 # ------------------------------------------------------------------------------- jobs
