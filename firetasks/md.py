@@ -16,6 +16,7 @@ from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.md.analysis import AnalysisName, AnalysisRequest, analyze_simulation
 from nanoos_fw.md.cells import supercell
 from nanoos_fw.md.engine import LAMMPSEngine
+from nanoos_fw.md.failures import refuse_more_corrections
 from nanoos_fw.md.fork_server import shared_server
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.output import not_converged, read_simulation
@@ -222,6 +223,10 @@ class RunMDTask(NanoTask):
         if simulation is None:
             simulation = self._simulate(place, run)
             place.simulations.put_many([simulation])
+        elif simulation.result:
+            refuse_more_corrections(
+                simulation.result.get("corrections", ()), parameters.md.max_corrections
+            )
         return {
             **which,
             "hit": bool(found),

@@ -22,7 +22,7 @@ from nanoos_fw.errors import InputError, LaunchError, SimulationError
 from nanoos_fw.faults import crashed
 from nanoos_fw.md.catalogue import Catalogue
 from nanoos_fw.md.cells import check_finite, site_charges, site_elements, supercell
-from nanoos_fw.md.failures import changes, correction
+from nanoos_fw.md.failures import changes, correction, refuse_more_corrections
 from nanoos_fw.md.inputs import (
     DATA_FILE,
     SCRIPT,
@@ -152,6 +152,7 @@ class LAMMPSEngine:
         values = _named(parameters)
         # What was corrected is not asked for anew by other parameters.
         self._refuse_another(structure, values, work_dir)
+        refuse_more_corrections(done, max_corrections)
         for entry in done:
             values |= {name: new for name, (_, new) in entry["changes"].items()}
         while True:

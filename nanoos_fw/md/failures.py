@@ -7,6 +7,7 @@ to be. Corrections are few, counted, and part of the result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,6 +266,28 @@ def correction(
     if change is None and kind in _FROM_MOTION:
         change = _shorter_steps(config, timestep_fs)
     return change
+
+
+def refuse_more_corrections(done: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """Refuse what was corrected more often than is allowed now.
+
+    A simulation that was made, or begun, with more corrections is no result for whom
+    allows fewer: theirs would have failed.
+
+    Raises
+    ------
+    SimulationError
+        With the first failure that was not to be corrected.
+    """
+    if len(done) <= limit:
+        return
+    first = done[limit]
+    raise SimulationError(
+        f"this simulation was corrected {len(done)} time(s), of which {limit} are "
+        f"allowed; without that: {first['message']}",
+        evidence={"class": first["class"], "changes": first["changes"]},
+        advice=f"allow {len(done)} correction(s), or ask for the changes themselves",
+    )
 
 
 def changes(before: MDConfig, after: MDConfig) -> dict[str, list[Any]]:

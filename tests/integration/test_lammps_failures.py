@@ -141,6 +141,20 @@ def test_firetask_corrects_records_and_does_not_repeat(tmp_path):
         tmp_path / "yes", silicon(), potential, config, max_corrections=4
     )
     assert again.result == stored.result
+    # Who allows none gets the failure, not the corrected result: neither the stored
+    # one nor that of the work folder.
+    with pytest.raises(SimulationError, match="was corrected") as caught:
+        simulate_by_task(
+            tmp_path / "yes", silicon(), potential, config, max_corrections=0
+        )
+    assert caught.value.evidence["changes"] == tried[0]["changes"]
+
+
+def test_a_corrected_folder_is_not_taken_for_an_uncorrected_run(tmp_path):
+    engine = LAMMPSEngine()
+    engine.run(silicon(), HOT, tmp_path, max_corrections=4)
+    with pytest.raises(SimulationError, match="was corrected"):
+        engine.run(silicon(), HOT, tmp_path, max_corrections=0)
 
 
 def test_command_line_corrects_and_leaves_the_input_of_another_run(tmp_path, capsys):
