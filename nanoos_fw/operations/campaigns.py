@@ -21,9 +21,11 @@ from nanoos_fw.provenance import sha256_bytes, utc_now, write_atomic
 from nanoos_fw.slurm import queued_jobs, run_slurm
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import store_errors
+from nanoos_fw.stores.labels import FORMATION_ENERGY
 from nanoos_fw.stores.launches import PARKED, SPEC_KEY
 
 if TYPE_CHECKING:
+    from nanoos_fw.stores.structures import StructureStore
     from nanoos_fw.workflows import CampaignPlan
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,8 @@ def create(
     Raises
     ------
     InputError
-        If a set has no structures, or a campaign of this name has another plan.
+        If a set has no structures, the potential cannot be used, it or the references
+        lack an element, or a campaign of this name has another plan.
     """
     from nanoos_fw.operations.campaign import prepare_launchpad
     from nanoos_fw.operations.estimates import sized_plan
@@ -116,6 +119,8 @@ def create(
                 f"set {given!r} has no structures",
                 advice=f"nanoos import FILES --set {given}",
             )
+    plan.relaxation.potential.check()
+    _check_elements(store, plan, candidates, references)
     every = sorted({key for keys in found.values() for key in keys})
     plan = sized_plan(database, plan, plan.model_fields_set, every)
     CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
@@ -126,6 +131,31 @@ def create(
         choose_labelled(mine, plan.label_fraction, plan.seed), plan.labelled
     )
     return len(mine)
+
+
+def _check_elements(
+    store: StructureStore, plan: CampaignPlan, candidates: str, references: str
+) -> None:
+    """Refuse elements that would only fail in fireworks, after others had run."""
+    screened, pure = store.elements(candidates), store.elements(references, alone=True)
+    needed = screened | store.elements(references)
+    if lacking := sorted(needed - set(plan.relaxation.potential.elements)):
+        raise InputError(
+            f"the potential of campaign {plan.name!r} is not asked to know "
+            f"{', '.join(lacking)}",
+            evidence={"elements of the potential": plan.relaxation.potential.elements},
+            advice="name them in relaxation.potential.elements, or leave the "
+            "structures with them out of the sets",
+        )
+    if plan.training.target != FORMATION_ENERGY:
+        return
+    if lacking := sorted(screened - pure):
+        raise InputError(
+            f"set {references!r} has no structure of {', '.join(lacking)} alone, from "
+            f"which formation energies of the candidates would be measured",
+            evidence={"references": sorted(pure)},
+            advice=f"nanoos import FILES --set {references}",
+        )
 
 
 @dataclass(frozen=True)

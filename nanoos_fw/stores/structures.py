@@ -176,6 +176,20 @@ class StructureStore:
             cursor = self._structures.find(query, {"_id": 1})
             return sorted(document["_id"] for document in cursor)
 
+    def elements(self, in_set: str, *, alone: bool = False) -> set[str]:
+        """Return the elements of a set's structures.
+
+        Parameters
+        ----------
+        alone
+            Only of structures of one element.
+        """
+        query: dict[str, Any] = {"sets": in_set}
+        if alone:
+            query["elements"] = {"$size": 1}
+        with store_errors("list elements"):
+            return set(self._structures.distinct("elements", query))
+
     def sets(self) -> list[str]:
         """Return the names of all sets, sorted."""
         with store_errors("list sets"):

@@ -180,6 +180,34 @@ def test_a_campaign_is_created_from_sets_and_submitted_once(
 
 
 @pytest.mark.parametrize(
+    ("candidates", "references", "message"),
+    [
+        (["Cu", "U"], ["Cu"], "is not asked to know U"),
+        (["Cu"], ["Cu", "U"], "is not asked to know U"),
+        (["Cu", "Ni"], ["Cu"], "no structure of Ni alone"),
+    ],
+)
+def test_elements_that_would_fail_later_are_refused_before_anything_is_stored(
+    launchpad: Any,
+    tmp_path: Path,
+    candidates: list[str],
+    references: list[str],
+    message: str,
+) -> None:
+    store = StructureStore(open_database(launchpad))
+    for name, elements in (("mine", candidates), ("pure", references)):
+        for element in elements:
+            cell = Structure(Lattice.cubic(3.0), [element], [[0, 0, 0]])
+            store.add([NewStructure(cell, element)], in_set=name)
+    plan = demo_plan("new", tmp_path, tmp_path / "report.html")
+    with pytest.raises(InputError, match=message):
+        campaigns.create(launchpad, plan, candidates="mine", references="pure")
+    assert store.sets() == ["mine", "pure"]
+    with pytest.raises(InputError, match="no campaign"):
+        CampaignStore(launchpad.db).get("new")
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("{", "cannot read the plan"),
