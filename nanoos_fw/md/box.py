@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nanoos_fw.errors import InputError
 
 Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Rows = list[list[float]]
 _MIN_VOLUME_PER_LENGTH3 = 1e-6
 _VOIGT = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # xx yy zz xy xz yz
@@ -172,6 +173,41 @@ def tensor_to_voigt(tensor: Array) -> Array:
 def perpendicular_widths(lattice: Array) -> Array:
     """Return the ``(3,)`` distances between opposite faces of a cell, in Å."""
     return np.asarray(1.0 / np.linalg.norm(np.linalg.inv(lattice), axis=0))
+
+
+def pairs_within(
+    positions: Array, matrix: Array, radius: float
+) -> tuple[Integers, Integers, Array, Array]:
+    """Return all pairs of periodic points within a radius, and each with itself.
+
+    By pymatgen's cell list, in time that grows with the number of points.
+
+    Parameters
+    ----------
+    positions
+        Cartesian, Å, shape (n, 3).
+    matrix
+        Cell vectors as rows, Å.
+    radius
+        Å.
+
+    Returns
+    -------
+    first, second, shifts, distances
+        Numbers of the points, cells between them (shape (pairs, 3)), and Å.
+    """
+    from pymatgen.optimization.neighbors import find_points_in_spheres
+
+    points = np.ascontiguousarray(positions)
+    found: tuple[Integers, Integers, Array, Array] = find_points_in_spheres(
+        points,
+        points,
+        radius,
+        np.ones(3, dtype=np.int64),
+        np.ascontiguousarray(matrix),
+        1e-8,
+    )
+    return found
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:

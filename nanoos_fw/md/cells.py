@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.md.box import LammpsBox, perpendicular_widths
+from nanoos_fw.md.box import LammpsBox, pairs_within, perpendicular_widths
 from nanoos_fw.md.potential_terms import check_element
 
 if TYPE_CHECKING:
@@ -48,18 +48,9 @@ def check_distances(species: Sequence[str], lattice: Array, frac: Array) -> None
     InputError
         Naming the two sites, or the one whose coordinates are not finite.
     """
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
     box = check_finite(species, lattice, frac)
-    positions = np.ascontiguousarray(box.positions(frac))
-    # In time that grows with the number of atoms, not with its square.
-    first, second, shifts, distances = find_points_in_spheres(
-        positions,
-        positions,
-        MIN_DISTANCE_A,
-        np.ones(3, dtype=np.int64),
-        np.ascontiguousarray(box.matrix),
-        1e-8,
+    first, second, shifts, distances = pairs_within(
+        box.positions(frac), box.matrix, MIN_DISTANCE_A
     )
     image = first == second
     repeats = image & shifts.any(axis=1)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.md.box import pairs_within
 from nanoos_fw.md.trajectory import Frame
 
 Array = NDArray[np.float64]
@@ -347,16 +348,8 @@ def _neighbors(
     frame: Frame, radius: float
 ) -> tuple[Integers, Integers, Integers, Array]:
     """Return pairs, lattice vectors and distances from pymatgen's neighbour list."""
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
-    positions = np.ascontiguousarray(frame.positions)
-    first, second, shifts, distances = find_points_in_spheres(
-        positions,
-        positions,
-        radius,
-        np.ones(3, dtype=np.int64),
-        np.ascontiguousarray(frame.matrix),
-        1e-8,
+    first, second, shifts, distances = pairs_within(
+        frame.positions, frame.matrix, radius
     )
     # The atom itself, at distance exactly zero, is no neighbour.
     itself = (first == second) & (shifts == 0).all(axis=1)
