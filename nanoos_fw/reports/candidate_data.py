@@ -17,6 +17,7 @@ from pydantic import (
 from nanoos_fw.errors import InputError
 from nanoos_fw.reports.base import (
     NotAvailable,
+    Quantity,
     ReportModel,
     Series,
     Text,
@@ -50,16 +51,17 @@ class RankedCandidate(ReportModel):
     Parameters
     ----------
     rank
-        From 1, lowest predicted formation energy first.
+        From 1, the best prediction first.
     candidate_id
         Content key of the structure.
     formula, prototype
         Reduced formula such as ``"Cu3Au"``; prototype name such as ``"L1_2"``.
     predicted, uncertainty
-        Predicted formation energy and its standard deviation, eV/atom.
+        Prediction and its standard deviation, in the unit of the target.
     lammps
         Formation energy after relaxation with LAMMPS, eV/atom; a reason where the
-        relaxation was wanted and failed; None where it was not wanted.
+        relaxation was wanted and failed; None where it was not wanted, or is not of
+        what is predicted.
     out_of_domain
         Whether the screening flagged it as unlike the training data; None if the
         screening has no such flag.
@@ -89,11 +91,27 @@ class Ranking(ReportModel):
         Number of candidates ranked in all.
     tie_rule
         "equal predictions are ordered by content key".
+    quantity
+        That is predicted.
+    highest
+        Whether the highest predictions come first.
     """
 
     candidates: Annotated[tuple[RankedCandidate, ...], Field(min_length=1)]
     n_ranked: PositiveInt
     tie_rule: str = ""
+    quantity: Quantity = Quantity()
+    highest: bool = False
+
+    @property
+    def has_lammps(self) -> bool:
+        """Whether LAMMPS computes what is predicted."""
+        return self.quantity == Quantity()
+
+    @property
+    def end(self) -> str:
+        """Which end of the predictions comes first, in a word."""
+        return "highest" if self.highest else "lowest"
 
     @model_validator(mode="after")
     def _in_order(self) -> Ranking:

@@ -28,6 +28,7 @@ from nanoos_fw.reports.data import (
     NotAvailable,
     PotentialSource,
     Provenance,
+    Quantity,
     RankedCandidate,
     Ranking,
     ReportData,
@@ -43,7 +44,6 @@ from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import get_artifact
 from nanoos_fw.stores.features import FeatureStore
 from nanoos_fw.stores.labels import (
-    FORMATION_ENERGY,
     FormationEnergies,
     formation_energies,
 )
@@ -175,7 +175,9 @@ class _Collector:
         """All screened candidates, best first."""
         if self.model is None:
             return []
-        ranked = rank_candidates(row.to_row() for row in self.predicted)
+        objective = self.plan.get("objective", "min")
+        rows = (row.to_row() for row in self.predicted)
+        ranked = rank_candidates(rows, objective=objective)
         if self.plan.get("stream") is None:
             return ranked
         # By number, where predictions are equal: as they were selected.
@@ -204,16 +206,10 @@ class _Collector:
         return ActiveStore(self.database).rounds(self.campaign)
 
     @cached_property
-    def foreign(self) -> NotAvailable | None:
-        """Why sections on lowest formation energies would not tell the truth."""
+    def quantity(self) -> Quantity:
+        """What the model predicts."""
         target = self.plan["training"]["target"]
-        unit = "eV/atom" if self.model is None else self.model.unit
-        if (target, unit) != (FORMATION_ENERGY, "eV/atom"):
-            return NotAvailable(
-                reason="this section is about formation energies in eV/atom; the model "
-                f"predicts {target} in {unit or 'no unit'}"
-            )
-        return None
+        return Quantity.of(target, "eV/atom" if self.model is None else self.model.unit)
 
     @property
     def best(self) -> list[str]:
@@ -301,6 +297,9 @@ class _Collector:
         return self.energies.energies
 
     def _labels(self) -> Labels | NotAvailable:
+        if self.quantity != Quantity():
+            reason = "no formation energies; see the section on active learning"
+            return NotAvailable(reason=reason)
         if self.energies is None:
             return NotAvailable(reason="the labels are not complete yet")
         by_prototype: dict[str, list[float]] = {}
@@ -324,29 +323,18 @@ class _Collector:
         )
 
     def _training(self) -> Training | NotAvailable:
-        if self.foreign is not None:
-            return self.foreign
         if self.model is None or self.details is None:
             return NotAvailable(reason="no model has been trained yet")
         history = self.models.history(self.model.name)
         return training_part(self.model, self.details, history)
 
     def _evaluation(self) -> Evaluation | NotAvailable:
-        if self.foreign is not None:
-            return self.foreign
         if self.model is None or self.details is None:
             return NotAvailable(reason="no model has been trained yet")
         formulas = {key: entry.formula for key, entry in self.candidates.items()}
         return evaluation_part(self.model, self.details, formulas)
 
     def _ranking(self) -> Ranking | NotAvailable:
-        if self.foreign is not None:
-            return self.foreign
-        if self.plan.get("objective") == "max":
-            return NotAvailable(
-                reason="this section is about the lowest predictions; the campaign "
-                "looks for the highest"
-            )
         if not self.ranked:
             return NotAvailable(reason="the candidates have not been ranked yet")
         return Ranking(
@@ -357,13 +345,15 @@ class _Collector:
                 else int(self.outputs["n_ranked"])
             ),
             tie_rule=_TIE_RULE if self.plan.get("stream") is None else TIE_RULE,
+            quantity=self.quantity,
+            highest=self.plan.get("objective") == "max",
         )
 
     def _ranked_row(self, row: Mapping[str, Any]) -> RankedCandidate:
         key = row["structure_id"]
         entry = self.candidates[key]
         lammps: float | NotAvailable | None = None
-        if self.energies is not None:
+        if self.energies is not None and self.quantity == Quantity():
             if key in self.energies.energies:
                 lammps = self.energies.energies[key]
             elif key in self.energies.failures:
@@ -390,6 +380,9 @@ class _Collector:
     def _discovery(self) -> Discovery | NotAvailable:
         if "selection" in self.plan:
             return NotAvailable(reason="see the section on active learning")
+        if self.quantity != Quantity():
+            reason = f"LAMMPS computes no {self.quantity.name} of the candidates"
+            return NotAvailable(reason=reason)
         if self.energies is None or not self.ranked:
             return NotAvailable(reason="the candidates have not been ranked yet")
         pending = set(self.energies.pending) & set(self.screened)

@@ -1,8 +1,9 @@
 """What a campaign report shows, as frozen models without a database behind them.
 
 The collector fills one :class:`ReportData`; a part it cannot fill is a
-:class:`NotAvailable` with the reason, never a guessed number. Energies are formation
-energies in eV/atom, lengths in Å, and lower energies rank first.
+:class:`NotAvailable` with the reason, never a guessed number. Predictions are in the
+unit of their :class:`Quantity`, other energies are formation energies in eV/atom,
+lengths in Å.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.reports.active import ActiveLearning
 from nanoos_fw.reports.base import (
     NotAvailable,
+    Quantity,
     ReportModel,
     Text,
 )
@@ -72,6 +74,7 @@ __all__ = [
     "PotentialSource",
     "PredictionInterval",
     "Provenance",
+    "Quantity",
     "RDFCurves",
     "RankedCandidate",
     "Ranking",

@@ -18,6 +18,8 @@ from nanoos_fw.reports.data import (
     MissingRun,
     NotAvailable,
     Provenance,
+    Quantity,
+    RankedCandidate,
     Ranking,
     ReportData,
     Scores,
@@ -49,7 +51,7 @@ _BEST_SHOWN = 3
 
 
 def model_scores(part: Evaluation) -> Scores:
-    """Return the scores of the model on the test part, eV/atom."""
+    """Return the scores of the model on the test part."""
     return regression_scores("network ensemble", part.targets, part.predictions)
 
 
@@ -89,32 +91,49 @@ def _abstract_model(data: ReportData) -> Markup:
     who = "The model"
     if isinstance(data.training, Training):
         who = f"The ensemble of {plural(len(data.training.members), 'model')}"
-    text = Markup("{} has a mean absolute error of {} meV/atom on {}").format(
-        who, milli(scores.mae), plural(len(part.targets), "held-out structure")
+    error = _error(part.quantity, scores.mae)
+    text = Markup("{} has a mean absolute error of {} on {}").format(
+        who, error, plural(len(part.targets), "held-out structure")
     )
     if isinstance(part.mean_predictor, NotAvailable):
         return text + Markup("; the baseline is not available: {}.").format(
             part.mean_predictor.reason
         )
-    return text + Markup(
-        ", against {} meV/atom for always predicting the mean."
-    ).format(milli(part.mean_predictor.mae))
+    return text + Markup(", against {} for always predicting the mean.").format(
+        _error(part.quantity, part.mean_predictor.mae)
+    )
+
+
+def _error(quantity: Quantity, value: float) -> str:
+    return quantity.with_unit(quantity.error(value), error=True)
+
+
+def _prediction(part: Ranking, row: RankedCandidate) -> str:
+    number_ = part.quantity.value(row.predicted, row.uncertainty)
+    return part.quantity.with_unit(number_)
 
 
 def _abstract_best(part: Ranking | NotAvailable) -> Markup:
     if isinstance(part, NotAvailable):
         return Markup("The ranking is not available: {}.").format(part.reason)
     best = Markup(", ").join(
-        Markup("{} in {} ({} eV/atom)").format(
-            formula(row.formula),
-            prototype(row.prototype),
-            energy(row.predicted, row.uncertainty),
+        Markup("{}{} ({})").format(
+            formula(row.formula), _in_prototype(row), _prediction(part, row)
         )
         for row in part.candidates[:_BEST_SHOWN]
     )
-    return Markup("The lowest predicted formation energies are those of {}.").format(
-        best
+    if part.quantity == Quantity():
+        text = Markup("The {} predicted formation energies are those of {}.")
+        return text.format(part.end, best)
+    return Markup("The {} predictions of {} are those of {}.").format(
+        part.end, part.quantity.name, best
     )
+
+
+def _in_prototype(row: RankedCandidate) -> Markup:
+    if not row.prototype:
+        return Markup("")
+    return Markup(" in {}").format(prototype(row.prototype))
 
 
 def _abstract_relaxed(part: Ranking | NotAvailable) -> Markup:
@@ -197,16 +216,16 @@ def training_finding(part: Training) -> Markup:
     n = len(part.members)
     if n == 1:
         text = Markup(
-            "The model reached its best validation MAE, {} meV/atom, at epoch {}."
-        ).format(milli(best[0]), number(epochs[0]))
+            "The model reached its best validation MAE, {}, at epoch {}."
+        ).format(_error(part.quantity, best[0]), number(epochs[0]))
     else:
         text = Markup(
-            "The {} members reached best validation MAEs of {} to {} meV/atom, at "
-            "epochs {} to {}."
+            "The {} members reached best validation MAEs of {} to {}, at epochs {} to "
+            "{}."
         ).format(
             number(n),
-            milli(best[0]),
-            milli(best[-1]),
+            part.quantity.error(best[0]),
+            _error(part.quantity, best[-1]),
             number(epochs[0]),
             number(epochs[-1]),
         )
@@ -222,19 +241,21 @@ def evaluation_finding(part: Evaluation) -> Markup:
     """Return the test error against the mean predictor and any other baseline."""
     scores = model_scores(part)
     n = plural(len(part.targets), "structure")
-    text = Markup("On {} never used in training or selection, the MAE is {} meV/atom")
-    text = text.format(n, milli(scores.mae))
+    text = Markup("On {} never used in training or selection, the MAE is {}")
+    text = text.format(n, _error(part.quantity, scores.mae))
     if isinstance(part.mean_predictor, NotAvailable):
         return text + Markup("; the mean predictor is not available: {}.").format(
             part.mean_predictor.reason
         )
     others = [part.mean_predictor, *part.baselines]
-    text += Markup("; the mean predictor has {} meV/atom").format(milli(others[0].mae))
+    text += Markup("; the mean predictor has {}").format(
+        _error(part.quantity, others[0].mae)
+    )
     text += Markup(" ({}).").format(_compared(scores.mae, others[0].mae))
     better = [other for other in part.baselines if other.mae <= scores.mae]
     for other in better:
-        text += Markup(" The baseline “{}” is as good or better ({} meV/atom).").format(
-            other.name, milli(other.mae)
+        text += Markup(" The baseline “{}” is as good or better ({}).").format(
+            other.name, _error(part.quantity, other.mae)
         )
     return text
 
@@ -271,12 +292,12 @@ def coverage_statement(part: Evaluation) -> Markup:
         )
         text += Markup(
             " The {} interval ({}) holds {} of the test structures; its mean half "
-            "width is {} meV/atom."
+            "width is {}."
         ).format(
             percent(held.expected),
             part.interval.method,
             percent(held.observed),
-            milli(float(np.mean(part.interval.half_widths))),
+            _error(part.quantity, float(np.mean(part.interval.half_widths))),
         )
     return text
 
@@ -299,14 +320,16 @@ def _verdict(one: Coverage, two: Coverage, n: int) -> str:
 def ranking_finding(part: Ranking) -> Markup:
     """Return the best candidate and how the relaxed ones compare with LAMMPS."""
     best = part.candidates[0]
-    text = Markup(
-        "{} in {} has the lowest predicted formation energy of {}, {} eV/atom."
-    ).format(
+    text = Markup("{}{} has the {} predicted {} of {}, {}.").format(
         formula(best.formula),
-        prototype(best.prototype),
+        _in_prototype(best),
+        part.end,
+        part.quantity.name,
         plural(part.n_ranked, "candidate"),
-        energy(best.predicted, best.uncertainty),
+        _prediction(part, best),
     )
+    if not part.has_lammps:
+        return text
     found = agreement(part)
     if found is None:
         return text + Markup(" None of the candidates shown was relaxed with LAMMPS.")

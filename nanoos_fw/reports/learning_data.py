@@ -1,4 +1,4 @@
-"""Report data of labels, training and evaluation; energies in eV/atom."""
+"""Report data of labels, training and evaluation, in the unit of the target."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.reports.base import (
     Epochs,
     NotAvailable,
+    Quantity,
     ReportModel,
     Series,
     Text,
@@ -59,7 +60,7 @@ class MemberCurve(ReportModel):
     train_loss
         ``(n,)`` training loss per epoch.
     validation_mae
-        ``(n,)`` validation MAE per epoch, eV/atom.
+        ``(n,)`` validation MAE per epoch, in the unit of the target.
     best_epoch
         Epoch whose weights were kept; one of ``epochs``.
     """
@@ -89,7 +90,7 @@ class MemberCurve(ReportModel):
 
     @property
     def best_validation_mae(self) -> float:
-        """Validation MAE at the kept epoch, eV/atom."""
+        """Validation MAE at the kept epoch, in the unit of the target."""
         return self.validation_mae[self.epochs.index(self.best_epoch)]
 
 
@@ -131,6 +132,8 @@ class Training(ReportModel):
         Its reference in the registry.
     moves
         Of the aliases of its name, oldest first.
+    quantity
+        That it predicts.
     """
 
     members: Annotated[tuple[MemberCurve, ...], Field(min_length=1)]
@@ -141,6 +144,7 @@ class Training(ReportModel):
     n_parameters: PositiveInt | None = None
     model: str = ""
     moves: tuple[AliasMove, ...] = ()
+    quantity: Quantity = Quantity()
 
 
 class Scores(ReportModel):
@@ -151,7 +155,7 @@ class Scores(ReportModel):
     name
         "mean of the training labels", "linear regression on composition".
     mae, rmse
-        Mean absolute and root-mean-square error, eV/atom.
+        Mean absolute and root-mean-square error, in the unit of the target.
     r2
         Coefficient of determination; None if the targets do not vary.
     """
@@ -170,7 +174,7 @@ class PredictionInterval(ReportModel):
     level
         Stated coverage, between 0 and 1.
     half_widths
-        ``(n_test,)`` half widths, eV/atom.
+        ``(n_test,)`` half widths, in the unit of the target.
     method
         "split conformal on the validation part".
     """
@@ -209,9 +213,9 @@ class Evaluation(ReportModel):
     Parameters
     ----------
     targets, predictions
-        ``(n_test,)`` eV/atom.
+        ``(n_test,)`` in the unit of the target.
     uncertainties
-        ``(n_test,)`` standard deviation stated by the model, eV/atom, or None.
+        ``(n_test,)`` standard deviation stated by the model, or None.
     uncertainty_name
         "standard deviation over 4 ensemble members".
     mean_predictor
@@ -224,6 +228,8 @@ class Evaluation(ReportModel):
         The same at other levels.
     formulas
         ``(n_test,)`` names shown on hover, or None.
+    quantity
+        That is predicted.
     """
 
     targets: Series
@@ -235,6 +241,7 @@ class Evaluation(ReportModel):
     interval: PredictionInterval | None = None
     calibration: CalibrationCurve | None = None
     formulas: tuple[str, ...] | None = None
+    quantity: Quantity = Quantity()
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Evaluation:
@@ -262,14 +269,14 @@ class Evaluation(ReportModel):
 
 
 def regression_scores(name: str, targets: Series, predictions: Series) -> Scores:
-    """Return MAE, RMSE and R² of predictions, eV/atom.
+    """Return MAE, RMSE and R² of predictions, in their unit.
 
     Parameters
     ----------
     name
         Name of the predictor.
     targets, predictions
-        ``(n,)`` eV/atom.
+        ``(n,)`` in one unit.
 
     Raises
     ------

@@ -7,7 +7,7 @@ plotly reads ``<a>`` and ``<b>`` in labels.
 from __future__ import annotations
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from nanoos_fw.reports.data import (
     CalibrationCurve,
@@ -135,11 +135,12 @@ def learning_figures(part: Training) -> list[Figure]:
                 "line": {"color": "#ffffff", "width": 1.5},
             },
         }
-        milli_mae = [1000 * value for value in member.validation_mae]
+        scale = part.quantity.error_scale
+        errors = [scale * value for value in member.validation_mae]
         loss.append({**line, "y": rounded(member.train_loss[::step])})
         loss.append({**mark, "y": rounded([member.train_loss[best]])})
-        validation.append({**line, "y": rounded(milli_mae[::step])})
-        validation.append({**mark, "y": rounded([milli_mae[best]])})
+        validation.append({**line, "y": rounded(errors[::step])})
+        validation.append({**mark, "y": rounded([errors[best]])})
     epochs = {"title": {"text": "Epoch"}}
     legend = {"title": {"text": "Member ", "side": "left"}, "tracegroupgap": 0}
     n = len(part.members)
@@ -170,7 +171,10 @@ def learning_figures(part: Training) -> list[Figure]:
             {
                 "xaxis": epochs,
                 "legend": legend,
-                "yaxis": log_axis("Validation MAE (meV/atom)", all_values(validation)),
+                "yaxis": log_axis(
+                    f"Validation MAE{part.quantity.in_unit(error=True)}",
+                    all_values(validation),
+                ),
             },
             340,
         ),
@@ -179,7 +183,8 @@ def learning_figures(part: Training) -> list[Figure]:
 
 def parity_figure(part: Evaluation) -> Figure:
     """Return predictions against targets on the test part, with error bars."""
-    n = len(part.targets)
+    n, what = len(part.targets), part.quantity
+    digits, unit = ".3f" if what.is_energy else ".4g", escape(what.unit)
     step = stride(n, MAX_SCATTER)
     low = min(*part.targets, *part.predictions)
     high = max(*part.targets, *part.predictions)
@@ -197,7 +202,7 @@ def parity_figure(part: Evaluation) -> Figure:
             "opacity": 0.75,
             "line": {"color": "#ffffff", "width": 0.5},
         },
-        "hovertemplate": "computed %{x:.3f}, predicted %{y:.3f} eV/atom"
+        "hovertemplate": f"computed %{{x:{digits}}}, predicted %{{y:{digits}}} {unit}"
         "<extra>%{text}</extra>",
         "text": [str(formula(f)) for f in part.formulas[::step]]
         if part.formulas
@@ -224,23 +229,24 @@ def parity_figure(part: Evaluation) -> Figure:
     }
     layout = {
         "xaxis": {
-            "title": {"text": "Computed formation energy (eV/atom)"},
+            "title": {"text": str(escape(what.axis("Computed")))},
             "range": ends,
             "constrain": "domain",
         },
         "yaxis": {
-            "title": {"text": "Predicted formation energy (eV/atom)"},
+            "title": {"text": str(escape(what.axis("Predicted")))},
             "range": ends,
             "scaleanchor": "x",
             "constrain": "domain",
         },
     }
     caption = Markup(
-        "Predicted against computed formation energy of the {} test structures.{}{}"
-    ).format(number(n), bars, thinned(n, step, "structure"))
+        "Predicted against computed {} of the {} test structures.{}{}"
+    ).format(what.name, number(n), bars, thinned(n, step, "structure"))
     return Figure(
         "parity",
-        f"Parity plot of {n} test structures, computed against predicted, eV/atom",
+        f"Parity plot of {n} test structures, computed against predicted"
+        f"{what.in_unit()}",
         caption,
         [diagonal, points],
         layout,
@@ -253,10 +259,12 @@ def uncertainty_figure(part: Evaluation) -> Figure:
     """Return the test errors against the stated standard deviation."""
     if part.uncertainties is None:
         return _residual_figure(part)
-    n = len(part.targets)
+    n, what = len(part.targets), part.quantity
+    digits, unit = ".1f" if what.is_energy else ".3g", escape(what.error_unit)
     step = stride(n, MAX_SCATTER)
-    sigma = 1000 * np.asarray(part.uncertainties)
-    errors = 1000 * np.abs(np.subtract(part.predictions, part.targets))
+    sigma = what.error_scale * np.asarray(part.uncertainties)
+    errors = what.error_scale * np.abs(np.subtract(part.predictions, part.targets))
+    in_unit = escape(what.in_unit(error=True))
     top = float(sigma.max()) * 1.05 or 1.0
     lines = [
         {
@@ -285,20 +293,21 @@ def uncertainty_figure(part: Evaluation) -> Figure:
             "opacity": 0.75,
             "line": {"color": "#ffffff", "width": 0.5},
         },
-        "hovertemplate": "σ %{x:.1f}, |error| %{y:.1f} meV/atom<extra>%{text}</extra>",
+        "hovertemplate": f"σ %{{x:{digits}}}, |error| %{{y:{digits}}} {unit}"
+        "<extra>%{text}</extra>",
         "text": [str(formula(f)) for f in part.formulas[::step]]
         if part.formulas
         else "",
     }
     layout = {
         "xaxis": {
-            "title": {"text": "Stated uncertainty σ (meV/atom)"},
+            "title": {"text": f"Stated uncertainty σ{in_unit}"},
             "range": [0, top],
         },
         "yaxis": {
-            "title": {"text": "|Predicted − computed| (meV/atom)"},
+            "title": {"text": f"|Predicted − computed|{in_unit}"},
             "rangemode": "tozero",
-            "range": [0, 1.05 * max(float(errors.max()), 1e-6)],
+            "range": [0, 1.05 * (float(errors.max()) or 1.0)],
         },
     }
     caption = Markup(
@@ -313,7 +322,8 @@ def uncertainty_figure(part: Evaluation) -> Figure:
     )
     return Figure(
         "uncertainty",
-        f"Absolute error against stated uncertainty for {n} test structures, meV/atom",
+        f"Absolute error against stated uncertainty for {n} test structures"
+        f"{what.in_unit(error=True)}",
         caption,
         [points, *lines],
         layout,
@@ -380,7 +390,10 @@ def calibration_figure(part: CalibrationCurve, n_test: int) -> Figure:
 
 
 def _residual_figure(part: Evaluation) -> Figure:
-    residuals = 1000 * np.subtract(part.predictions, part.targets)
+    what = part.quantity
+    in_unit = escape(what.in_unit(error=True))
+    digits, unit = ".1f" if what.is_energy else ".3g", escape(what.error_unit)
+    residuals = what.error_scale * np.subtract(part.predictions, part.targets)
     edges = bin_edges(residuals)
     data = [
         {
@@ -389,18 +402,18 @@ def _residual_figure(part: Evaluation) -> Figure:
             "y": np.histogram(residuals, edges)[0].tolist(),
             "width": float(edges[1] - edges[0]),
             "marker": {"color": PALETTE[0], "line": {"color": "#ffffff", "width": 0.5}},
-            "hovertemplate": "%{x:.1f} meV/atom: %{y}<extra></extra>",
+            "hovertemplate": f"%{{x:{digits}}} {unit}: %{{y}}<extra></extra>",
         }
     ]
     layout = {
         "bargap": 0,
-        "xaxis": {"title": {"text": "Predicted − computed (meV/atom)"}},
+        "xaxis": {"title": {"text": f"Predicted − computed{in_unit}"}},
         "yaxis": {"title": {"text": "Number of test structures"}},
         "shapes": [reference_line("x", 0.0)],
     }
     return Figure(
         "residuals",
-        f"Histogram of {len(residuals)} test residuals in meV/atom",
+        f"Histogram of {len(residuals)} test residuals{what.in_unit(error=True)}",
         Markup(
             "Residuals on the test part. The model states no uncertainty, so its "
             "calibration cannot be judged."

@@ -306,9 +306,10 @@ def _error_tile(data: ReportData) -> KeyFigure:
         return KeyFigure("Test MAE", "–", "", "not available")
     remark = "baseline not available"
     if not isinstance(part.mean_predictor, NotAvailable):
-        remark = f"mean predictor: {formatting.milli(part.mean_predictor.mae)} meV/atom"
-    mae = formatting.milli(findings.model_scores(part).mae)
-    return KeyFigure("Test MAE", mae, "meV/atom", remark)
+        mean = part.quantity.error(part.mean_predictor.mae)
+        remark = f"mean predictor: {part.quantity.with_unit(mean, error=True)}"
+    mae = part.quantity.error(findings.model_scores(part).mae)
+    return KeyFigure("Test MAE", mae, part.quantity.error_unit, remark)
 
 
 def _best_tile(data: ReportData) -> KeyFigure:
@@ -320,13 +321,12 @@ def _best_tile(data: ReportData) -> KeyFigure:
     if isinstance(part, NotAvailable):
         return KeyFigure("Best candidate", "–", "", "not available")
     best = part.candidates[0]
+    value = part.quantity.value(best.predicted, best.uncertainty)
     return KeyFigure(
         "Best candidate",
         formatting.formula(best.formula),
         "",
-        Markup("{} eV/atom, predicted").format(
-            formatting.energy(best.predicted, best.uncertainty)
-        ),
+        f"{part.quantity.with_unit(value)}, predicted",
     )
 
 

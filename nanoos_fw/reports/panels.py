@@ -23,6 +23,7 @@ from nanoos_fw.reports.data import (
     NamedAverage,
     NotAvailable,
     PredictionInterval,
+    Quantity,
     RDFCurves,
     Scores,
     ThermoSeries,
@@ -69,6 +70,7 @@ def training_part(
         )
     return Training(
         members=tuple(curves),
+        quantity=Quantity.of(record.target, record.unit),
         loss_name=_LOSS_NAMES[record.training_config["loss"]],
         n_train=counts["train"],
         n_validation=counts.get("val", 0),
@@ -103,6 +105,7 @@ def evaluation_part(
     members = len(details["curves"])
     dropout = record.training_config.get("dropout") or 0.0
     return Evaluation(
+        quantity=Quantity.of(record.target, record.unit),
         targets=np.array([row["target"] for row in rows]),
         predictions=np.array([row["mean"] for row in rows]),
         uncertainties=None if None in stds else np.array(stds),

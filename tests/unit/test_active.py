@@ -31,7 +31,9 @@ from nanoos_fw.operations.active import (
 )
 from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.reports.collect import collect_report
-from nanoos_fw.reports.data import NotAvailable
+from nanoos_fw.reports.data import NotAvailable, Ranking, Training
+from nanoos_fw.reports.findings import ranking_finding
+from nanoos_fw.reports.formatting import significant
 from nanoos_fw.reports.page import render_report
 from nanoos_fw.settings import Settings
 from nanoos_fw.stores.active import ActiveStore
@@ -181,12 +183,43 @@ def test_a_campaign_runs_to_its_budget(launchpad: Any, tmp_path: Path) -> None:
     report = collect_report(launchpad.db, "toys")
     assert report.funnel.labelled.finished == 20
     assert report.funnel.relaxed.planned == 0
-    for part in (report.ranking, report.evaluation, report.training):
+    for part in (report.ranking, report.training):
+        assert not isinstance(part, NotAvailable)
+        assert (part.quantity.name, part.quantity.unit) == ("toy", "eV")
+    for part in (report.labels, report.discovery):
         assert isinstance(part, NotAvailable)
-        assert "the model predicts toy in eV" in part.reason
+    (active,) = (r for r in records if r.is_active)
+    assert isinstance(report.ranking, Ranking)
+    rows = report.ranking.candidates
+    assert [row.lammps for row in rows] == [None] * len(rows)
+    screened = set(structures.keys("toys/candidates")) - set(labelled)
+    means = {
+        p.structure: p.prediction
+        for p in ModelRegistry(launchpad.db).predictions(
+            active.reference, sorted(screened)
+        )
+    }
+    assert rows[0].predicted == means[rows[0].candidate_id]
     page = render_report(report)
-    assert "lowest predicted" not in page
+    assert "the lowest predicted toy of" in page
+    assert "meV/atom" not in page
+    assert isinstance(report.training, Training)
+    error = max(m.best_validation_mae for m in report.training.members)
+    assert f"{significant(error, 3)} eV" in page
     assert f"{min(truth.values()):.4g}".replace("-", "−") in page
+
+
+def test_a_campaign_for_high_values_ranks_the_highest_first(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    start(launchpad, tmp_path, objective="max")
+    for _ in range(2):
+        run(launchpad, tmp_path, until="select")
+    ranking = collect_report(launchpad.db, "toys").ranking
+    assert isinstance(ranking, Ranking)
+    means = [row.predicted for row in ranking.candidates]
+    assert means == sorted(means, reverse=True)
+    assert "highest predicted toy" in ranking_finding(ranking)
 
 
 def test_choosing_again_makes_no_second_round(

@@ -39,6 +39,7 @@ from nanoos_fw.reports import (
     PotentialSource,
     PredictionInterval,
     Provenance,
+    Quantity,
     RankedCandidate,
     Ranking,
     RDFCurves,
@@ -66,7 +67,11 @@ from nanoos_fw.reports.candidate_figures import (
 )
 from nanoos_fw.reports.data import AliasMove, CalibrationCurve
 from nanoos_fw.reports.drawing import Figure
-from nanoos_fw.reports.learning_figures import labels_figure
+from nanoos_fw.reports.learning_figures import (
+    labels_figure,
+    parity_figure,
+    uncertainty_figure,
+)
 from nanoos_fw.reports.panels import evaluation_part
 from nanoos_fw.reports.screen_data import (
     ScreenModelPart,
@@ -808,13 +813,17 @@ def trained_details(seed: int) -> tuple[Any, dict[str, Any]]:
     details = {
         "predictions": parts, "baselines": {}, "curves": [{}], "uncertainty_scale": 2.0
     }  # fmt: skip
-    return SimpleNamespace(training_config={"dropout": 0.1}), details
+    record = SimpleNamespace(
+        training_config={"dropout": 0.1}, target="band_gap", unit="eV"
+    )
+    return record, details
 
 
 def test_calibration_goes_by_validation_rows() -> None:
     record, details = trained_details(0)
     part = evaluation_part(record, details, {})
     assert isinstance(part, Evaluation)
+    assert part.quantity == Quantity(name="band_gap", unit="eV")
     assert part.uncertainty_name.startswith("standard deviation over passes with")
     assert part.interval is not None
     assert (
@@ -839,6 +848,37 @@ def test_calibration_goes_by_validation_rows() -> None:
     without = evaluation_part(record, {**details, "predictions": older}, {})
     assert isinstance(without, Evaluation)
     assert (without.interval, without.calibration) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "mae", "value", "unit"),
+    [
+        (Quantity(), "12", "\N{MINUS SIGN}0.123", "meV/atom"),
+        (Quantity(name="band_gap", unit="eV"), "0.0123", "\N{MINUS SIGN}0.1234", "eV"),
+        (Quantity(name="ratio", unit=""), "0.0123", "\N{MINUS SIGN}0.1234", ""),
+    ],
+)
+def test_numbers_are_in_the_unit_of_the_target(
+    quantity: Quantity, mae: str, value: str, unit: str
+) -> None:
+    assert quantity.error(0.0123) == mae
+    assert quantity.value(-0.12341) == value
+    assert quantity.with_unit(mae, error=True) == f"{mae} {unit}".strip()
+    part = Evaluation(
+        targets=[0.0, 1.0],
+        predictions=[0.1, 1.1],
+        uncertainties=[0.1, 0.2],
+        mean_predictor=NotAvailable(reason="none"),
+        quantity=quantity,
+    )
+    parity, errors = parity_figure(part), uncertainty_figure(part)
+    scale = 1000 if unit == "meV/atom" else 1
+    assert errors.data[0]["x"] == [0.1 * scale, 0.2 * scale]
+    title = errors.layout["xaxis"]["title"]["text"]
+    assert title == "Stated uncertainty σ" + (f" ({unit})" if unit else "")
+    assert parity.layout["xaxis"]["title"]["text"].startswith(
+        f"Computed {quantity.name}"
+    )
 
 
 def test_training_that_ended_too_early_is_reported() -> None:
