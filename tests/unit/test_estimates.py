@@ -285,6 +285,19 @@ def test_nodes_are_not_lowered_below_what_the_partition_takes() -> None:
     assert sized_request(request, {"ntasks": 2}, {}, PARTITION).nodes == 2
 
 
+@pytest.mark.parametrize(
+    ("atoms", "measured_mib"),
+    [(4_000, 132), (32_000, 211), (108_000, 513), (256_000, 1139)],
+)
+def test_memory_of_large_simulations_is_enough_and_no_multiple(
+    atoms: int, measured_mib: int
+) -> None:
+    """Peaks of scripts/benchmarks/memory.py with embedded atoms on one rank."""
+    job, rank = memory_needs("RunMDTask", {}, atoms=float(atoms), largest=4.0, mean=4.0)
+    assert job + rank > 1.2 * measured_mib
+    assert job + rank - 600 < 2 * measured_mib
+
+
 def test_memory_follows_the_size_of_the_work() -> None:
     def needs(name: str, **size: Any) -> tuple[float, float]:
         task = size.pop("task", {})
