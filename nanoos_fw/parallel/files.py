@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +28,19 @@ POLL_S = 0.1
 def locked(work_dir: Path) -> Iterator[None]:
     """Hold a work directory: two launches of one key must not mix their files.
 
+    Whoever holds it is named in the lock's file: a job may outlive a node that SLURM
+    has given up, and only people can end it.
+
     Raises
     ------
     LaunchError
-        If another process holds it.
+        If another process holds it; says which.
     InputError
         If it cannot be written.
     """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
-        lock = (work_dir / LOCK).open("w")
+        lock = (work_dir / LOCK).open("a+")
     except OSError as error:
         raise InputError(
             f"cannot write in {work_dir}: {error.strerror}",
@@ -45,11 +50,31 @@ def locked(work_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            holder = _holder(file)
             raise LaunchError(
-                f"another launch is working in {work_dir}",
-                advice="wait for it; if it is dead, rerun this firework",
+                f"another launch is working in {work_dir}"
+                + (f": {holder}" if holder else ""),
+                evidence={"holder": holder} if holder else {},
+                advice="wait for it; if nobody needs it any more, because its node was "
+                "given up or its firework runs again, end it there, and then "
+                "'nanoos rerun --failed --class launch'",
             ) from error
+        with contextlib.suppress(OSError):  # on a full disk it stays nameless
+            job = os.environ.get("SLURM_JOB_ID")
+            name = f"process {os.getpid()} on {socket.gethostname()}"
+            os.ftruncate(file.fileno(), 0)
+            os.write(
+                file.fileno(), (f"{name}, SLURM job {job}" if job else name).encode()
+            )
         yield
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        file.seek(0)
+        return file.read(200).strip()
+    except OSError:
+        return ""
 
 
 def hold_as_rank(work_dir: Path) -> IO[str]:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
 import time
@@ -462,14 +463,23 @@ def test_progress_is_replaced_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["progress.json"]
 
 
-def test_a_work_directory_is_held_by_one_launch(tmp_path: Path) -> None:
+def test_a_work_directory_is_held_by_one_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # flock belongs to the open file: a second opening is another holder.
-    with (
-        locked(tmp_path / "work"),
-        pytest.raises(LaunchError, match="another launch"),
-        locked(tmp_path / "work"),
-    ):
-        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    holder = f"process {os.getpid()} on {socket.gethostname()}, SLURM job 77"
+    with locked(tmp_path / "work"):
+        for _ in range(2):  # the one that is refused leaves the name there
+            with (
+                pytest.raises(LaunchError, match="another launch") as refused,
+                locked(tmp_path / "work"),
+            ):
+                pass
+            assert holder in refused.value.message
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with locked(tmp_path / "work"):
+        assert (tmp_path / "work" / LOCK).read_text() == holder.partition(",")[0]
 
 
 def test_a_work_directory_is_free_after_its_launch(tmp_path: Path) -> None:
