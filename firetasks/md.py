@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
@@ -73,6 +73,35 @@ class MDMethod(Parameters):
             vdos_longest_ps=self.vdos_longest_ps,
             adf_cutoff_a=self.adf_cutoff_a,
         )
+
+    def check(self) -> None:
+        """Refuse what would fail in every run, before anything is queued.
+
+        Raises
+        ------
+        InputError
+            If a parameter has no effect, the analysis cannot be made, or the
+            trajectory would have no frames to analyse.
+        """
+        config = self.config
+        config.check_effects()
+        try:
+            _ = self.request
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+            )
+            raise InputError(f"the analysis cannot be made: {problems}") from error
+        if not config.has_frames:
+            return
+        last_frame = config.total_steps // config.dump_every * config.dump_every
+        if last_frame <= config.production_start:
+            raise InputError(
+                f"the trajectory would have no frames to analyse: none of the steps "
+                f"{config.production_start + 1} to {config.total_steps} is a multiple "
+                f"of dump_every ({config.dump_every})",
+                advice="lower dump_every; 0 writes and analyses no frames",
+            )
 
     def key(self, potential: Potential, relaxation: str | None = None) -> str:
         """Return the key under which runs are stored.

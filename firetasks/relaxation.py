@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from nanoos_fw.errors import SimulationError
+from nanoos_fw.errors import InputError, SimulationError
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.md.catalogue import Catalogue
+from nanoos_fw.md.cells import site_charges
 from nanoos_fw.md.potential_checks import check_files, check_styles
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.relaxation import (
@@ -23,6 +25,9 @@ from nanoos_fw.md.relaxation import (
 from nanoos_fw.parallel import locked
 from nanoos_fw.provenance import content_key, run_environment
 from nanoos_fw.stores.simulations import Simulation, method_key
+from nanoos_fw.stores.structures import StoredStructure
+
+_NAMED = 5  # structures in an error
 
 
 class PotentialChoice(Parameters):
@@ -45,25 +50,43 @@ class PotentialChoice(Parameters):
         directory = place.work_dir("potentials", content_key("potential", self.name))
         return Catalogue().resolve(self.name, self.elements, directory)
 
-    def check(self) -> None:
+    def check(self, structures: Iterable[StoredStructure] = ()) -> None:
         """Refuse what could not be used, before anything is queued.
+
+        Parameters
+        ----------
+        structures
+            That will be computed; read only if the potential needs their charges.
 
         Raises
         ------
         InputError
-            If there is no such potential, or it lacks an element.
+            If there is no such potential, it lacks an element, or a structure lacks
+            the charges that it needs.
         MissingDependencyError
             If the installed LAMMPS lacks a style.
         """
-        _check_choice(json.dumps(self.name), self.elements)
+        needs_charges = _check_choice(json.dumps(self.name), self.elements)
+        if not needs_charges:
+            return
+        lacking = [s.label for s in structures if site_charges(s.structure) is None]
+        if lacking:
+            raise InputError(
+                f"the potential needs charges, and {len(lacking)} structures have "
+                f"none, such as {lacking[0]!r}",
+                evidence={"class": "charges", "structures": lacking[:_NAMED]},
+                advice="import them with the site property 'charge'",
+            )
 
 
 @lru_cache(maxsize=64)  # many workflows of one campaign ask for the same
-def _check_choice(name: str, elements: tuple[str, ...]) -> None:
+def _check_choice(name: str, elements: tuple[str, ...]) -> bool:
+    """Check a potential; return whether structures must carry charges."""
     with tempfile.TemporaryDirectory() as folder:
         potential = Catalogue().resolve(json.loads(name), elements, Path(folder))
         check_styles(potential)
         check_files(potential)
+        return potential.charges == "given"
 
 
 class RelaxationMethod(Parameters):

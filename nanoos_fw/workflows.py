@@ -43,6 +43,7 @@ from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.screens import Screen
+from nanoos_fw.stores.structures import StoredStructure
 
 # In the order of the work; ``order`` in the spec sorts status tables.
 STAGES = (
@@ -127,6 +128,33 @@ class CampaignPlan(Parameters):
         """Name in the model registry."""
         return f"{self.name}-{self.training.target}"
 
+    def check(self, structures: Iterable[StoredStructure] = ()) -> None:
+        """Refuse what LAMMPS would refuse later, before anything is queued.
+
+        Parameters
+        ----------
+        structures
+            That will be relaxed; see :meth:`PotentialChoice.check`.
+
+        Raises
+        ------
+        InputError
+            If the potential cannot be used, or the molecular dynamics would fail in
+            every run.
+        MissingDependencyError
+            If the installed LAMMPS lacks a style.
+        """
+        self.relaxation.potential.check(structures)
+        if not self.md_runs:
+            return
+        if self.md_runs > self.top_k:
+            raise InputError(
+                f"campaign {self.name!r} would simulate {self.md_runs} candidates, of "
+                f"which {self.top_k} are ranked and relaxed",
+                advice="lower md_runs, or raise top_k",
+            )
+        self.md.check()
+
 
 def choose_labelled(candidates: Sequence[str], fraction: float, seed: int) -> list[str]:
     """Return the candidates to label: a random part, the same for the same keys."""
@@ -151,9 +179,9 @@ def screening_workflow(
     Raises
     ------
     InputError
-        If there is nothing left to screen, or the potential cannot be used.
+        If there is nothing left to screen, or as :meth:`CampaignPlan.check`.
     """
-    plan.relaxation.potential.check()
+    plan.check()
     labelled = choose_labelled(candidates, plan.label_fraction, plan.seed)
     screened = sorted(set(candidates) - set(labelled))
     if plan.stream is None and len(screened) < plan.top_k:
@@ -235,17 +263,9 @@ def screening_workflow(
             plan,
             "md",
             "md",
-            RunMDTask(
-                **campaign,
-                rank=number,
-                relaxation=relax,
-                md=plan.md.model_dump(mode="json"),
-            ),
-            AnalyzeTrajectoryTask(
-                **campaign,
-                rank=number,
-                relaxation=relax,
-                md=plan.md.model_dump(mode="json"),
+            *_simulate(
+                plan.md,
+                {**campaign, "rank": number, "relaxation": relax},
             ),
             parents=[top],
         )
@@ -408,25 +428,28 @@ def simulation_workflow(
         What it is simulated with, and a content key of that now: with another file or
         timestep under the same name the workflow is another one.
     md
-        The simulation. Analyses need frames: without dynamics or ``dump_every`` there
-        are none.
+        The simulation.
     work_root
         Folder of the work directories, which all workers share.
     label
         What people call the structure.
     """
-    asked: dict[str, Any] = {
-        "structure": structure,
-        "potential": potential.model_dump(mode="json"),
-        "md": md.model_dump(mode="json"),
-    }
-    key = content_key("simulation workflow", {**asked, "identity": identity})
-    tasks: list[NanoTask] = [RunMDTask(**asked)]
-    if md.config.is_dynamics and md.config.dump_every:
-        tasks.append(AnalyzeTrajectoryTask(**asked))
+    which = {"structure": structure, "potential": potential.model_dump(mode="json")}
+    asked = {**which, "md": md.model_dump(mode="json"), "identity": identity}
+    key = content_key("simulation workflow", asked)
+    tasks = _simulate(md, which)
     kind = md.config.workflow_type
     names = (f"{label} {kind}",) * 2
     return _lone_firework(tasks, "md", "simulation", key, work_root, names)
+
+
+def _simulate(md: MDMethod, which: dict[str, Any]) -> list[NanoTask]:
+    """Return the tasks of one simulation: without frames nothing is analysed."""
+    asked = {**which, "md": md.model_dump(mode="json")}
+    tasks: list[NanoTask] = [RunMDTask(**asked)]
+    if md.config.has_frames:
+        tasks.append(AnalyzeTrajectoryTask(**asked))
+    return tasks
 
 
 def _lone_firework(

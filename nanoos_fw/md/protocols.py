@@ -263,13 +263,18 @@ class MDConfig(BaseModel):
                 evidence={"problems": problems},
                 advice="correct these parameters",
             ) from error
-        config._check_effects()
+        config.check_effects()
         return config
 
-    def _check_effects(self) -> None:
+    def check_effects(self) -> None:
         """Refuse what was asked for and would be passed over without a word.
 
         Not in the model itself: simulations that were stored before can be read.
+
+        Raises
+        ------
+        InputError
+            Naming the parameter and the workflow.
         """
         kind, fields = self.workflow_type, type(self).model_fields
         stages = self.stages()
@@ -297,6 +302,11 @@ class MDConfig(BaseModel):
     def is_dynamics(self) -> bool:
         """Whether atoms move in time, rather than downhill or not at all."""
         return self.workflow_type not in _STILL
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it leaves a trajectory."""
+        return self.is_dynamics and self.dump_every > 0
 
     @property
     def total_steps(self) -> int:

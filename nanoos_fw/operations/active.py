@@ -11,7 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from nanoos_fw.errors import InputError, NanoOSError, SimulationError
-from nanoos_fw.firetasks.active_plan import ActivePlan, AlloyCandidates, FileLabels
+from nanoos_fw.firetasks.active_plan import (
+    ActivePlan,
+    AlloyCandidates,
+    FileLabels,
+    LammpsLabels,
+)
 from nanoos_fw.firetasks.active_rounds import (
     active_workflow,
     check_labelling,
@@ -23,6 +28,7 @@ from nanoos_fw.firetasks.base import TaskContext
 from nanoos_fw.ml.stopping import StopRules
 from nanoos_fw.operations.alloys import alloy_candidates, alloy_references
 from nanoos_fw.operations.campaign import prepare_launchpad
+from nanoos_fw.operations.campaigns import check_elements
 from nanoos_fw.operations.submission import submit
 from nanoos_fw.provenance import content_key, run_environment
 from nanoos_fw.settings import Settings, load_settings
@@ -153,6 +159,7 @@ def submit_active(
     database = open_database(launchpad)
     prepare_launchpad(launchpad)
     campaigns, structures = CampaignStore(database), StructureStore(database)
+    _check_candidates(structures, plan)
     campaigns.create(plan.name, plan.model_dump(mode="json"))
     if campaigns.get(plan.name)["outputs"].get("candidates") is None:
         keys = _candidates(structures, plan)
@@ -445,6 +452,28 @@ def _candidates(structures: StructureStore, plan: ActivePlan) -> list[str]:
             raise InputError(f"the set {chosen.references!r} holds no references")
         structures.add_to_set(elements, plan.reference_set)
     return structures.keys(chosen.set)
+
+
+def _check_candidates(structures: StructureStore, plan: ActivePlan) -> None:
+    """Refuse what LAMMPS could not label, before anything is stored."""
+    if not isinstance(plan.labels, LammpsLabels):
+        return
+    chosen, potential = plan.candidates, plan.labels.method.potential
+    if isinstance(chosen, AlloyCandidates):
+        candidates = references = pure = set(chosen.alloys)
+    else:
+        potential.check(structures.iterate(structures.keys(chosen.set)))
+        candidates, references, pure = structures.elements(chosen.set), set(), set()
+        if plan.needs_references and chosen.references is not None:
+            references = structures.elements(chosen.references)
+            pure = structures.elements(chosen.references, alone=True)
+    check_elements(
+        plan.name,
+        potential,
+        candidates,
+        references,
+        pure=pure if plan.needs_references else None,
+    )
 
 
 def _waits(plan: ActivePlan, rounds: Sequence[Round]) -> bool:

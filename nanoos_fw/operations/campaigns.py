@@ -25,7 +25,7 @@ from nanoos_fw.stores.labels import FORMATION_ENERGY
 from nanoos_fw.stores.launches import PARKED, SPEC_KEY
 
 if TYPE_CHECKING:
-    from nanoos_fw.stores.structures import StructureStore
+    from nanoos_fw.firetasks.relaxation import PotentialChoice
     from nanoos_fw.workflows import CampaignPlan
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,9 @@ def create(
     Raises
     ------
     InputError
-        If a set has no structures, the potential cannot be used, it or the references
-        lack an element, or a campaign of this name has another plan.
+        If a set has no structures, the plan cannot be carried out
+        (:meth:`CampaignPlan.check`), the potential or the references lack an element,
+        or a campaign of this name has another plan.
     """
     from nanoos_fw.operations.campaign import prepare_launchpad
     from nanoos_fw.operations.estimates import sized_plan
@@ -119,9 +120,17 @@ def create(
                 f"set {given!r} has no structures",
                 advice=f"nanoos import FILES --set {given}",
             )
-    plan.relaxation.potential.check()
-    _check_elements(store, plan, candidates, references)
     every = sorted({key for keys in found.values() for key in keys})
+    plan.check(store.iterate(every))
+    check_elements(
+        plan.name,
+        plan.relaxation.potential,
+        store.elements(candidates),
+        store.elements(references),
+        pure=store.elements(references, alone=True)
+        if plan.training.target == FORMATION_ENERGY
+        else None,
+    )
     plan = sized_plan(database, plan, plan.model_fields_set, every)
     CampaignStore(database).create(plan.name, plan.model_dump(mode="json"))
     for name, keys in found.items():
@@ -133,28 +142,46 @@ def create(
     return len(mine)
 
 
-def _check_elements(
-    store: StructureStore, plan: CampaignPlan, candidates: str, references: str
+def check_elements(
+    campaign: str,
+    potential: PotentialChoice,
+    candidates: set[str],
+    references: set[str],
+    *,
+    pure: set[str] | None,
 ) -> None:
-    """Refuse elements that would only fail in fireworks, after others had run."""
-    screened, pure = store.elements(candidates), store.elements(references, alone=True)
-    needed = screened | store.elements(references)
-    if lacking := sorted(needed - set(plan.relaxation.potential.elements)):
+    """Refuse elements that would only fail in fireworks, after others had run.
+
+    Parameters
+    ----------
+    candidates, references
+        Elements of the structures.
+    pure
+        Elements that are alone in a reference, from which formation energies are
+        measured; None if none are.
+
+    Raises
+    ------
+    InputError
+        Naming the elements.
+    """
+    if lacking := sorted((candidates | references) - set(potential.elements)):
         raise InputError(
-            f"the potential of campaign {plan.name!r} is not asked to know "
+            f"the potential of campaign {campaign!r} is not asked to know "
             f"{', '.join(lacking)}",
-            evidence={"elements of the potential": plan.relaxation.potential.elements},
-            advice="name them in relaxation.potential.elements, or leave the "
-            "structures with them out of the sets",
+            evidence={"elements of the potential": potential.elements},
+            advice="name them in the potential's elements, or leave the structures "
+            "with them out of the sets",
         )
-    if plan.training.target != FORMATION_ENERGY:
+    if pure is None:
         return
-    if lacking := sorted(screened - pure):
+    if lacking := sorted(candidates - pure):
         raise InputError(
-            f"set {references!r} has no structure of {', '.join(lacking)} alone, from "
-            f"which formation energies of the candidates would be measured",
+            f"the references of campaign {campaign!r} have no structure of "
+            f"{', '.join(lacking)} alone, from which formation energies of the "
+            "candidates would be measured",
             evidence={"references": sorted(pure)},
-            advice=f"nanoos import FILES --set {references}",
+            advice="nanoos import FILES --set SET_OF_THE_REFERENCES",
         )
 
 

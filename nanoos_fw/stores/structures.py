@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -382,6 +382,12 @@ class StructureStore:
         found = {document["_id"]: _stored(document) for document in documents}
         _refuse_missing(keys, found)
         return {key: found[key] for key in keys}
+
+    def iterate(self, keys: Sequence[str]) -> Iterator[StoredStructure]:
+        """Yield stored structures, of which some are read at a time."""
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
+            yield from self.get_many(part).values()
 
     def formulas(self, keys: Sequence[str]) -> dict[str, str]:
         """Return the formulas of structures by key; unknown keys are left out."""

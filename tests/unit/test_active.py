@@ -14,6 +14,7 @@ from active_labels import label_of
 from fireworks.core.fworker import FWorker
 from fireworks.core.launchpad import LaunchPad
 from fireworks.core.rocket_launcher import launch_rocket
+from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.firetasks import ml as ml_tasks
@@ -39,7 +40,7 @@ from nanoos_fw.settings import Settings
 from nanoos_fw.stores.active import ActiveStore
 from nanoos_fw.stores.launches import failed_fireworks
 from nanoos_fw.stores.models import ModelRegistry
-from nanoos_fw.stores.structures import StructureStore
+from nanoos_fw.stores.structures import NewStructure, StructureStore
 
 TARGET = "toy"
 TASK = {"kind": "task", "task": "active_labels.ToyLabelTask"}
@@ -433,6 +434,46 @@ def test_tasks_that_cannot_label_are_refused(
     with pytest.raises(InputError, match=words):
         start(launchpad, tmp_path, labels={"kind": "task", "task": task})
     assert launchpad.workflows.count_documents({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("candidates", "known", "target", "words"),
+    [
+        ({"alloys": ["Cu", "Ni"]}, ["Cu"], "energy_per_atom", "asked to know Ni"),
+        ({"set": "mixed"}, ["Cu"], "energy_per_atom", "asked to know Ni"),
+        (
+            {"set": "mixed", "references": "pure"},
+            ["Cu", "Ni"],
+            "formation_energy_per_atom",
+            "have no structure of Ni alone",
+        ),
+    ],
+)
+def test_elements_that_cannot_be_labelled_are_refused_before_anything_is_stored(
+    launchpad: Any,
+    tmp_path: Path,
+    candidates: dict[str, Any],
+    known: list[str],
+    target: str,
+    words: str,
+) -> None:
+    store = StructureStore(launchpad.db)
+    mixed = Structure(Lattice.cubic(3.0), ["Cu", "Ni"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    copper = Structure(Lattice.cubic(3.0), ["Cu"], [[0, 0, 0]])
+    store.add([NewStructure(mixed, "CuNi")], in_set="mixed")
+    store.add([NewStructure(copper, "Cu")], in_set="pure")
+    potential = {"name": "zhou2004", "elements": known}
+    values = plan_values(
+        tmp_path,
+        candidates=candidates,
+        labels={"kind": "lammps", "method": {"potential": potential}},
+        dataset={"min_samples": 5},
+    )
+    values["training"]["target"] = target
+    with pytest.raises(InputError, match=words):
+        submit_active(launchpad, read_plan(values), Settings(ranks=1))
+    assert store.sets() == ["mixed", "pure"]
+    assert launchpad.db["campaigns"].count_documents({}) == 0
 
 
 def test_the_shipped_campaign_is_valid() -> None:

@@ -23,6 +23,7 @@ from nanoos_fw.errors import (
     OutOfMemoryError,
     SimulationError,
 )
+from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.operations import campaigns, submission, submit_many
 from nanoos_fw.operations.campaigns import archive, cancel, pause, resume
 from nanoos_fw.operations.rerun import plan_reruns
@@ -184,7 +185,7 @@ def test_a_campaign_is_created_from_sets_and_submitted_once(
     [
         (["Cu", "U"], ["Cu"], "is not asked to know U"),
         (["Cu"], ["Cu", "U"], "is not asked to know U"),
-        (["Cu", "Ni"], ["Cu"], "no structure of Ni alone"),
+        (["Cu", "Ni"], ["Cu"], "have no structure of Ni alone"),
     ],
 )
 def test_elements_that_would_fail_later_are_refused_before_anything_is_stored(
@@ -205,6 +206,38 @@ def test_elements_that_would_fail_later_are_refused_before_anything_is_stored(
     assert store.sets() == ["mine", "pure"]
     with pytest.raises(InputError, match="no campaign"):
         CampaignStore(launchpad.db).get("new")
+
+
+def test_a_potential_that_needs_charges_refuses_structures_without(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    store = StructureStore(open_database(launchpad))
+    salt = Structure(Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    charged = salt.copy(site_properties={"charge": [1.0, -1.0]})
+    store.add([NewStructure(salt, "bare"), NewStructure(charged, "ions")], in_set="all")
+    store.add([NewStructure(charged, "ions")], in_set="ions")
+    plan = demo_plan("new", tmp_path, tmp_path / "report.html")
+    potential = PotentialChoice(
+        name={
+            "name": "salt",
+            "pair_style": "born/coul/dsf 0.25 9.0",
+            "pair_coeff": [
+                "Na Na 0.2637 0.3170 2.340 1.0486 -0.4993",
+                "Na Cl 0.2110 0.3170 2.755 6.9906 -8.6758",
+                "Cl Cl 0.1582 0.3170 3.170 72.4022 -145.4285",
+            ],
+            "elements": ["Na", "Cl"],
+            "charges": "given",
+        },
+        elements=("Na", "Cl"),
+    )
+    plan = plan.model_copy(update={"relaxation": RelaxationMethod(potential=potential)})
+    with pytest.raises(InputError, match="1 structures have none, such as 'bare'"):
+        campaigns.create(launchpad, plan, candidates="all", references="ions")
+    # They have charges: what is refused comes after.
+    with pytest.raises(InputError, match="have no structure of Cl, Na alone"):
+        campaigns.create(launchpad, plan, candidates="ions", references="ions")
+    assert store.sets() == ["all", "ions"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 from nanoos_fw import firetasks
 from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import InputError
+from nanoos_fw.firetasks.md import MDMethod
 from nanoos_fw.firetasks.relaxation import PotentialChoice
+from nanoos_fw.md.protocols import MDConfig
 from nanoos_fw.workflows import (
     MAX_FAN,
     CampaignPlan,
@@ -256,3 +258,53 @@ def test_relaxation_needs_structures_or_ranks(plan: CampaignPlan) -> None:
 def test_a_campaign_name_fit_for_keys_and_files_is_asked_for(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         demo_plan(name, Path("/w"), Path("/w/report.html"))
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "message"),
+    [
+        (
+            {"workflow_type": "MINIMIZE_LAMMPS", "temperature_k": 500.0},
+            {},
+            "temperature_k .* no effect on MINIMIZE_LAMMPS",
+        ),
+        ({"pressure_bar": 1000.0}, {}, "pressure_bar .* no effect on MD_NVT_LAMMPS"),
+        ({"dump_every": 20_000}, {}, "no frames to analyse"),
+        ({}, {"rdf_max_a": 1000.0}, "rdf_max_a: Input should be less than"),
+    ],
+)
+def test_dynamics_that_would_fail_in_every_run_are_refused_when_planned(
+    plan: CampaignPlan, config: dict[str, Any], method: dict[str, Any], message: str
+) -> None:
+    md = MDMethod(config=MDConfig(**config), **method)
+    changed = plan.model_copy(update={"md": md})
+    with pytest.raises(InputError, match=message):
+        screening_workflow(changed, keys(100), keys(16))
+    # Without runs there is nothing to refuse.
+    none = changed.model_copy(update={"md_runs": 0})
+    assert "md" not in by_stage(screening_workflow(none, keys(100), keys(16)))
+
+
+def test_more_runs_than_ranked_candidates_are_refused(plan: CampaignPlan) -> None:
+    more = plan.model_copy(update={"top_k": 2, "md_runs": 3})
+    with pytest.raises(InputError, match="simulate 3 candidates, of which 2"):
+        screening_workflow(more, keys(100), keys(16))
+
+
+def test_nothing_is_analysed_where_there_are_no_frames(plan: CampaignPlan) -> None:
+    md = MDMethod(config=MDConfig(dump_every=0))
+    still = plan.model_copy(update={"md": md})
+    for firework in by_stage(screening_workflow(still, keys(100), keys(16)))["md"]:
+        assert [type(task).__name__ for task in firework.tasks] == ["RunMDTask"]
+
+
+def test_the_last_frame_counts_as_one() -> None:
+    config = {"equilibration_steps": 100, "num_steps": 100}
+    MDMethod(config=MDConfig(**config, dump_every=200)).check()
+    with pytest.raises(InputError, match="steps 101 to 200 is a multiple"):
+        MDMethod(config=MDConfig(**config, dump_every=201)).check()
+    # The frame of step 100 is the last one of the equilibration.
+    with pytest.raises(InputError, match="no frames"):
+        MDMethod(
+            config=MDConfig(equilibration_steps=100, num_steps=99, dump_every=100)
+        ).check()
