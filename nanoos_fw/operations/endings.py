@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanoos_fw.stores.database import store_errors, update_many
 
@@ -58,26 +58,34 @@ class Lost:
     error: NanoOSError
 
 
+_Entry = TypeVar("_Entry", Reservation, Lost)
+
+
 def give_back(launchpad: Any, reservations: Sequence[Reservation]) -> None:
     """Archive the launches of reservations; their fireworks become READY or PAUSED."""
     with store_errors("give reservations back"):
-        for first in range(0, len(reservations), _BATCH):
-            part = reservations[first : first + _BATCH]
-            done = _give_back_plain(launchpad, part)
-            for entry in part:
-                if entry.fw_id not in done:
-                    _give_back_one(launchpad, entry)
+        _in_batches(launchpad, reservations, _give_back_plain, _give_back_one)
 
 
 def fizzle(launchpad: Any, lost: Sequence[Lost]) -> None:
     """Set launches and their fireworks FIZZLED, with their errors."""
     with store_errors("end lost runs"):
-        for first in range(0, len(lost), _BATCH):
-            part = lost[first : first + _BATCH]
-            done = _fizzle_plain(launchpad, part)
-            for entry in part:
-                if entry.fw_id not in done:
-                    _fizzle_one(launchpad, entry)
+        _in_batches(launchpad, lost, _fizzle_plain, _fizzle_one)
+
+
+def _in_batches(
+    launchpad: Any,
+    entries: Sequence[_Entry],
+    together: Callable[[Any, Sequence[_Entry]], set[int]],
+    alone: Callable[[Any, _Entry], None],
+) -> None:
+    """Do with many at once what can be, and with the others one by one."""
+    for first in range(0, len(entries), _BATCH):
+        part = entries[first : first + _BATCH]
+        done = together(launchpad, part)
+        for entry in part:
+            if entry.fw_id not in done:
+                alone(launchpad, entry)
 
 
 # ------------------------------------------------------------------------- one by one
