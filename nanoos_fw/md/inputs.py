@@ -348,7 +348,7 @@ def data_file_text(
     types = {element: i for i, element in enumerate(elements, start=1)}
     rows = box.positions(frac_coords) / one
     if charges is not None:
-        rows = np.column_stack([charges / units.charge_e, rows])
+        rows = np.column_stack([charges, rows])  # in e in all unit systems
     for i, (symbol, row) in enumerate(zip(species, rows, strict=True), start=1):
         lines.append(f"{i} {types[symbol]} " + " ".join(f"{x:.17g}" for x in row))
     return "\n".join(lines) + "\n"

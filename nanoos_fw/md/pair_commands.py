@@ -36,12 +36,8 @@ from nanoos_fw.md.potential_terms import (
     check_safe_name,
     check_style,
 )
-from nanoos_fw.md.potentials import (
-    Potential,
-    Units,
-    qeq_reaxff,
-    safe_timestep_fs,
-)
+from nanoos_fw.md.potentials import Potential, qeq_reaxff, safe_timestep_fs
+from nanoos_fw.md.unit_systems import Units
 from nanoos_fw.settings import load_settings
 
 _NEAR_NAMES = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.potential_files import FileHeader
 from nanoos_fw.md.potential_terms import PotentialFile, check_safe_name
-from nanoos_fw.md.potentials import Units
+from nanoos_fw.md.unit_systems import Units
 from nanoos_fw.provenance import sha256_file
 
 _NEAR_NAMES = 5

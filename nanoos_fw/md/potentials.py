@@ -42,6 +42,7 @@ from nanoos_fw.md.potential_terms import (
     coefficient_commands,
     word_text,
 )
+from nanoos_fw.md.unit_systems import Units
 from nanoos_fw.provenance import (
     content_key,
     sha256_bytes,
@@ -52,7 +53,6 @@ from nanoos_fw.provenance import (
 _METAL_TIMESTEP_FS = 2.0
 _LIGHTEST_LITHIUM_U, _LIGHTEST_HEAVY_U = 6.0, 22.0
 ZHOU2004_ELEMENTS: tuple[str, ...] = zhou2004.elements()
-Units = Literal["metal", "real"]
 
 
 class Potential(BaseModel):

@@ -1,6 +1,6 @@
 """LAMMPS' unit systems, and the way from and to the units used here.
 
-Users give K, fs, bar, Å and eV whatever the potential was fitted in, and get them
+Users give K, fs, bar, Å, e and eV whatever the potential was fitted in, and get them
 back. A potential decides on the unit system of the script; this table is the only
 place where numbers change from one to the other.
 """
@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from nanoos_fw.errors import InputError
-from nanoos_fw.units import (
-    ATM_IN_BAR,
-    ATOMIC_MASS_KG,
-    EV_IN_JOULE,
-    KCAL_PER_MOL_IN_EV,
-)
+from nanoos_fw.units import ATM_IN_BAR, KCAL_PER_MOL_IN_EV
 
-UnitStyle = Literal["metal", "real", "electron", "si"]
-
-# CODATA 2018.
-BOHR_IN_A = 0.529177210903
-HARTREE_IN_EV = 27.211386245988
-_PASCAL_IN_BAR = 1e-5
+Units = Literal["metal", "real"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +29,13 @@ class UnitSystem:
         Argument of the ``units`` command.
     energy_ev, length_a, time_fs, mass_u, pressure_bar, force_ev_a, velocity_a_fs
         One unit of energy in eV, of length in Å, and so on.
-    charge_e
-        One unit of charge in elementary charges.
 
     References
     ----------
     LAMMPS manual, command ``units``.
     """
 
-    name: UnitStyle
+    name: Units
     energy_ev: float
     length_a: float
     time_fs: float
@@ -55,7 +43,6 @@ class UnitSystem:
     pressure_bar: float
     velocity_a_fs: float
     force_ev_a: float
-    charge_e: float = 1.0
 
     @property
     def volume_a3(self) -> float:
@@ -74,7 +61,7 @@ class UnitSystem:
         ----------
         quantity
             ``energy``, ``length``, ``time``, ``mass``, ``pressure``, ``velocity``,
-            ``force``, ``charge``, ``volume`` or ``temperature``.
+            ``force``, ``volume`` or ``temperature``.
         value
             In units of this system.
         """
@@ -111,7 +98,6 @@ _FIELDS = {
     "pressure": "pressure_bar",
     "velocity": "velocity_a_fs",
     "force": "force_ev_a",
-    "charge": "charge_e",
     "volume": "volume_a3",
     "temperature": "temperature_k",
 }
@@ -137,30 +123,8 @@ UNIT_SYSTEMS: dict[str, UnitSystem] = {
         velocity_a_fs=1.0,
         force_ev_a=KCAL_PER_MOL_IN_EV,
     ),
-    "electron": UnitSystem(
-        name="electron",
-        energy_ev=HARTREE_IN_EV,
-        length_a=BOHR_IN_A,
-        time_fs=1.0,
-        mass_u=1.0,
-        pressure_bar=_PASCAL_IN_BAR,
-        # Bohr per fs: the manual's Bohr per 1.03275 fs is not what update.cpp does.
-        velocity_a_fs=BOHR_IN_A,
-        force_ev_a=HARTREE_IN_EV / BOHR_IN_A,
-    ),
-    "si": UnitSystem(
-        name="si",
-        energy_ev=1.0 / EV_IN_JOULE,
-        length_a=1e10,
-        time_fs=1e15,
-        mass_u=1.0 / ATOMIC_MASS_KG,
-        pressure_bar=_PASCAL_IN_BAR,
-        velocity_a_fs=1e-5,
-        force_ev_a=1e-10 / EV_IN_JOULE,
-        charge_e=1.0 / EV_IN_JOULE,
-    ),
 }
-assert set(UNIT_SYSTEMS) == set(get_args(UnitStyle))
+assert set(UNIT_SYSTEMS) == set(get_args(Units))
 
 
 def unit_system(name: str) -> UnitSystem:
