@@ -423,7 +423,8 @@ def summarize(answer: dict[str, Any]) -> None:
             f"{name:>16}: {found['fireworks']} fireworks of {found['minutes']:g} min, "
             f"{found['overhead_of_each_s']:.2f} s each beside their chunks "
             f"({found['overhead_percent']:.2f} %); {found['in_a_later_one_s']:.2f} s "
-            f"in a later one, {found['between_s']:.2f} s between two"
+            f"in a later one ({100 * found['in_a_later_one_s'] / 600:.2f} % of ten "
+            f"minutes), {found['between_s']:.2f} s between two"
         )
 
 
