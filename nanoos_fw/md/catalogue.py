@@ -21,35 +21,46 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
-from nanoos_fw.errors import InputError, MissingDependencyError, NanoOSError
-from nanoos_fw.md import zhou2004
+from nanoos_fw.errors import InputError
 from nanoos_fw.md.pair_commands import commands_potential
-from nanoos_fw.md.potential_files import FileHeader, read_entry_elements, read_header
-from nanoos_fw.md.potential_folders import search_folders
-from nanoos_fw.md.potential_terms import SAFE_NAME, check_element
-from nanoos_fw.md.potentials import (
-    ZHOU2004_ELEMENTS,
-    Potential,
-    lennard_jones_potential,
-    zhou2004_potential,
+from nanoos_fw.md.potential_entries import (
+    RECIPE_ENDING,
+    SOURCES,
+    CatalogueEntry,
+    built_in_entries,
+    entry_at,
+    folder_entries,
+    noble_gas_potential,
+    read_recipe,
 )
-from nanoos_fw.md.recipes import file_potential, style_of_file
-from nanoos_fw.provenance import sha256_file
+from nanoos_fw.md.potential_folders import search_folders
+from nanoos_fw.md.potential_plugins import (
+    plugin_potential,
+    plugin_potentials,
+    register_potential,
+    unregister_potential,
+)
+from nanoos_fw.md.potential_terms import SAFE_NAME, check_element
+from nanoos_fw.md.potentials import ZHOU2004_ELEMENTS, Potential, zhou2004_potential
+from nanoos_fw.md.recipes import file_potential
+
+__all__ = [
+    "FAMILIES",
+    "Catalogue",
+    "CatalogueEntry",
+    "register_potential",
+    "unregister_potential",
+]
 
 logger = logging.getLogger(__name__)
 
-PLUGIN_GROUP = "nanoos_fw.potentials"
-RECIPE_ENDING = ".potential.yaml"
 _NEAR_NAMES = 5
-_HEADER_BYTES = 4096
 
 # What a style may be asked for by, beside its own name.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -59,146 +70,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "reax": ("reaxff",),
     "reax/c": ("reaxff",),
 }
-
-# Well depth in eV and diameter in Å.
-NOBLE_GASES: dict[str, tuple[float, float]] = {
-    "Ne": (0.0031, 2.74),
-    "Ar": (0.0104, 3.40),
-    "Kr": (0.0140, 3.65),
-    "Xe": (0.0200, 3.98),
-}
-_NOBLE_GASES_CITATION = (
-    "N. Bernardes, Phys. Rev. 112, 1534 (1958), as in N. W. Ashcroft, N. D. Mermin, "
-    "Solid State Physics (1976), table 20.1"
-)
-_NOBLE_GASES_CUTOFF_A = 14.0  # 3.5 diameters of Xe
-
-Source = Literal["plug-in", "site", "built-in", "lammps"]
-SOURCES: tuple[Source, ...] = ("plug-in", "site", "built-in", "lammps")
-PotentialFactory = Callable[[tuple[str, ...], Path], Potential]
-
-_registered: dict[str, PotentialFactory] = {}
-
-
-# ------------------------------------------------------------------------ plug-ins
-
-
-def register_potential(name: str, factory: PotentialFactory) -> None:
-    """Make a potential available under a name, in this process.
-
-    Parameters
-    ----------
-    name
-        What users write as ``potential``.
-    factory
-        Called with the elements of a structure and a folder for files that it
-        writes; returns a `Potential` of any pair style that LAMMPS has, such as one
-        of a machine-learned model, or raises an `InputError`.
-
-    Notes
-    -----
-    A package offers potentials without being imported first by an entry point of the
-    group ``nanoos_fw.potentials`` whose object is such a factory.
-
-    Raises
-    ------
-    InputError
-        If the name is taken.
-    """
-    if name in _registered and _registered[name] is not factory:
-        raise InputError(f"potential {name!r} is registered already")
-    _registered[name] = factory
-
-
-def unregister_potential(name: str) -> None:
-    """Take a registered potential back."""
-    _registered.pop(name, None)
-
-
-def plugin_potentials() -> dict[str, PotentialFactory]:
-    """Return registered factories, and those of entry points by a loader each."""
-    from importlib.metadata import entry_points
-
-    found: dict[str, PotentialFactory] = {}
-    for point in entry_points(group=PLUGIN_GROUP):
-        found[point.name] = _loader(point)
-    return {**found, **_registered}
-
-
-def _loader(point: Any) -> PotentialFactory:
-    def make(elements: tuple[str, ...], directory: Path) -> Potential:
-        try:
-            factory = point.load()
-        except Exception as error:  # a plug-in may fail in any way
-            raise MissingDependencyError(
-                f"the potential plug-in {point.name!r} ({point.value}) cannot be "
-                f"loaded: {type(error).__name__}: {error}",
-                advice="repair or uninstall the package that offers it",
-            ) from error
-        potential: Potential = factory(elements, directory)
-        return potential
-
-    return make
-
-
-# ------------------------------------------------------------------------- entries
-
-
-@dataclass(frozen=True)
-class CatalogueEntry:
-    """A potential that can be asked for.
-
-    Parameters
-    ----------
-    name
-        File name, or the name of a recipe.
-    source
-        Where it comes from.
-    pair_style
-        LAMMPS pair style; None for a file that no recipe is known for, and for
-        plug-ins, which are only asked when they are used.
-    elements
-        Elements it knows; empty where that is not known.
-    path
-        Its file, if it has one.
-    header
-        Date, units, contributor and citation as the file gives them.
-    problem
-        Why it cannot be used; empty if it can.
-    """
-
-    name: str
-    source: Source
-    pair_style: str | None = None
-    elements: tuple[str, ...] = ()
-    path: Path | None = None
-    header: FileHeader = field(default_factory=FileHeader)
-    problem: str = ""
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether a recipe can be made."""
-        return not self.problem
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of the file; empty without one."""
-        return sha256_file(self.path) if self.path is not None else ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry as JSON-compatible values, with its SHA-256."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "pair_style": self.pair_style,
-            "elements": list(self.elements),
-            "path": str(self.path) if self.path is not None else None,
-            "sha256": self.sha256(),
-            "date": self.header.date,
-            "units": self.header.units,
-            "contributor": self.header.contributor,
-            "citation": self.header.citation,
-            "problem": self.problem,
-        }
 
 
 class Catalogue:
@@ -233,9 +104,9 @@ class Catalogue:
         """Return all entries, in the order of their sources, then by name."""
         found = [CatalogueEntry(n, "plug-in") for n in sorted(plugin_potentials())]
         found += self._site_entries()
-        found += _built_in()
+        found += built_in_entries()
         for folder in search_folders(None):
-            found += _folder_entries(folder, "lammps")
+            found += folder_entries(folder, "lammps")
         return found
 
     def covering(
@@ -302,14 +173,14 @@ class Catalogue:
             )
         wanted = tuple(elements) if elements is not None else entry.elements
         if entry.source == "plug-in":
-            potential = _from_plugin(entry.name, wanted, directory)
+            potential = plugin_potential(entry.name, wanted, directory)
         elif entry.name == "zhou2004" and entry.source == "built-in":
             potential = zhou2004_potential(sorted(wanted), directory)
         elif entry.source == "built-in":
             potential = noble_gas_potential()
         elif entry.name.endswith(RECIPE_ENDING) and entry.path is not None:
             potential = commands_potential(
-                _read_recipe(entry.path), directory=entry.path.parent
+                read_recipe(entry.path), directory=entry.path.parent
             )
         else:
             assert entry.path is not None
@@ -415,13 +286,15 @@ class Catalogue:
             return CatalogueEntry(name, "plug-in")
         if not SAFE_NAME.match(name) or name[0] in ".-":
             return None
-        if self.directory is not None and (found := _at(self.directory, name, "site")):
+        if self.directory is not None and (
+            found := entry_at(self.directory, name, "site")
+        ):
             return found
-        for entry in _built_in():
+        for entry in built_in_entries():
             if entry.name == name:
                 return entry
         for folder in search_folders(None):
-            if found := _at(folder, name, "lammps"):
+            if found := entry_at(folder, name, "lammps"):
                 return found
         return None
 
@@ -449,7 +322,7 @@ class Catalogue:
     def _site_entries(self) -> list[CatalogueEntry]:
         if self.directory is None:
             return []
-        return _folder_entries(self.directory, "site")
+        return folder_entries(self.directory, "site")
 
     def _unknown(self, name: str, entries: Sequence[CatalogueEntry]) -> InputError:
         known = {entry.name for entry in entries} | set(FAMILIES)
@@ -470,20 +343,6 @@ class Catalogue:
         )
 
 
-def noble_gas_potential() -> Potential:
-    """Return the Lennard-Jones potential of Ne, Ar, Kr and Xe."""
-    return lennard_jones_potential(
-        NOBLE_GASES,
-        cutoff_a=_NOBLE_GASES_CUTOFF_A,
-        citation=_NOBLE_GASES_CITATION,
-        name="noble-gases",
-        timestep_fs=2.0,
-    )
-
-
-# ------------------------------------------------------------------------- private
-
-
 def _rank(entry: CatalogueEntry, elements: Sequence[str]) -> tuple[int, int, bool, str]:
     stem = re.match(r"(?:[A-Z][a-z]?)+", entry.name)
     rest = entry.name[stem.end() :] if stem else ""
@@ -495,123 +354,3 @@ def _rank(entry: CatalogueEntry, elements: Sequence[str]) -> tuple[int, int, boo
 
 def _ending(style: str | None) -> str:
     return (style or "").replace("/", ".")
-
-
-def _from_plugin(name: str, elements: tuple[str, ...], directory: Path) -> Potential:
-    try:
-        potential = plugin_potentials()[name](elements, directory)
-    except NanoOSError:
-        raise
-    except Exception as error:  # a plug-in may fail in any way
-        raise InputError(
-            f"the potential plug-in {name!r} failed for {', '.join(elements)}: "
-            f"{type(error).__name__}: {error}",
-            advice="ask the package that offers it",
-        ) from error
-    if not isinstance(potential, Potential):
-        raise InputError(
-            f"the potential plug-in {name!r} returned a {type(potential).__name__}",
-            advice="it must return a nanoos_fw.md.potentials.Potential",
-        )
-    return potential
-
-
-def _built_in() -> list[CatalogueEntry]:
-    return [
-        CatalogueEntry(
-            "zhou2004",
-            "built-in",
-            "eam/alloy",
-            ZHOU2004_ELEMENTS,
-            header=FileHeader(units="metal", citation=zhou2004.CITATION),
-        ),
-        CatalogueEntry(
-            "noble-gases",
-            "built-in",
-            "lj/cut",
-            tuple(NOBLE_GASES),
-            header=FileHeader(units="metal", citation=_NOBLE_GASES_CITATION),
-        ),
-    ]
-
-
-def _at(folder: Path, name: str, source: Source) -> CatalogueEntry | None:
-    for path in (folder / name, folder / f"{name}{RECIPE_ENDING}"):
-        if path.is_file():
-            state = path.stat()
-            return _file_entry(path, source, state.st_size, state.st_mtime_ns)
-    return None
-
-
-def _folder_entries(folder: Path, source: Source) -> list[CatalogueEntry]:
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file())
-        states = [path.stat() for path in paths]
-    except OSError as error:
-        raise InputError(
-            f"the folder of potentials {folder} cannot be read: {error.strerror}"
-        ) from error
-    return [
-        _file_entry(path, source, state.st_size, state.st_mtime_ns)
-        for path, state in zip(paths, states, strict=True)
-        if not path.name.startswith(".")
-    ]
-
-
-@lru_cache(maxsize=4096)
-def _file_entry(path: Path, source: Source, size: int, mtime: int) -> CatalogueEntry:
-    """Return the entry of a file; read again when size or time of change differ."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES).decode("utf-8", errors="replace")
-    header = read_header(head)
-    if path.name.endswith(RECIPE_ENDING):
-        return _recipe_entry(path, source)
-    style = style_of_file(path.name)
-    if style is None:
-        problem = "no recipe is known for this kind of file"
-        return CatalogueEntry(path.name, source, None, (), path, header, problem)
-    try:
-        made = file_potential(style, path.name, directory=path.parent)
-        return CatalogueEntry(path.name, source, style, made.elements, path, header)
-    except NanoOSError as error:
-        problem = error.message
-    # A file may be complete for some of its elements only.
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    try:
-        elements = read_entry_elements(text, style)
-    except (ValueError, KeyError, IndexError):
-        elements = ()
-    for element in elements:
-        try:
-            file_potential(style, path.name, directory=path.parent, elements=[element])
-        except NanoOSError:
-            elements = ()
-            break
-    problem = "" if elements else problem
-    return CatalogueEntry(path.name, source, style, elements, path, header, problem)
-
-
-def _recipe_entry(path: Path, source: Source) -> CatalogueEntry:
-    try:
-        recipe = _read_recipe(path)
-        made = commands_potential(recipe, directory=path.parent)
-    except NanoOSError as error:
-        return CatalogueEntry(path.name, source, path=path, problem=str(error))
-    header = FileHeader(units=made.units, citation=made.citation)
-    return CatalogueEntry(
-        path.name, source, made.pair_style, made.elements, path, header
-    )
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise InputError(f"the recipe {path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"the recipe {path} is not a mapping")
-    data.setdefault("name", path.name.removesuffix(RECIPE_ENDING))
-    return dict(data)

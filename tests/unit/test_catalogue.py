@@ -12,7 +12,7 @@ from nanoos_fw.errors import (
     InputError,
     MissingDependencyError,
 )
-from nanoos_fw.md import catalogue as module
+from nanoos_fw.md import potential_plugins
 from nanoos_fw.md.catalogue import (
     Catalogue,
     register_potential,
@@ -363,7 +363,7 @@ def test_failures_of_plugins_are_named(tmp_path, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"'broken'.*no such model"):
         Catalogue().resolve("broken", ["Si"], tmp_path)
     for bad, message in ((lambda e, d: 3, "returned a int"), (_raise, "failed for Si")):
-        monkeypatch.setattr(module, "_registered", {"bad": bad})
+        monkeypatch.setattr(potential_plugins, "_registered", {"bad": bad})
         with pytest.raises(InputError, match=message):
             Catalogue().resolve("bad", ["Si"], tmp_path)
 
