@@ -55,6 +55,16 @@ REASONS: dict[CandidateStatus, str] = {
 }
 
 
+# What nobody asked for; the other reasons are filters that did their work.
+FAILURES = frozenset(
+    {
+        CandidateStatus.NO_GRAPH,
+        CandidateStatus.UNREADABLE,
+        CandidateStatus.NO_PREDICTION,
+    }
+)
+
+
 class CandidateFilter(BaseModel):
     """What a candidate must fulfil to be predicted.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nanoos_fw.ml.candidate_filters import FAILURES, CandidateStatus
 from nanoos_fw.ml.candidates import open_candidates
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.ranking import TIE_RULE
@@ -273,11 +275,15 @@ class _Collector:
             source = open_candidates(self.plan["stream"]["candidates"])
             return StageCount(planned=len(source), finished=0)
         screen = store.get(name)
-        found = store.progress(screen)
+        found: Counter[int] = Counter()
+        for chunk in store.chunks(screen.key):
+            found.update(chunk.status.tolist())
+        failed = sum(found[status] for status in FAILURES)
+        finished = found[CandidateStatus.PREDICTED]
+        # What a filter leaves out was not to be predicted.
+        filtered = found.total() - failed - finished
         return StageCount(
-            planned=screen.count,
-            finished=found.predicted,
-            failed=found.candidates - found.predicted,
+            planned=screen.count - filtered, finished=finished, failed=failed
         )
 
     def _given_out(self) -> StageCount:

@@ -617,6 +617,25 @@ def test_a_campaign_selects_from_a_sequence(database, tmp_path):
         RankStreamTask(campaign="demo", top_k=500).run(place)
 
 
+def test_what_a_filter_leaves_out_is_no_failure_of_a_campaign(database, tmp_path):
+    values = demo_plan("demo", tmp_path, tmp_path / "report.html").model_dump()
+    stream = {"candidates": ALLOYS, "filters": {"n_elements": [2, 2]}}
+    plan = CampaignPlan.model_validate({**values, "stream": stream})
+    place = TaskContext.on(database, settings=Settings(ranks=1), work_root=tmp_path)
+    place.campaigns.create("demo", plan.model_dump(mode="json"))
+    place.campaigns.record("demo", model="energy@1")
+    source = open_candidates(ALLOYS)
+    labelled = NewStructure(structure=source.structure(0), label="labelled")
+    for name in ("demo/labelled", "demo/candidates"):
+        place.structures.add([labelled], in_set=name)
+    ScreenStreamTask(campaign="demo", start=0, stop=81).run(place)
+    fitting = sum(len(source.structure(i).composition) == 2 for i in range(81))
+    screened = collect_report(database, "demo").funnel.screened
+    assert 0 < fitting < 81
+    assert screened.planned == screened.finished == fitting
+    assert screened.failed == 0
+
+
 def _atoms(formula):
     from pymatgen.core import Composition
 
