@@ -69,7 +69,7 @@ def check_potential(
     potential.check_elements(species)
     check_styles(potential, installed)
     check_files(potential)
-    return _check_charges(structure, potential)
+    return check_charges(structure, potential)
 
 
 def check_styles(
@@ -135,7 +135,19 @@ def check_files(potential: Potential) -> None:
             )
 
 
-def _check_charges(structure: Structure, potential: Potential) -> tuple[str, ...]:
+def check_charges(structure: Structure, potential: Potential) -> tuple[str, ...]:
+    """Refuse charges that are missing or do not add up to zero, if they count.
+
+    Returns
+    -------
+    tuple of str
+        A warning if the structure has charges and the potential knows none.
+
+    Raises
+    ------
+    InputError
+        If the potential takes charges from the structure, and cannot take these.
+    """
     charges = site_charges(structure)
     if potential.charges == "given":
         if charges is None:

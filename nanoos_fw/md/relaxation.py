@@ -42,6 +42,7 @@ from nanoos_fw.md.optimizer import (
     failed_result,
     relax_one,
 )
+from nanoos_fw.md.potential_checks import check_charges
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.parallel import (
     STOP,
@@ -202,6 +203,7 @@ def _task(
 ) -> dict[str, Any]:
     species = site_elements(structure)
     potential.check_elements(species)
+    check_charges(structure, potential)
     body: dict[str, Any] = {
         "species": species,
         "lattice": structure.lattice.matrix.tolist(),

@@ -18,7 +18,8 @@ from nanoos_fw.errors import (
 from nanoos_fw.md import relaxation
 from nanoos_fw.md.calculator import Evaluation, simulation_error
 from nanoos_fw.md.cells import check_distances
-from nanoos_fw.md.potentials import lennard_jones_potential
+from nanoos_fw.md.potential_terms import PairCoefficient, PairTerm
+from nanoos_fw.md.potentials import Potential, lennard_jones_potential
 from nanoos_fw.md.relaxation import (
     RelaxationResult,
     RelaxationSettings,
@@ -208,6 +209,32 @@ def test_failures_become_results_with_their_class():
     result = relax_one(Morse(), close, TIGHT)
     assert result.error_class == "atoms_too_close"
     assert "0.400" in result.error
+
+
+@pytest.mark.parametrize(
+    ("charges", "message"), [([1.0, -0.5], "add up to"), (None, "needs charges")]
+)
+def test_a_cell_that_is_not_neutral_is_not_relaxed(charges, message, tmp_path):
+    salt = Structure(
+        Lattice.cubic(3.0),
+        ["Na", "Cl"],
+        [[0, 0, 0], [0.5, 0.5, 0.5]],
+        site_properties=None if charges is None else {"charge": charges},
+    )
+    pair = PairTerm(
+        style="coul/dsf", arguments=(0.2, 9.0), coefficients=(PairCoefficient(),)
+    )
+    ionic = Potential(
+        name="ionic",
+        terms=(pair,),
+        elements=("Na", "Cl"),
+        atom_style="charge",
+        charges="given",
+        timestep_fs=1.0,
+    )
+    result = relax_structures({"salt": salt}, ionic, tmp_path)["salt"]
+    assert message in result.error
+    assert result.energy_ev is None
 
 
 def test_a_relaxed_structure_keeps_its_charges():
