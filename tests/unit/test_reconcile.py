@@ -354,6 +354,27 @@ def test_a_lock_is_removed_when_it_has_been_seen_long_enough(
     assert reconcile(launchpad, now=NOW + timedelta(minutes=23)).unlocked == []
 
 
+@pytest.mark.parametrize("noted", [False, True])
+def test_nobody_waits_for_the_lock_of_a_process_that_is_gone(
+    launchpad: Any, slurm: Slurm, tmp_path: Path, noted: bool
+) -> None:
+    fw = running(launchpad, "1", tmp_path)
+    slurm.ended["1"] = ended("1", "OUT_OF_MEMORY")
+    if noted:  # its launch was, before the process that held the lock was killed
+        done = {"state": "FIZZLED", "action": FWAction().to_dict()}
+        launchpad.launches.update_one({"fw_id": fw.fw_id}, {"$set": done})
+    launchpad.workflows.update_one({}, {"$set": {"locked": True}})
+    now = datetime.now(UTC)
+    report = reconcile(launchpad, now=now)  # FireWorks alone would take five minutes
+    assert (report.locked, report.lost, report.refreshed) == ([fw.fw_id], [], [])
+    assert not report.clean
+    assert state(launchpad, fw) == "RUNNING"
+    report = reconcile(launchpad, now=now + timedelta(minutes=11))
+    assert report.unlocked == [fw.fw_id]
+    assert report.locked == []
+    assert state(launchpad, fw) == "FIZZLED"
+
+
 def test_a_task_notes_the_job_it_runs_in(launchpad: Any, tmp_path: Path) -> None:
     added = firework()
     launchpad.add_wf(added)
