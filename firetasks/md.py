@@ -244,8 +244,10 @@ class RunMDTask(NanoTask):
         run = _resolve(place, parameters)
         which = {"structure": run.structure, "method": run.method}
         if parameters.campaign is not None:
+            analyses = parameters.md.request.keys
             place.campaigns.record(
-                parameters.campaign, **{f"md.{parameters.rank}": which}
+                parameters.campaign,
+                **{f"md.{parameters.rank}": {**which, "analyses": analyses}},
             )
         found = place.simulations.find([run.structure], run.method)
         simulation = found.get(run.structure)
@@ -295,6 +297,7 @@ class RunMDTask(NanoTask):
             error=None if error is None else error.to_dict(),
             result={
                 "workflow_type": parsed["workflow_type"],
+                "ensemble": config.production_ensemble,
                 "n_atoms": parsed["n_atoms"],
                 "steps": parsed["steps"],
                 "timestep_fs": config.timestep_fs or run.potential.timestep_fs,
@@ -357,17 +360,13 @@ class AnalyzeTrajectoryTask(NanoTask):
                 evidence={"simulation": (simulation.error or {}).get("message")},
                 advice="see the simulation's own error",
             )
-        analysis = analyze_simulation(
-            Path(simulation.files["output_dir"]), self.parameters.md.request
-        )
-        for name, numbers in analysis.numbers.items():
-            document = dict(numbers)
-            if analysis.arrays[name]:
+        request = self.parameters.md.request
+        analysis = analyze_simulation(Path(simulation.files["output_dir"]), request)
+        for name, document in analysis.documents(request):
+            if analysis.arrays.get(name):
                 curves = analysis.packed(name)
                 document["artifact"] = put_artifact(place.database, curves)
-            place.simulations.analysed(simulation, name, document)
-        for name, error in analysis.failures.items():
-            place.simulations.analysed(simulation, name, {"error": error.to_dict()})
+            place.simulations.analysed(simulation, request.key(name), document)
         return {
             "structure": run.structure,
             "analyses": sorted(analysis.numbers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ from nanoos_fw.md.transport import (
     trajectory_msd,
 )
 from nanoos_fw.md.vibrations import trajectory_vibrations
+from nanoos_fw.provenance import content_key
 
 __all__ = [
     "ANALYSES",
@@ -69,6 +71,16 @@ Array = NDArray[np.float64]
 
 AnalysisName = Literal["rdf", "adf", "msd", "vdos", "npt"]
 ANALYSES: tuple[AnalysisName, ...] = ("rdf", "adf", "msd", "vdos", "npt")
+
+_RDF_OPTIONS = ("rdf_max_a", "rdf_bins")
+_OPTIONS: dict[AnalysisName, tuple[str, ...]] = {
+    "rdf": _RDF_OPTIONS,
+    # Without a cutoff, the first minimum of g(r) is it.
+    "adf": ("adf_cutoff_a", "adf_bins", *_RDF_OPTIONS),
+    "msd": ("msd_first_ps", "msd_last_ps"),
+    "vdos": ("vdos_longest_ps",),
+    "npt": (),
+}
 
 
 class AnalysisRequest(BaseModel):
@@ -104,6 +116,23 @@ class AnalysisRequest(BaseModel):
     vdos_longest_ps: float | None = Field(default=None, gt=0.0)
     memory_mb: float = Field(default=256.0, ge=1.0)
 
+    def options(self, name: AnalysisName) -> dict[str, float | None]:
+        """Return the parameters that decide the result of an analysis."""
+        return {option: getattr(self, option) for option in _OPTIONS[name]}
+
+    def key(self, name: AnalysisName) -> str:
+        """Return the name that the result of an analysis is stored under.
+
+        Other options, another key: simulations are shared, and what one campaign asked
+        for must not replace what another did.
+        """
+        return f"{name}-{content_key(f'analysis/{name}', self.options(name))[:12]}"
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of all that is asked for, by name."""
+        return {name: self.key(name) for name in self.analyses}
+
 
 @dataclass
 class Analysis:
@@ -122,6 +151,14 @@ class Analysis:
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     arrays: dict[str, dict[str, Array]] = field(default_factory=dict)
     failures: dict[str, NanoOSError] = field(default_factory=dict)
+
+    def documents(self, request: AnalysisRequest) -> Iterator[tuple[AnalysisName, Any]]:
+        """Yield all analyses as JSON values, with what was asked for."""
+        for name in dict.fromkeys(request.analyses):
+            asked = {"analysis": name, "options": request.options(name)}
+            failure = self.failures.get(name)
+            found = {"error": failure.to_dict()} if failure else self.numbers[name]
+            yield name, {**asked, **found}
 
     def packed(self, name: str) -> bytes:
         """Return the curves of an analysis as the bytes of an ``.npz`` file."""

@@ -43,7 +43,7 @@ ALIASES = {
     "timestep": "timestep_fs",
 }
 # No steps in time.
-_STILL = ("MINIMIZE_LAMMPS", "STATIC_LAMMPS", "ELASTIC_LAMMPS", "EOS_LAMMPS")
+STILL_WORKFLOWS = ("MINIMIZE_LAMMPS", "STATIC_LAMMPS", "ELASTIC_LAMMPS", "EOS_LAMMPS")
 # Many structures through one instance, instead of one script.
 PROPERTIES = ("ELASTIC_LAMMPS", "EOS_LAMMPS")
 _RAMPS = ("MD_ANNEAL_LAMMPS", "MD_MELT_QUENCH_LAMMPS")
@@ -301,7 +301,7 @@ class MDConfig(BaseModel):
     @property
     def is_dynamics(self) -> bool:
         """Whether atoms move in time, rather than downhill or not at all."""
-        return self.workflow_type not in _STILL
+        return self.workflow_type not in STILL_WORKFLOWS
 
     @property
     def has_frames(self) -> bool:
@@ -337,6 +337,11 @@ class MDConfig(BaseModel):
         }
         return kept.pop() if len(kept) == 1 else None
 
+    @property
+    def production_ensemble(self) -> Ensemble:
+        """What the last part of the simulation holds constant."""
+        return self.stages()[-1].ensemble
+
     def stages(self) -> tuple[Stage, ...]:
         """Return the parts of the simulation in their order."""
         low, first, last = (
@@ -346,7 +351,7 @@ class MDConfig(BaseModel):
         )
         kind = self.workflow_type
         stages: list[Stage]
-        if kind in _STILL:
+        if kind in STILL_WORKFLOWS:
             if kind == "MINIMIZE_LAMMPS":
                 return (Stage("minimization", "minimize", 0, last, low, low),)
             return (Stage("evaluation", "static", 0, last, low, low),)

@@ -435,6 +435,7 @@ class _Collector:
                         entry,
                         simulation,
                         lambda key: get_artifact(self.database, key),
+                        run.get("analyses"),  # None: made by an earlier version
                     )
                 )
                 continue

@@ -41,6 +41,16 @@ _LOSS_NAMES = {
     "mae": "mean absolute error of the normalized target, no unit",
     "huber": "Huber loss of the normalized target, no unit",
 }
+_ENSEMBLES = {
+    "MD_NPT_LAMMPS": "npt",
+    "MD_NVT_LAMMPS": "nvt",
+    "MD_NVE_LAMMPS": "nve",
+}
+_CONTROLS = {
+    "npt": "Nosé-Hoover thermostat and barostat",
+    "nvt": "Nosé-Hoover thermostat",
+    "nve": "no thermostat after equilibration",
+}
 _LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _BASELINE_NAMES = {
     "mean": "mean of the training labels",
@@ -186,12 +196,21 @@ def md_panel(
     entry: StoredStructure,
     simulation: Simulation,
     artifact: Callable[[str], bytes],
+    analyses: Mapping[str, str] | None = None,
 ) -> MDPanel:
-    """Return one finished run as the panel of its candidate."""
+    """Return one finished run as the panel of its candidate.
+
+    Parameters
+    ----------
+    analyses
+        Keys of the analyses to show, by name; None takes the last of each.
+    """
     result = simulation.result
     thermo, averages = result["thermo"], result["averages"]
     timestep_ps = result["timestep_fs"] / 1000.0
-    npt = result["workflow_type"] == "MD_NPT_LAMMPS"
+    kind = result["workflow_type"]
+    # Results of earlier versions do not state it.
+    ensemble = result.get("ensemble") or _ENSEMBLES.get(kind, "")
 
     def series(column: str, set_point: float | None = None) -> ThermoSeries:
         return ThermoSeries(
@@ -200,29 +219,38 @@ def md_panel(
             set_point=set_point,
         )
 
-    analyses = result.get("analyses", {})
-    ensemble = {"MD_NPT_LAMMPS": "NPT", "MD_NVT_LAMMPS": "NVT"}
+    shown = _shown(result.get("analyses", {}), analyses)
+    temperature = result["temperature_k"] if ensemble in ("nvt", "npt") else None
+    pressure = result["pressure_bar"] if ensemble == "npt" else None
     return MDPanel(
         rank=rank,
         candidate_id=entry.key,
         formula=entry.formula,
         prototype=entry.prototype or "",
-        ensemble=ensemble.get(result["workflow_type"], result["workflow_type"]),
-        control="Nosé-Hoover thermostat" + (" and barostat" if npt else ""),
+        ensemble=ensemble.upper() if kind in _ENSEMBLES else kind,
+        control=_CONTROLS.get(ensemble, ""),
         n_atoms=result["n_atoms"],
         n_steps=result["steps"],
         timestep_fs=result["timestep_fs"],
         equilibration_ps=result["equilibration_steps"] * timestep_ps,
         time_ps=[step * timestep_ps for step in thermo["step"]],
-        temperature_k=series("temperature_k", result["temperature_k"]),
-        pressure_bar=series("pressure_bar", result["pressure_bar"] if npt else None),
+        temperature_k=series("temperature_k", temperature),
+        pressure_bar=series("pressure_bar", pressure),
         volume_a3=series("volume_a3"),
         potential_energy_ev=series("potential_energy_ev"),
         other_averages=_density(entry, result),
-        rdf=_rdf(analyses.get("rdf")),
-        msd=_msd(analyses.get("msd"), artifact),
-        vdos=_vdos(analyses.get("vdos"), artifact),
+        rdf=_rdf(shown.get("rdf")),
+        msd=_msd(shown.get("msd"), artifact),
+        vdos=_vdos(shown.get("vdos"), artifact),
     )
+
+
+def _shown(stored: Mapping[str, Any], keys: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return one of the stored analyses of each name."""
+    if keys is not None:
+        return {name: stored[key] for name, key in keys.items() if key in stored}
+    # Those that an earlier version made have the name as the key.
+    return {found.get("analysis", key): found for key, found in stored.items()}
 
 
 def _average(average: Mapping[str, Any] | None) -> Average | NotAvailable:

@@ -150,11 +150,11 @@ class SimulationStore:
             document = self._simulations.find_one({"_id": key})
         return None if document is None else _simulation(document)
 
-    def analysed(self, simulation: Simulation, name: str, result: Any) -> None:
-        """Add a named analysis to a stored simulation."""
+    def analysed(self, simulation: Simulation, key: str, result: Any) -> None:
+        """Add an analysis to a stored simulation, under the key of what was asked."""
         with store_errors("store an analysis"):
             self._simulations.update_one(
-                {"_id": simulation.key}, {"$set": {f"result.analyses.{name}": result}}
+                {"_id": simulation.key}, {"$set": {f"result.analyses.{key}": result}}
             )
 
 

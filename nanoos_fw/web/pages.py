@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -147,6 +148,7 @@ def runs(request: Request) -> HTMLResponse:
 @router.get("/runs/{key}")
 def run(key: str, request: Request) -> HTMLResponse:
     """Show one run with its plots."""
+    from nanoos_fw.md.protocols import STILL_WORKFLOWS
     from nanoos_fw.reports.page import render_run
     from nanoos_fw.reports.panels import md_panel
     from nanoos_fw.stores.database import get_artifact
@@ -160,8 +162,15 @@ def run(key: str, request: Request) -> HTMLResponse:
             raise NotFoundError(f"there is no run {key!r}", advice="see /runs")
         entry = StructureStore(state.database).get_many([simulation.structure])
         stored = entry[simulation.structure]
-        if simulation.status != "done":
-            return page(request, "run", run=simulation, formula=stored.formula)
+        still = simulation.result.get("workflow_type") in STILL_WORKFLOWS
+        if simulation.status != "done" or still:
+            return page(
+                request,
+                "run",
+                run=simulation,
+                formula=stored.formula,
+                numbers=_numbers(simulation.result),
+            )
         panel = md_panel(
             1, stored, simulation, lambda digest: get_artifact(state.database, digest)
         )
@@ -216,6 +225,26 @@ def page(request: Request, name: str, /, **values: Any) -> HTMLResponse:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'"
     )
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+
+def _numbers(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return what a simulation without steps in time found, by name with its unit."""
+    left_out = {"workflow_type", "thermo", "units", "averages", "final_structure"}
+    # Nothing moves in time.
+    left_out |= {"timestep_fs", "equilibration_steps", "temperature_k", "seed"}
+    units = {"final_energy": "eV", "final_potential_energy": "eV"}
+    rows = []
+    for name, value in result.items():
+        if name in left_out:
+            continue
+        inside = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, number in inside:
+            if number is None or number == []:
+                continue
+            label = f"{name}: {part}" if part else name
+            label += f" ({units[name]})" if name in units else ""
+            rows.append((label, number))
+    return rows
 
 
 def _environment() -> jinja2.Environment:

@@ -59,7 +59,7 @@ def test_trajectories_are_analysed_in_every_way_asked_for(
 ) -> None:
     results = [r for (k, _), (_, r) in undisturbed["simulations"].items() if k == "md"]
     for result in results:
-        found = result["analyses"]
+        found = {a["analysis"]: a for a in result["analyses"].values()}
         assert set(found) == {"rdf", "msd", "vdos"}
         for numbers in found.values():
             assert "error" not in numbers

@@ -9,6 +9,7 @@ import pytest
 
 from nanoos_fw.firetasks.md import MDMethod
 from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
+from nanoos_fw.md.analysis import ANALYSES, AnalysisRequest
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.inputs import MDConfig
 from nanoos_fw.md.optimizer import RelaxationSettings
@@ -21,6 +22,16 @@ from nanoos_fw.md.potential_terms import (
 from nanoos_fw.md.potentials import Potential
 from nanoos_fw.md.protocols import ScheduleStep
 from nanoos_fw.provenance import read_json
+
+ANALYSIS: dict[str, Any] = {
+    "rdf_max_a": 7.0,
+    "rdf_bins": 100,
+    "adf_cutoff_a": 3.0,
+    "adf_bins": 90,
+    "msd_first_ps": 0.5,
+    "msd_last_ps": 2.0,
+    "vdos_longest_ps": 1.0,
+}
 
 # A new field fails the first test below until somebody has decided about it.
 CONFIG: dict[str, Any] = {
@@ -152,6 +163,8 @@ def test_all_fields_have_been_decided_about() -> None:
         # The atom style follows from the charges.
         set(POTENTIAL_MATTERS) | set(POTENTIAL_INDIFFERENT) | version | {"atom_style"}
     )
+    # The memory decides how the same numbers are computed.
+    assert set(AnalysisRequest.model_fields) == {*ANALYSIS, "analyses", "memory_mb"}
     for model, values in (
         (PotentialFile, FILE),
         (PotentialFix, FIX),
@@ -191,6 +204,17 @@ def test_each_field_of_a_schedule_changes_the_key(name: str) -> None:
         return MDMethod(config=config).key(potential())
 
     assert key() != key(**{name: STEP[name]})
+
+
+@pytest.mark.parametrize("name", ANALYSIS)
+def test_each_option_of_an_analysis_is_stored_beside_the_others(name: str) -> None:
+    before = AnalysisRequest(analyses=ANALYSES)
+    after = AnalysisRequest(analyses=ANALYSES, **{name: ANALYSIS[name]})
+    moved = {a for a in ANALYSES if before.key(a) != after.key(a)}
+    # Angles between neighbours begin with g(r), which tells who they are.
+    first = name.split("_", maxsplit=1)[0]
+    assert moved == ({"rdf", "adf"} if first == "rdf" else {first})
+    assert {a for a in ANALYSES if name in after.options(a)} == moved
 
 
 @pytest.mark.parametrize("name", METHOD)

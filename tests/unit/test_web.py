@@ -430,6 +430,37 @@ def test_the_page_of_a_finished_run_draws_it(
     assert "molecular dynamics" in page
 
 
+def test_the_page_of_a_run_without_steps_in_time_shows_its_numbers(
+    launchpad: Any, keys: list[str], tmp_path: Path
+) -> None:
+    result = {
+        "workflow_type": "ELASTIC_LAMMPS", "ensemble": "static", "n_atoms": 2,
+        "steps": 0, "timestep_fs": 1.0, "equilibration_steps": 0,
+        "temperature_k": 300.0, "seed": 1, "corrections": [], "averages": {},
+        "thermo": {"step": []}, "final_energy": -6.5,
+        "elastic": {"stable": True, "bulk_gpa": 81.25, "stiffness_gpa": [[7.125]]},
+    }  # fmt: skip
+    store = SimulationStore(open_database(launchpad))
+    store.put_many(
+        [
+            Simulation(
+                structure=keys[0], method="m", kind="md", status="done", result=result
+            )
+        ]
+    )
+    web = client(launchpad, tmp_path)
+    (run,) = store.newest("md", 5)
+    answer = web.get(f"/runs/{run.key}")
+    assert answer.status_code == 200
+    cells = re.findall('<th scope="row">([^<]*)</th><td>(.*?)</td></tr>', answer.text)
+    found = {name: re.sub("<[^>]*>", "", value) for name, value in cells}
+    assert found == {
+        "ensemble": "static", "n_atoms": "2", "steps": "0", "final_energy (eV)": "-6.5",
+        "elastic: stable": "yes", "elastic: bulk_gpa": "81.25",
+        "elastic: stiffness_gpa": "7.125",
+    }  # fmt: skip
+
+
 # ----------------------------------------------------------------- its own description
 
 
