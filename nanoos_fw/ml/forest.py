@@ -24,7 +24,7 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import AnyGraph, as_graph
 from nanoos_fw.ml.graph_scalars import GRAPH_SCALARS, GraphScalars, graph_scalars
 from nanoos_fw.ml.metrics import calibrate
-from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text
+from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text, check_features
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     Predictions,
@@ -69,6 +69,8 @@ class ForestCard(BaseModel):
         target; None for a forest without intervals.
     mock_targets
         The targets are made-up numbers.
+    feature_version
+        Of the graphs and scalars that it was fitted to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +90,7 @@ class ForestCard(BaseModel):
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
     interval_floor: float | None = Field(default=None, gt=0.0)
     mock_targets: bool = False
+    feature_version: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,7 +413,7 @@ def load_forest(
     Raises
     ------
     InputError
-        If there is no such file.
+        If there is no such file, or it was fitted to features of another version.
     CorruptArtifactError
         If it is no forest, or does not match its checksum.
     """
@@ -442,6 +445,7 @@ def load_forest(
         raise CorruptArtifactError(
             f"the arrays of {name} do not match their checksum", advice=_FETCH
         )
+    check_features(card, name)
     fields: dict[str, Any] = dict(chosen)
     return ForestModel(
         card=card,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoos_fw.errors import InputError
+from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.forest import ForestCard, ForestModel, filled_features, scalar_matrix
 from nanoos_fw.ml.graph_scalars import GRAPH_SCALARS, GraphScalars
 
@@ -112,6 +113,7 @@ def fit_forest(
         seed=seed,
         dataset_hash=dataset_hash,
         mock_targets=mock_targets,
+        feature_version=FEATURE_VERSION,
         **fields,
     )
     trees: dict[str, Any] = _tree_arrays(forest.estimators_)

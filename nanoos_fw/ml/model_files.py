@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nanoos_fw.errors import CorruptArtifactError
-from nanoos_fw.ml.features import element_table
+from nanoos_fw.errors import CorruptArtifactError, InputError
+from nanoos_fw.ml.features import FEATURE_VERSION, element_table
 from nanoos_fw.ml.uncertainty import Uncertainty, UncertaintyCard
 from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
 
@@ -30,6 +30,9 @@ FETCH = (
     "code; fetch or train the model again"
 )
 _CARD, _DIGEST, _MOCK = "card", "card_sha256", "mock_targets"
+# Fields that came later, and what a file without them means: such files keep the
+# bytes, and with them the digest, that they had before.
+_LATER = {_MOCK: False, "feature_version": 1}
 _N_BINS = 10
 _BINNED = (
     "electronegativity",
@@ -171,6 +174,8 @@ class ModelCard(BaseModel):
     mock_targets
         The weights come from made-up numbers, or began as weights that do: the
         registry makes no alias point to them.
+    feature_version
+        Of the features that the weights were fitted to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -194,15 +199,34 @@ class ModelCard(BaseModel):
     pad_neighbors: bool = False
     origin: dict[str, str | float | int | None] = Field(default_factory=dict)
     mock_targets: bool = False
+    feature_version: int = 1
 
 
 def card_text(card: BaseModel) -> str:
     """Return the card as the text that a file holds and its digest covers."""
     fields = card.model_dump(mode="json")
-    if not fields[_MOCK]:
-        # Came later: files of real targets have the bytes they had before.
-        del fields[_MOCK]
+    for name, meant in _LATER.items():
+        if fields[name] == meant:
+            del fields[name]
     return canonical_json(fields)
+
+
+def check_features(card: BaseModel, name: str) -> None:
+    """Refuse a card of weights that were fitted to features of another version.
+
+    Raises
+    ------
+    InputError
+        If ``feature_version`` is not that of this program.
+    """
+    version = card.model_dump(include={"feature_version"})["feature_version"]
+    if version != FEATURE_VERSION:
+        raise InputError(
+            f"{name} was fitted to features of version {version}, this program makes "
+            f"version {FEATURE_VERSION}: its predictions would be wrong",
+            advice="train it again, import it again if it was imported, or use the "
+            "release that it was made with",
+        )
 
 
 def says_mock_targets(path: Path) -> bool:
@@ -303,6 +327,8 @@ def read_checkpoint(
     ------
     CorruptArtifactError
         If the bytes are no such file, or do not match their checksum.
+    InputError
+        If the weights were fitted to features of another version.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -322,6 +348,7 @@ def read_checkpoint(
         raise CorruptArtifactError(
             f"the tensors of {name} do not match their checksum", advice=FETCH
         )
+    check_features(card, name)
     return card, arrays
 
 

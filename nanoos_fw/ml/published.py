@@ -30,6 +30,7 @@ from nanoos_fw.ml.cgcnn_format import (
     CGCNN_STEP,
     published_element_vectors,
 )
+from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.model_files import Architecture, ModelCard, save_checkpoint
 from nanoos_fw.provenance import sha256_bytes
 
@@ -217,6 +218,7 @@ def convert_published(
         n_train=checkpoint.n_train or 0,
         classes=classes,
         pad_neighbors=True,
+        feature_version=FEATURE_VERSION,
         origin={
             "program": "CGCNN, T. Xie and J. C. Grossman (2018)",
             "file": checkpoint.name,

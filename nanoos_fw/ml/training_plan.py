@@ -14,6 +14,7 @@ from nanoos_fw.errors import InputError
 from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.cgcnn_format import published_element_vectors
 from nanoos_fw.ml.datasets import Dataset
+from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.metrics import element_fractions, fit_element_reference
 from nanoos_fw.ml.model_files import (
     ATOM_TABLE,
@@ -112,6 +113,7 @@ def make_plan(
         precision="float64" if training.precision == "float64" else "float32",
         classes=training.classes,
         mock_targets=mock,
+        feature_version=FEATURE_VERSION,
     )
     return TrainingPlan(
         data, card, atom_table, reference, composition, fractions, arrays, members

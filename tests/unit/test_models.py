@@ -623,6 +623,37 @@ def test_weights_say_themselves_that_their_targets_were_made_up(
             registry.activate(record.reference, reason="r")
 
 
+@pytest.mark.parametrize("kind", ["network", "forest"])
+def test_weights_fitted_to_other_features_are_refused(
+    registry: ModelRegistry, tmp_path: Path, kind: str, monkeypatch: Any
+) -> None:
+    def written(version: int) -> Path:
+        monkeypatch.setattr("nanoos_fw.ml.forest_fitting.FEATURE_VERSION", version)
+        path = tmp_path / f"{version}.safetensors"
+        if kind == "network":
+            return small_network(path, feature_version=version)
+        scalars = graph_scalars(GraphTable.from_graphs(crystals()))
+        fit_forest(
+            scalars, np.linspace(-1.0, 1.0, 8), n_trees=2, target_property=TARGET
+        ).save(path)
+        return path
+
+    types = {"network": "CGCNN", "forest": "RandomForest"}
+    for version in (1, 2):
+        register(
+            registry, written(version), str(version), name="m", model_type=types[kind]
+        )
+    # Files of the first version have the bytes that they had before.
+    assert b"feature_version" not in (tmp_path / "1.safetensors").read_bytes()
+    assert registry.load("m@1").predict_many(crystals())
+    with pytest.raises(InputError, match="version 2, this program makes version 1"):
+        registry.load("m@2")
+    monkeypatch.setattr("nanoos_fw.ml.model_files.FEATURE_VERSION", 2)
+    assert registry.load("m@2").predict_many(crystals())
+    with pytest.raises(InputError, match="version 1, this program makes version 2"):
+        registry.load("m@1")
+
+
 def test_a_forest_comes_back_ready_to_predict(
     registry: ModelRegistry, tmp_path: Path
 ) -> None:
