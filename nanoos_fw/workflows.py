@@ -8,6 +8,7 @@ FireWorks' work for one completion grows with their number.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,15 @@ from nanoos_fw.firetasks.featurization import FeatureParameters
 from nanoos_fw.firetasks.md import MDMethod
 from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.firetasks.streams import StreamPlan
+from nanoos_fw.md.inputs import timestep_warnings
 from nanoos_fw.ml.datasets import DatasetConfig
 from nanoos_fw.ml.training import TrainingConfig
 from nanoos_fw.provenance import content_key, utc_now
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.screens import Screen
 from nanoos_fw.stores.structures import StoredStructure
+
+logger = logging.getLogger(__name__)
 
 # In the order of the work; ``order`` in the spec sorts status tables.
 STAGES = (
@@ -144,7 +148,7 @@ class CampaignPlan(Parameters):
         MissingDependencyError
             If the installed LAMMPS lacks a style.
         """
-        self.relaxation.potential.check(structures)
+        potential = self.relaxation.potential.check(structures)
         if not self.md_runs:
             return
         if self.md_runs > self.top_k:
@@ -154,6 +158,8 @@ class CampaignPlan(Parameters):
                 advice="lower md_runs, or raise top_k",
             )
         self.md.check()
+        for warning in timestep_warnings(self.md.config, potential, potential.elements):
+            logger.warning("campaign %s: %s", self.name, warning)
 
 
 def choose_labelled(candidates: Sequence[str], fraction: float, seed: int) -> list[str]:

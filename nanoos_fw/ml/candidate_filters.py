@@ -96,6 +96,11 @@ class CandidateFilter(BaseModel):
     min_distance: float | None = Field(default=None, gt=0)
     charge_balance: bool = False
 
+    def kept_elements(self, elements: set[str]) -> set[str]:
+        """Return those of some elements that a candidate may still hold."""
+        kept = elements if self.elements is None else elements & {*self.elements}
+        return kept - {*self.exclude}
+
     def status(self, flat: CrystalArrays) -> NDArray[np.uint8]:
         """Judge crystals by what needs no neighbours, ``(n,)``."""
         sizes = np.diff(flat.atom_start)

@@ -101,6 +101,9 @@ class _Supercells(CandidateSource):
         spec = self._spec.model_dump(mode="json")
         return {**spec, "volume_per_atom": self._volumes_by_name()}
 
+    def elements(self) -> set[str]:
+        return {name for names in self._spec.elements for name in names}
+
     def window(self, start: int, stop: int) -> CrystalArrays:
         _check_window(start, stop, self._count)
         codes = permute(np.arange(start, stop), self._total, self._spec.seed)
@@ -193,6 +196,11 @@ class _Substitutions(CandidateSource):
         own["replace"] = [[old, list(new)] for old, new in own["replace"].items()]
         return {**own, "source": self._source.identity()}
 
+    def elements(self) -> set[str]:
+        replace = self._spec.replace
+        kept = self._source.elements() - replace.keys()
+        return kept.union(*(new for new in replace.values()))
+
     def window(self, start: int, stop: int) -> CrystalArrays:
         flat, choice = _spread(self._source, len(self._new), start, stop)
         sizes = np.diff(flat.atom_start)
@@ -255,6 +263,9 @@ class _Strained(CandidateSource):
     def identity(self) -> Mapping[str, Any]:
         own = self._spec.model_dump(mode="json", exclude={"source"})
         return {**own, "source": self._source.identity()}
+
+    def elements(self) -> set[str]:
+        return self._source.elements()
 
     def window(self, start: int, stop: int) -> CrystalArrays:
         flat, choice = _spread(self._source, len(self._deformations), start, stop)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoos_fw.crystals import encode_structure
+from nanoos_fw.crystals import element_symbol, encode_structure
 from nanoos_fw.errors import CorruptArtifactError, InputError, MissingDependencyError
 from nanoos_fw.ml.candidates import CandidateSource, PackSpec
 from nanoos_fw.ml.graphs import CrystalArrays, read_arrays
@@ -43,7 +43,7 @@ _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "sizes": ("<i4", ()),
 }
 _LABELS, _MANIFEST = "labels.jsonl", "manifest.json"
-_AT_ONCE = 1000
+_AT_ONCE, _ATOMS_AT_ONCE = 1000, 1 << 24
 _SHOWN = 20
 
 
@@ -197,6 +197,14 @@ class _Pack(CandidateSource):
 
     def identity(self) -> Mapping[str, Any]:
         return {"kind": "pack", "key": self._manifest["key"]}
+
+    def elements(self) -> set[str]:
+        counts = np.zeros(256, dtype=np.int64)
+        numbers = self._arrays["numbers"]
+        for start in range(0, len(numbers), _ATOMS_AT_ONCE):
+            part = numbers[start : start + _ATOMS_AT_ONCE]
+            counts += np.bincount(part, minlength=256)
+        return {element_symbol(int(z)) for z in np.flatnonzero(counts)}
 
     def window(self, start: int, stop: int) -> CrystalArrays:
         if not 0 <= start < stop <= len(self):

@@ -159,6 +159,10 @@ class CandidateSource(ABC):
     def identity(self) -> Mapping[str, Any]:
         """Return what decides the sequence."""
 
+    @abstractmethod
+    def elements(self) -> set[str]:
+        """Return the symbols that candidates may hold."""
+
     def unreadable(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Tell which candidates of a window are missing since they could not be read.
 

@@ -122,10 +122,11 @@ def create(
             )
     every = sorted({key for keys in found.values() for key in keys})
     plan.check(store.iterate(every))
+    streamed = set() if plan.stream is None else plan.stream.elements()
     check_elements(
         plan.name,
         plan.relaxation.potential,
-        store.elements(candidates),
+        store.elements(candidates) | streamed,
         store.elements(references),
         pure=store.elements(references, alone=True)
         if plan.training.target == FORMATION_ENERGY

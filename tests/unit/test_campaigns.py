@@ -208,6 +208,44 @@ def test_elements_that_would_fail_later_are_refused_before_anything_is_stored(
         CampaignStore(launchpad.db).get("new")
 
 
+def test_elements_of_a_sequence_must_be_known_but_for_those_that_are_filtered(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    store = StructureStore(open_database(launchpad))
+    copper = Structure(Lattice.cubic(3.0), ["Cu"], [[0, 0, 0]])
+    store.add([NewStructure(copper, "Cu")], in_set="mine")
+    stream: dict[str, Any] = {
+        "candidates": {
+            "kind": "supercells", "prototype": "A1", "elements": [["Cu", "U"]],
+            "volume_per_atom": {"U": 20.0},
+        }
+    }  # fmt: skip
+    plan = demo_plan("new", tmp_path, tmp_path / "report.html")
+    values = plan.model_dump(mode="json")
+    with pytest.raises(InputError, match="is not asked to know U"):
+        campaigns.create(
+            launchpad, type(plan)(**values, stream=stream),
+            candidates="mine", references="mine",
+        )  # fmt: skip
+    assert store.sets() == ["mine"]
+    stream["filters"] = {"exclude": ["U"]}
+    plan = type(plan)(**values, stream=stream)
+    assert campaigns.create(launchpad, plan, candidates="mine", references="mine") == 1
+
+
+def test_a_timestep_that_is_unsafe_is_told_before_anything_runs(
+    tmp_path: Path, caplog: Any
+) -> None:
+    plan = demo_plan("new", tmp_path, tmp_path / "report.html")
+    plan.check()
+    assert not caplog.records
+    config = plan.md.config.model_copy(update={"timestep_fs": 12.0})
+    plan.model_copy(
+        update={"md": plan.md.model_copy(update={"config": config})}
+    ).check()
+    assert "campaign new: a timestep of 12 fs is long" in caplog.text
+
+
 def test_a_potential_that_needs_charges_refuses_structures_without(
     launchpad: Any, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
-from nanoos_fw.crystals import encode_structure, structure_key
+from nanoos_fw.crystals import element_symbol, encode_structure, structure_key
 from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
 from nanoos_fw.firetasks import RankStreamTask, ScreenStreamTask
@@ -162,6 +162,8 @@ def test_windows_are_pieces_of_the_whole_sequence():
     np.testing.assert_array_equal(np.concatenate(placed), whole.positions)
     # No element that is replaced for good is left, and no crystal comes twice.
     assert 28 not in whole.numbers
+    assert source.elements() == {element_symbol(z) for z in {*whole.numbers.tolist()}}
+    assert source.elements() == {"Cu", "Ag", "Au", "Pd", "Pt"}
     pairs = zip(whole.positions.tolist(), whole.atom_start[:-1].tolist(), strict=True)
     rows = [(p // 8, p % 2, whole.numbers[a : a + 4].tobytes()) for p, a in pairs]
     assert len(set(rows)) == len(rows)
@@ -225,6 +227,7 @@ def test_pack_gives_files_back_and_refuses_another_one(tmp_path, rock_salt, copp
     assert "c.cif" in source.label(2) or source.failure(2)
     assert StructureMatcher().fit(source.structure(0), rock_salt)
     assert [len(source.structure(i)) for i in range(2)] == [8, 4]
+    assert source.elements() == {e.symbol for e in rock_salt.composition} | {"Cu"}
     other = write_pack([("x", encode_structure(copper))], tmp_path / "other")
     with pytest.raises(CorruptArtifactError, match="another one"):
         open_pack(tmp_path / "pack", other.spec.key)
