@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nanoos_fw.crystals import structure_key
 from nanoos_fw.errors import InputError, NanoOSError, SimulationError
 from nanoos_fw.firetasks.active_plan import (
     ActivePlan,
@@ -159,17 +160,12 @@ def submit_active(
     database = open_database(launchpad)
     prepare_launchpad(launchpad)
     campaigns, structures = CampaignStore(database), StructureStore(database)
-    _check_candidates(structures, plan)
+    # Before anything is stored: a campaign of this name could not be corrected then.
+    _check_elements(structures, plan)
+    _check_count(structures, plan)
     campaigns.create(plan.name, plan.model_dump(mode="json"))
     if campaigns.get(plan.name)["outputs"].get("candidates") is None:
-        keys = _candidates(structures, plan)
-        if len(keys) < plan.initial.size:
-            raise InputError(
-                f"{len(keys)} candidates are fewer than initial.size = "
-                f"{plan.initial.size}",
-                advice="import more with 'nanoos import --set', or lower initial.size",
-            )
-        structures.add_to_set(keys, plan.candidate_set)
+        structures.add_to_set(_candidates(structures, plan), plan.candidate_set)
         found = structures.keys(plan.candidate_set)
         place = context(database, plan, settings)
         if isinstance(plan.labels, FileLabels):
@@ -447,15 +443,27 @@ def _candidates(structures: StructureStore, plan: ActivePlan) -> list[str]:
             structures.add(alloy_references(chosen.alloys), in_set=plan.reference_set)
         return sorted(set(added.keys))
     if plan.needs_references and chosen.references is not None:
-        elements = structures.keys(chosen.references)
-        if not elements:
-            raise InputError(f"the set {chosen.references!r} holds no references")
-        structures.add_to_set(elements, plan.reference_set)
+        structures.add_to_set(structures.keys(chosen.references), plan.reference_set)
     return structures.keys(chosen.set)
 
 
-def _check_candidates(structures: StructureStore, plan: ActivePlan) -> None:
-    """Refuse what LAMMPS could not label, before anything is stored."""
+def _check_count(structures: StructureStore, plan: ActivePlan) -> None:
+    """Refuse fewer candidates than the first labels."""
+    chosen = plan.candidates
+    if isinstance(chosen, AlloyCandidates):
+        made = alloy_candidates(chosen.alloys)
+        count = len({structure_key(entry.structure) for entry in made})
+    else:
+        count = structures.count(chosen.set)
+    if count < plan.initial.size:
+        raise InputError(
+            f"{count} candidates are fewer than initial.size = {plan.initial.size}",
+            advice="import more with 'nanoos import --set', or lower initial.size",
+        )
+
+
+def _check_elements(structures: StructureStore, plan: ActivePlan) -> None:
+    """Refuse what LAMMPS could not label."""
     if not isinstance(plan.labels, LammpsLabels):
         return
     chosen, potential = plan.candidates, plan.labels.method.potential

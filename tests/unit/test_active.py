@@ -447,6 +447,12 @@ def test_tasks_that_cannot_label_are_refused(
             "formation_energy_per_atom",
             "have no structure of Ni alone",
         ),
+        (
+            {"set": "mixed", "references": "empty"},
+            ["Cu", "Ni"],
+            "formation_energy_per_atom",
+            "have no structure of Cu, Ni alone",
+        ),
     ],
 )
 def test_elements_that_cannot_be_labelled_are_refused_before_anything_is_stored(
@@ -473,6 +479,20 @@ def test_elements_that_cannot_be_labelled_are_refused_before_anything_is_stored(
     with pytest.raises(InputError, match=words):
         submit_active(launchpad, read_plan(values), Settings(ranks=1))
     assert store.sets() == ["mixed", "pure"]
+    assert launchpad.db["campaigns"].count_documents({}) == 0
+
+
+@pytest.mark.parametrize(("name", "count"), [("few", 1), ("none", 0)])
+def test_too_few_structures_are_refused_before_anything_is_stored(
+    launchpad: Any, tmp_path: Path, name: str, count: int
+) -> None:
+    store = StructureStore(launchpad.db)
+    copper = Structure(Lattice.cubic(3.0), ["Cu"], [[0, 0, 0]])
+    store.add([NewStructure(copper, "Cu")], in_set="few")
+    values = plan_values(tmp_path, candidates={"set": name})
+    with pytest.raises(InputError, match=f"{count} candidates are fewer than initial"):
+        submit_active(launchpad, read_plan(values), Settings(ranks=1))
+    assert store.sets() == ["few"]
     assert launchpad.db["campaigns"].count_documents({}) == 0
 
 
