@@ -176,7 +176,7 @@ def import_checkpoint(
     card, digest = import_published(
         file, weights, target, unit=unit, atom_init=atom_init
     )
-    measure, best = "auc" if card.classes else "mae", checkpoint.best_metric
+    measure, best = "roc_auc" if card.classes else "mae", checkpoint.best_metric
     record = ModelRegistry(database).register(
         name=name,
         target=card.target_property,
