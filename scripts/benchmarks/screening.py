@@ -154,7 +154,7 @@ def fireworks(
     """Return what fireworks cost beside their chunks, in rlaunch and in a packed slot.
 
     Of the launches' own times: from the start of the program to the first firework;
-    in each firework what its chunks at their median pace do not take; and from its end
+    in each firework what its chunks at their mean pace do not take; and from its end
     to the next one's begin. Fireworks are made for ``minutes`` by the throughput
     measured before.
     """
@@ -216,8 +216,8 @@ def _launched(
             [_unix(launch[field]) for launch in launches]
             for field in ("time_start", "time_end")
         )
-        # A worker's first chunk is slower: that is overhead, too. So chunks count at
-        # the median pace of their own firework.
+        # A worker's first chunk is slower: that is overhead, too. So it counts at the
+        # mean pace of the others of its firework.
         times = {
             int(chunk["_id"].rsplit(":", 1)[1]): chunk["wall_s"]
             for chunk in database["screen_chunks"].find({}, {"wall_s": 1})
@@ -226,9 +226,10 @@ def _launched(
         each, chunks_s = [], 0.0
         for start, end, launch in zip(starts, ends, launches, strict=True):
             task = fireworks[launch["fw_id"]]["spec"]["_tasks"][0]
-            own = [times[at] for at in times if task["start"] <= at < task["stop"]]
-            written = launch["action"]["stored_data"]["written"]
-            expected = statistics.median(own) * written / workers
+            mine = (at for at in sorted(times) if task["start"] <= at < task["stop"])
+            later_ones = [times[at] for at in mine][workers:]
+            firsts = workers * statistics.fmean(later_ones)
+            expected = (firsts + sum(later_ones)) / workers
             each.append(end - start - expected)
             chunks_s += expected
         between = [later - end for end, later in zip(ends, starts[1:], strict=False)]
