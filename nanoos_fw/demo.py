@@ -19,6 +19,7 @@ from typing import Any
 from markupsafe import Markup
 
 from nanoos_fw import operations
+from nanoos_fw.firetasks.campaign_plan import CampaignPlan, choose_labelled
 from nanoos_fw.firetasks.md import MDMethod
 from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.md import zhou2004
@@ -34,12 +35,7 @@ from nanoos_fw.stores.database import open_database
 from nanoos_fw.stores.embedded import save_embedded
 from nanoos_fw.stores.launches import FailedFirework, failed_fireworks
 from nanoos_fw.stores.structures import StructureStore
-from nanoos_fw.workflows import (
-    CampaignPlan,
-    choose_labelled,
-    screening_workflow,
-    verification_workflow,
-)
+from nanoos_fw.workflows import screening_workflow, verification_workflow
 
 _WATCH_S = 3.0
 TARGET = "formation_energy_per_atom"

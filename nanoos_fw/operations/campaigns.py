@@ -25,8 +25,8 @@ from nanoos_fw.stores.labels import FORMATION_ENERGY
 from nanoos_fw.stores.launches import PARKED, SPEC_KEY
 
 if TYPE_CHECKING:
+    from nanoos_fw.firetasks.campaign_plan import CampaignPlan
     from nanoos_fw.firetasks.relaxation import PotentialChoice
-    from nanoos_fw.workflows import CampaignPlan
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def read_plan(path: Path) -> CampaignPlan:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    from nanoos_fw.workflows import CampaignPlan
+    from nanoos_fw.firetasks.campaign_plan import CampaignPlan
 
     try:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -101,11 +101,11 @@ def create(
         (:meth:`CampaignPlan.check`), the potential or the references lack an element,
         or a campaign of this name has another plan.
     """
+    from nanoos_fw.firetasks.campaign_plan import choose_labelled
     from nanoos_fw.operations.campaign import prepare_launchpad
     from nanoos_fw.operations.estimates import sized_plan
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
-    from nanoos_fw.workflows import choose_labelled
 
     if plan.stream is not None:
         plan.stream.windows()  # refuses a sequence that cannot be opened
@@ -208,14 +208,11 @@ def submit(launchpad: Any, campaign: str, *, verify: bool = False) -> Submitted:
     InputError
         If there is no such campaign, or SLURM cannot give what a firework asks for.
     """
+    from nanoos_fw.firetasks.campaign_plan import CampaignPlan
     from nanoos_fw.operations.submission import submit_many
     from nanoos_fw.stores.database import open_database
     from nanoos_fw.stores.structures import StructureStore
-    from nanoos_fw.workflows import (
-        CampaignPlan,
-        screening_workflow,
-        verification_workflow,
-    )
+    from nanoos_fw.workflows import screening_workflow, verification_workflow
 
     database = open_database(launchpad)
     document = CampaignStore(database).get(campaign)

@@ -40,7 +40,7 @@ from nanoos_fw.stores.launches import SPEC_KEY
 if TYPE_CHECKING:
     from fireworks import Firework, Workflow
 
-    from nanoos_fw.workflows import CampaignPlan
+    from nanoos_fw.firetasks.campaign_plan import CampaignPlan
 
 NEEDS = "needs"
 START_S = 20.0  # imports, database, the first compiled call

@@ -18,6 +18,7 @@ from nanoos_fw.demo import demo_plan
 from nanoos_fw.errors import CorruptArtifactError, InputError, NanoOSError
 from nanoos_fw.firetasks import RankStreamTask, ScreenStreamTask
 from nanoos_fw.firetasks.base import TaskContext
+from nanoos_fw.firetasks.campaign_plan import CampaignPlan
 from nanoos_fw.firetasks.screening import choose_window, run_window
 from nanoos_fw.ml.candidate_filters import CandidateFilter, is_charge_balanced
 from nanoos_fw.ml.candidate_packs import open_pack, read_files, write_pack
@@ -56,7 +57,7 @@ from nanoos_fw.settings import Settings
 from nanoos_fw.stores.models import ModelRegistry
 from nanoos_fw.stores.screens import ScreenStore, register_screen
 from nanoos_fw.stores.structures import NewStructure, StructureStore
-from nanoos_fw.workflows import CampaignPlan, screening_workflow, window_workflow
+from nanoos_fw.workflows import screening_workflow, window_workflow
 
 ALLOYS = {
     "kind": "supercells",
