@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,15 @@ def finish(parser: argparse.ArgumentParser, command: Callable[..., int]) -> None
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_locked(fw_ids: Iterable[int]) -> None:
+    """Name fireworks that were passed over as a process has locked their workflow."""
+    for fw_id in fw_ids:
+        print(
+            f"{'locked':11} workflow of firework {fw_id}, by a process that may be "
+            "gone: nanoos reconcile removes a lock that it has seen for ten minutes"
+        )
 
 
 def open_launchpad(arguments: argparse.Namespace, settings: Settings) -> Any:

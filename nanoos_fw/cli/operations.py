@@ -7,7 +7,13 @@ import shutil
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
+from nanoos_fw.cli.common import (
+    finish,
+    launchpad_of,
+    print_json,
+    print_locked,
+    save_if_embedded,
+)
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.reconcile import Verdict
@@ -127,11 +133,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         print(f"{'refreshed':11} firework {fw_id}: its launch had ended")
     for fw_id in report.unlocked:
         print(f"{'unlocked':11} workflow of firework {fw_id}")
-    for fw_id in report.locked:
-        print(
-            f"{'locked':11} workflow of firework {fw_id}, by a process that may be "
-            "gone: nanoos reconcile removes a lock that it has seen for ten minutes"
-        )
+    print_locked(report.locked)
     print(
         f"{report.alive} alive, {len(report.lost)} lost, "
         f"{len(report.unreserved) + len(report.paused)} dead reservations, "
@@ -159,8 +161,12 @@ def _rerun(arguments: argparse.Namespace) -> int:
     from nanoos_fw.slurm import read_cluster
 
     if arguments.undo is not None:
-        undone, begun = undo_reruns(launchpad, arguments.undo or None)
+        undone, begun, locked = undo_reruns(launchpad, arguments.undo or None)
         save_if_embedded(launchpad)
+        if arguments.json:
+            print_json({"undone": undone, "begun": begun, "locked": locked})
+            return 0
+        print_locked(locked)
         print(f"{undone} reruns taken back, {begun} had begun")
         return 0
     # The limits of the cluster; on a machine without SLURM there are none.
@@ -180,6 +186,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
                 "batch": report.batch,
                 "rerun": [_attempt(a) for a in report.rerun],
                 "refused": [_attempt(a) for a in report.refused],
+                "locked": report.locked,
                 "dry_run": arguments.dry_run,
             }
         )
@@ -196,6 +203,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
             f"left     firework {attempt.fw_id} ({attempt.name}) [{attempt.failure}]: "
             f"{attempt.refused}; {attempt.error.message}"
         )
+    print_locked(report.locked)
     would = "would be rerun" if arguments.dry_run else "rerun"
     print(f"{len(report.rerun)} {would}, {len(report.refused)} left")
     if report.batch and report.rerun:

@@ -28,6 +28,7 @@ from nanoos_fw.errors import (
     OutOfTimeError,
 )
 from nanoos_fw.operations.endings import Lost, Reservation, fizzle, give_back
+from nanoos_fw.operations.locks import locks
 from nanoos_fw.slurm import EndedJob, QueuedJob, ended_jobs, queued_jobs
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY
@@ -464,7 +465,8 @@ def _stale_locks(
 ) -> tuple[list[int], set[int]]:
     """Remove locks of workflows whose holder is gone.
 
-    A lock has no date, so each is noted when it is first seen.
+    A lock has no date, so each is noted when it is first seen; if its workflow was
+    changed since, it was released and is another one.
 
     Returns
     -------
@@ -473,29 +475,29 @@ def _stale_locks(
         that stay locked.
     """
     notes = launchpad.db["stale_locks"]
+    found = locks(launchpad)
     with store_errors("look for stale locks"):
-        locked = {
-            document["_id"]: document["nodes"]
-            for document in launchpad.workflows.find(
-                {"locked": {"$exists": True}}, {"nodes": 1}
-            )
+        since = {
+            note["_id"]: utc(note["since"])
+            for note in notes.find()
+            if note["_id"] in found
+            and note.get("changed") == found[note["_id"]].changed
         }
-        noted = {note["_id"]: utc(note["since"]) for note in notes.find()}
-        stale = [key for key in locked if now - noted.get(key, now) >= expires]
+        stale = [key for key, seen in since.items() if now - seen >= expires]
         if not dry_run:
-            fresh = [key for key in locked if key not in noted]
-            if fresh:
-                notes.insert_many({"_id": key, "since": now} for key in fresh)
-            notes.delete_many({"_id": {"$nin": [k for k in locked if k not in stale]}})
+            for key in found.keys() - since.keys():
+                note = {"since": now, "changed": found[key].changed}
+                notes.update_one({"_id": key}, {"$set": note}, upsert=True)
+            notes.delete_many({"_id": {"$nin": [k for k in found if k not in stale]}})
             if stale:
                 launchpad.workflows.update_many(
                     {"_id": {"$in": stale}}, {"$unset": {"locked": ""}}
                 )
-        first = [locked.pop(key)[0] for key in stale]
+        first = [found.pop(key).nodes[0] for key in stale]
     if not dry_run:
         for fw_id in first:
             _refresh(launchpad, fw_id)
-    return first, {fw_id for nodes in locked.values() for fw_id in nodes}
+    return first, {fw_id for lock in found.values() for fw_id in lock.nodes}
 
 
 def causes(verdicts: Iterable[Verdict]) -> dict[str, int]:

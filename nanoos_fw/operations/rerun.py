@@ -12,6 +12,7 @@ import getpass
 import logging
 import math
 import re
+import secrets
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 from nanoos_fw.errors import InputError, NanoOSError
 from nanoos_fw.faults import DISK_CLASS, MEMORY_CLASS, OUT_OF_MEMORY, killed
+from nanoos_fw.operations.locks import unlocked
 from nanoos_fw.provenance import utc_now
 from nanoos_fw.slurm import (
     Cluster,
@@ -125,6 +127,8 @@ class Attempt:
         What is new in it, in words.
     refused
         Why there is no next attempt; empty if there is.
+    launches
+        That the firework had when it was looked at.
     """
 
     fw_id: int
@@ -137,15 +141,20 @@ class Attempt:
     changes: tuple[str, ...]
     refused: str
     descendants: int
+    launches: tuple[int, ...] = ()
 
 
 @dataclass
 class RerunReport:
-    """What was rerun, what was not, and the name to undo it by."""
+    """What was rerun, what was not, and the name to undo it by.
+
+    ``locked`` are those whose workflow a process has locked that may be gone.
+    """
 
     batch: str = ""
     rerun: list[Attempt] = field(default_factory=list)
     refused: list[Attempt] = field(default_factory=list)
+    locked: list[int] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Return the number of reruns by class."""
@@ -322,6 +331,7 @@ def _attempt(
         changes=tuple(changes),
         refused=refused,
         descendants=descendants,
+        launches=tuple(firework["launches"]),
     )
 
 
@@ -403,29 +413,40 @@ def rerun_failed_fireworks(
         report.rerun = wanted
         return report
     now = utc_now()
-    report.batch = f"{now}-{getpass.getuser()}"
-    for attempt in wanted:
-        if _rerun(launchpad, attempt, report.batch, now):
-            report.rerun.append(attempt)
+    # Two of one second are not one.
+    report.batch = f"{now}-{getpass.getuser()}-{secrets.token_hex(2)}"
+    by_id = {attempt.fw_id: attempt for attempt in wanted}
+    for fw_id in unlocked(launchpad, by_id, report.locked):
+        if _rerun(launchpad, by_id[fw_id], report.batch, now):
+            report.rerun.append(by_id[fw_id])
     return report
 
 
 def _rerun(launchpad: Any, attempt: Attempt, batch: str, now: str) -> bool:
-    change: dict[str, Any] = (
-        {"$set": {"spec._queueadapter": attempt.resources}}
-        if attempt.resources
-        else {"$unset": {"spec._queueadapter": ""}}
-    )
-    with store_errors(f"rerun firework {attempt.fw_id}"):
+    """Rerun a firework that is still as it was looked at, as FireWorks does.
+
+    All of it under one lock: FireWorks' own function would also rerun, a second time,
+    what another process has rerun since, and what then may run already.
+    """
+    from fireworks.core.launchpad import WFLock
+
+    fw_id = attempt.fw_id
+    change: dict[str, Any] = {"$unset": {"spec._recovery": ""}}
+    if attempt.resources:
+        change["$set"] = {"spec._queueadapter": attempt.resources}
+    else:
+        change["$unset"]["spec._queueadapter"] = ""
+    with store_errors(f"rerun firework {fw_id}"), WFLock(launchpad, fw_id):
         before = launchpad.fireworks.find_one_and_update(
-            {"fw_id": attempt.fw_id, "state": "FIZZLED"}, change
+            {"fw_id": fw_id, "state": "FIZZLED", "launches": list(attempt.launches)},
+            change,
         )
         if before is None:
             return False
         launchpad.db[COLLECTION].insert_one(
             {
                 "batch": batch,
-                "fw_id": attempt.fw_id,
+                "fw_id": fw_id,
                 "time": now,
                 "user": getpass.getuser(),
                 "failure": attempt.failure,
@@ -436,12 +457,13 @@ def _rerun(launchpad: Any, attempt: Attempt, batch: str, now: str) -> bool:
                 "launches": before["launches"],
             }
         )
-        launchpad.rerun_fw(attempt.fw_id)
+        workflow = launchpad.get_wf_by_fw_id_lzyfw(fw_id)
+        launchpad._update_wf(workflow, workflow.rerun_fw(fw_id))
     return True
 
 
-def undo_reruns(launchpad: Any, batch: str | None = None) -> tuple[int, int]:
-    """Take back reruns that have not begun; return how many were, and were not.
+def undo_reruns(launchpad: Any, batch: str | None = None) -> tuple[int, int, list[int]]:
+    """Take back reruns that have not begun.
 
     Parameters
     ----------
@@ -449,43 +471,65 @@ def undo_reruns(launchpad: Any, batch: str | None = None) -> tuple[int, int]:
         Of FireWorks.
     batch
         Name that the rerun printed; None for the last one.
-    """
-    from fireworks.core.launchpad import WFLock
 
+    Returns
+    -------
+    tuple
+        How many were taken back, how many had begun, and the fireworks whose workflow
+        a process has locked that may be gone.
+    """
     journal = launchpad.db[COLLECTION]
-    undone = begun = 0
     with store_errors("undo reruns"):
         if batch is None:
             last = journal.find_one({"undone": {"$exists": False}}, sort=[("_id", -1)])
             if last is None:
                 raise InputError("no rerun is in the journal")
             batch = last["batch"]
-        rows = list(journal.find({"batch": batch, "undone": {"$exists": False}}))
-        if not rows:
-            raise InputError(f"the journal has no rerun {batch!r} to undo")
-        for row in rows:
-            fw_id = row["fw_id"]
-            change: dict[str, Any] = {
-                "$set": {"state": "FIZZLED", "launches": row["launches"]},
-                "$pull": {"archived_launches": {"$in": row["launches"]}},
-            }
-            if row["before"] is None:
-                change["$unset"] = {"spec._queueadapter": ""}
+        rows = {
+            row["fw_id"]: row
+            for row in journal.find({"batch": batch, "undone": {"$exists": False}})
+        }
+    if not rows:
+        raise InputError(f"the journal has no rerun {batch!r} to undo")
+    locked: list[int] = []
+    undone = begun = 0
+    for fw_id in unlocked(launchpad, rows, locked):
+        with store_errors("undo reruns"):
+            if _undo(launchpad, rows[fw_id]):
+                undone += 1
             else:
-                change["$set"]["spec._queueadapter"] = row["before"]
-            with WFLock(launchpad, fw_id):
-                found = launchpad.fireworks.find_one_and_update(
-                    {
-                        "fw_id": fw_id,
-                        "state": {"$in": ["READY", "WAITING"]},
-                        "launches": [],
-                    },
-                    change,
-                )
-            if found is None:
                 begun += 1
-                continue
-            launchpad._refresh_wf(fw_id)
-            journal.update_one({"_id": row["_id"]}, {"$set": {"undone": utc_now()}})
-            undone += 1
-    return undone, begun
+    return undone, begun, locked
+
+
+def _undo(launchpad: Any, row: Mapping[str, Any]) -> bool:
+    from fireworks.core.launchpad import WFLock
+
+    fw_id = row["fw_id"]
+    change: dict[str, Any] = {
+        "$set": {"state": "FIZZLED", "launches": row["launches"]},
+        "$pull": {"archived_launches": {"$in": row["launches"]}},
+    }
+    if row["before"] is None:
+        change["$unset"] = {"spec._queueadapter": ""}
+    else:
+        change["$set"]["spec._queueadapter"] = row["before"]
+    # A launch that came after those has been rerun in its turn: this one has begun.
+    later = {"$gt": max(row["launches"], default=0)}
+    with WFLock(launchpad, fw_id):
+        found = launchpad.fireworks.find_one_and_update(
+            {
+                "fw_id": fw_id,
+                "state": {"$in": ["READY", "WAITING"]},
+                "launches": [],
+                "archived_launches": {"$not": later},
+            },
+            change,
+        )
+    if found is None:
+        return False
+    launchpad._refresh_wf(fw_id)
+    launchpad.db[COLLECTION].update_one(
+        {"_id": row["_id"]}, {"$set": {"undone": utc_now()}}
+    )
+    return True

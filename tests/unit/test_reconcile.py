@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fireworks import Firework, FWAction, Workflow
 from fireworks.core.fworker import FWorker
+from fireworks.core.launchpad import WFLock
 
 from nanoos_fw.errors import (
     DiskFullError,
@@ -26,7 +27,9 @@ from nanoos_fw.errors import (
     StoreError,
 )
 from nanoos_fw.firetasks import WriteReportTask
+from nanoos_fw.operations import locks
 from nanoos_fw.operations import reconcile as module
+from nanoos_fw.operations import rerun as reruns
 from nanoos_fw.operations.reconcile import (
     ALIVE,
     LOST,
@@ -354,6 +357,19 @@ def test_a_lock_is_removed_when_it_has_been_seen_long_enough(
     assert reconcile(launchpad, now=NOW + timedelta(minutes=23)).unlocked == []
 
 
+def test_the_lock_of_a_workflow_that_goes_on_is_not_removed(
+    launchpad: Any, slurm: Slurm
+) -> None:
+    added = firework()
+    launchpad.add_wf(added)
+    for minutes in (0, 20, 40):  # somebody happens to hold it each time
+        launchpad.workflows.update_one({}, {"$set": {"locked": True}})
+        later = NOW + timedelta(minutes=minutes)
+        assert reconcile(launchpad, now=later).unlocked == []
+        launchpad.workflows.update_one({}, {"$unset": {"locked": ""}})
+        launchpad._refresh_wf(added.fw_id)
+
+
 @pytest.mark.parametrize("noted", [False, True])
 def test_nobody_waits_for_the_lock_of_a_process_that_is_gone(
     launchpad: Any, slurm: Slurm, tmp_path: Path, noted: bool
@@ -594,7 +610,7 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     report = rerun_failed_fireworks(launchpad)
     launchpad.checkout_fw(FWorker("w"), str(tmp_path), fw_id=begun.fw_id)
 
-    assert undo_reruns(launchpad) == (1, 1)
+    assert undo_reruns(launchpad) == (1, 1, [])
 
     document = launchpad.fireworks.find_one({"fw_id": waiting.fw_id})
     assert document["state"] == "FIZZLED"
@@ -605,6 +621,76 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     with pytest.raises(InputError, match="no rerun 'last week'"):
         undo_reruns(launchpad, "last week")
     assert report.batch
+
+
+def test_a_rerun_that_was_rerun_in_its_turn_has_begun(
+    launchpad: Any, tmp_path: Path
+) -> None:
+    fw = fizzled(launchpad, StoreError("first"), tmp_path)
+    first = rerun_failed_fireworks(launchpad).batch
+    fail(launchpad, fw, StoreError("second"), tmp_path)
+    rerun_failed_fireworks(launchpad)
+    assert undo_reruns(launchpad, first) == (0, 1, [])
+    assert undo_reruns(launchpad) == (1, 0, [])
+    (left,) = failed_fireworks(launchpad.db, "c")
+    assert left.error.message == "second"
+
+
+def test_a_failure_that_another_process_has_rerun_is_left_to_it(
+    launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fw = fizzled(launchpad, StoreError("x"), tmp_path)
+
+    def rerun_by_another(*_args: Any, **_options: Any) -> list[Any]:
+        found = plan_reruns(launchpad.db)
+        monkeypatch.undo()
+        assert len(rerun_failed_fireworks(launchpad).rerun) == 1
+        launchpad.checkout_fw(FWorker("w"), str(tmp_path), fw_id=fw.fw_id)
+        return found
+
+    monkeypatch.setattr(reruns, "plan_reruns", rerun_by_another)
+    assert rerun_failed_fireworks(launchpad).rerun == []
+    assert state(launchpad, fw) == "RUNNING"
+    assert launchpad.db["reruns"].count_documents({}) == 1
+
+
+def test_two_reruns_at_the_same_moment_rerun_each_failure_once(
+    launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fw = fizzled(launchpad, StoreError("x"), tmp_path)
+    enter = WFLock.__enter__
+
+    def late(lock: Any) -> None:  # another one gets the lock first, a worker the run
+        monkeypatch.undo()
+        assert len(rerun_failed_fireworks(launchpad).rerun) == 1
+        launchpad.checkout_fw(FWorker("w"), str(tmp_path), fw_id=fw.fw_id)
+        enter(lock)
+
+    monkeypatch.setattr(WFLock, "__enter__", late)
+    assert rerun_failed_fireworks(launchpad).rerun == []
+    document = launchpad.fireworks.find_one({"fw_id": fw.fw_id})
+    assert document["state"] == "RUNNING"
+    assert launchpad.launches.count_documents({"state": "RUNNING"}) == 1
+    assert launchpad.db["reruns"].count_documents({}) == 1
+
+
+def test_neither_rerun_nor_undo_waits_for_a_process_that_is_gone(
+    launchpad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.2)
+    held = fizzled(launchpad, StoreError("x"), tmp_path)
+    free = fizzled(launchpad, StoreError("x"), tmp_path)
+    lock = {"$set": {"locked": True}}
+    launchpad.workflows.update_one({"nodes": held.fw_id}, lock)
+
+    report = rerun_failed_fireworks(launchpad)
+
+    assert [attempt.fw_id for attempt in report.rerun] == [free.fw_id]
+    assert report.locked == [held.fw_id]
+    assert state(launchpad, held) == "FIZZLED"
+    launchpad.workflows.update_one({"nodes": free.fw_id}, lock)
+    assert undo_reruns(launchpad) == (0, 0, [free.fw_id])
+    assert state(launchpad, free) == "READY"
 
 
 def test_accounting_tells_of_memory_what_the_error_does_not(
