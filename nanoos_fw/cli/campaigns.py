@@ -10,7 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.cli.common import finish, launchpad_of, print_json, save_if_embedded
+from nanoos_fw.cli.common import (
+    finish,
+    launchpad_of,
+    print_json,
+    print_locked,
+    save_if_embedded,
+)
 
 if TYPE_CHECKING:
     from nanoos_fw.operations.campaigns import Changed
@@ -276,9 +282,11 @@ def _changed(
                 done: report.changed,
                 "cancelled_jobs": report.cancelled_jobs,
                 "left_running": report.left_running,
+                "locked": report.locked,
             }
         )
         return 0
+    print_locked(report.locked)
     print(f"{report.changed} fireworks {done}")
     if report.cancelled_jobs:
         print(f"{len(report.cancelled_jobs)} jobs cancelled")
@@ -289,7 +297,7 @@ def _changed(
 
 
 def _archive(arguments: argparse.Namespace) -> int:
-    from nanoos_fw.operations.campaigns import archive
+    from nanoos_fw.operations.archives import archive
 
     launchpad = launchpad_of(arguments)
     name = arguments.campaign

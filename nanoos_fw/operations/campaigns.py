@@ -1,4 +1,4 @@
-"""Campaigns as a whole: create, submit, pause, resume, cancel, archive.
+"""Campaigns as a whole: create, submit, pause, resume, cancel.
 
 Everything that changes a firework goes through FireWorks' own functions, so that
 ``lpad`` by hand and these commands can be mixed.
@@ -6,18 +6,17 @@ Everything that changes a firework goes through FireWorks' own functions, so tha
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.errors import InputError, LaunchError
-from nanoos_fw.operations.status import campaign_status
-from nanoos_fw.provenance import sha256_bytes, utc_now, write_atomic
+from nanoos_fw.operations.locks import unlocked
+from nanoos_fw.provenance import utc_now
 from nanoos_fw.slurm import queued_jobs, run_slurm
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import store_errors
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CAMPAIGN = f"spec.{SPEC_KEY}.campaign"
+CAMPAIGN = f"spec.{SPEC_KEY}.campaign"
 _ACTIVE = ("RUNNING", "RESERVED")
 _JOBS_GONE_S = 90.0
 _JOBS_POLL_S = 1.0
@@ -231,11 +230,16 @@ def submit(launchpad: Any, campaign: str, *, verify: bool = False) -> Submitted:
 
 @dataclass
 class Changed:
-    """What a command did to the fireworks of a campaign."""
+    """What a command did to the fireworks of a campaign.
+
+    ``locked`` are those that it passed over: a process that may be gone has locked
+    their workflow.
+    """
 
     changed: int = 0
     cancelled_jobs: list[str] = field(default_factory=list)
     left_running: list[int] = field(default_factory=list)
+    locked: list[int] = field(default_factory=list)
 
 
 def pause(launchpad: Any, campaign: str, *, slurm: bool) -> Changed:
@@ -247,10 +251,9 @@ def pause(launchpad: Any, campaign: str, *, slurm: bool) -> Changed:
     report = Changed()
     if slurm:
         _release_reserved(launchpad, campaign, report, pending_only=True)
-    for fw_id in _ids(launchpad, campaign, ("READY", "WAITING")):
-        report.changed += launchpad.pause_fw(fw_id) is not None
-    report.left_running = _ids(launchpad, campaign, _ACTIVE)
-    _note(launchpad, campaign, "paused")
+    _set_state(launchpad, campaign, ("READY", "WAITING"), "PAUSED", report)
+    report.left_running = fireworks_in(launchpad, campaign, _ACTIVE)
+    note(launchpad, campaign, "paused")
     return report
 
 
@@ -267,12 +270,11 @@ def resume(launchpad: Any, campaign: str, *, parked: bool = False) -> Changed:
     if parked:
         with store_errors("take parked fireworks up"):
             launchpad.fireworks.update_many(
-                {_CAMPAIGN: campaign, flag: {"$exists": True}},
+                {CAMPAIGN: campaign, flag: {"$exists": True}},
                 {"$unset": {flag: ""}},
             )
-    for fw_id in _ids(launchpad, campaign, ("PAUSED",), chosen):
-        report.changed += launchpad.resume_fw(fw_id) is not None
-    _note(launchpad, campaign, "resumed")
+    _set_state(launchpad, campaign, ("PAUSED",), "WAITING", report, chosen)
+    note(launchpad, campaign, "resumed")
     return report
 
 
@@ -288,7 +290,7 @@ def cancel(
     """
     CampaignStore(launchpad.db).get(campaign)
     report = Changed()
-    _note(launchpad, campaign, "cancelled")
+    note(launchpad, campaign, "cancelled")
     _defuse(launchpad, campaign, report)  # first, so that nothing takes their place
     if slurm:
         _release_reserved(launchpad, campaign, report, pending_only=False)
@@ -297,34 +299,66 @@ def cancel(
         until = time.monotonic() + wait_s
         while _still(report.cancelled_jobs) and time.monotonic() < until:
             time.sleep(_JOBS_POLL_S)
-        _end_cancelled(launchpad, running, report.cancelled_jobs)
+        _end_cancelled(launchpad, running, report)
         # A warned firework may have handed over to a continuation.
         _defuse(launchpad, campaign, report)
-    report.left_running = _ids(launchpad, campaign, _ACTIVE)
+    report.left_running = fireworks_in(launchpad, campaign, _ACTIVE)
     return report
 
 
+_DEFUSABLE = ("READY", "WAITING", "PAUSED", "FIZZLED")
+
+
 def _defuse(launchpad: Any, campaign: str, report: Changed) -> None:
-    for fw_id in _ids(launchpad, campaign, ("READY", "WAITING", "PAUSED", "FIZZLED")):
-        report.changed += launchpad.defuse_fw(fw_id) is not None
+    _set_state(launchpad, campaign, _DEFUSABLE, "DEFUSED", report)
 
 
-def _end_cancelled(
-    launchpad: Any, running: Mapping[int, str], cancelled: Sequence[str]
+def _set_state(
+    launchpad: Any,
+    campaign: str,
+    states: Sequence[str],
+    state: str,
+    report: Changed,
+    also: Mapping[str, Any] | None = None,
 ) -> None:
+    """Bring the fireworks that are in some states into another one."""
+    fw_ids = fireworks_in(launchpad, campaign, states, also)
+    for fw_id in unlocked(launchpad, fw_ids, report.locked):
+        report.changed += _set_one(launchpad, fw_id, states, state)
+
+
+def _set_one(launchpad: Any, fw_id: int, states: Sequence[str], state: str) -> bool:
+    """Set a firework's state, unless it has begun or ended since it was looked at.
+
+    FireWorks' ``defuse_fw`` would rerun such a one, also one that has completed.
+    """
+    with store_errors(f"set firework {fw_id} {state}"):
+        found = launchpad.fireworks.find_one_and_update(
+            {"fw_id": fw_id, "state": {"$in": list(states)}},
+            {"$set": {"state": state, "updated_on": datetime.now(UTC)}},
+        )
+        if found is None:
+            return False
+        launchpad._refresh_wf(fw_id)
+    return True
+
+
+def _end_cancelled(launchpad: Any, running: Mapping[int, str], report: Changed) -> None:
     """Set what died with its job FIZZLED, with that cause."""
     from nanoos_fw.operations.reconcile import LOST, Verdict, end_lost, open_launches
 
-    living = _still(cancelled)
+    cancelled = set(report.cancelled_jobs)
+    ended = cancelled - _still(cancelled)
     launches, lagging = open_launches(launchpad.db)
-    verdicts = []
+    verdicts = {}
     for launch in launches:
         job = running.get(launch.fw_id)
-        if launch.state == "RUNNING" and job in cancelled and job not in living:
+        if launch.state == "RUNNING" and job in ended:
             reason = f"job {job} was cancelled with its campaign"
-            verdicts.append(Verdict(launch, LOST, "cancelled", reason))
-    end_lost(launchpad, verdicts)
-    for fw_id in set(lagging) & running.keys():
+            verdicts[launch.fw_id] = Verdict(launch, LOST, "cancelled", reason)
+    free = list(unlocked(launchpad, verdicts, report.locked))
+    end_lost(launchpad, [verdicts[fw_id] for fw_id in free])
+    for fw_id in unlocked(launchpad, set(lagging) & running.keys(), report.locked):
         launchpad._refresh_wf(fw_id)
 
 
@@ -339,15 +373,17 @@ def _release_reserved(
             for fw_id, job in reserved.items()
             if job in queue and queue[job].state == "PENDING"
         }
-    _scancel(list(reserved.values()), report)
-    for fw_id in reserved:
+    # One that has begun since the queue was asked goes on.
+    options = ["--state=PENDING"] if pending_only else []
+    _scancel(list(reserved.values()), report, options)
+    for fw_id in unlocked(launchpad, reserved, report.locked):
         firework = launchpad.fireworks.find_one(
             {"fw_id": fw_id, "state": "RESERVED"}, {"launches": 1}
         )
         if firework is not None:
             launchpad.cancel_reservation(firework["launches"][-1])
             if not pending_only:
-                report.changed += launchpad.defuse_fw(fw_id) is not None
+                report.changed += _set_one(launchpad, fw_id, _DEFUSABLE, "DEFUSED")
 
 
 def _jobs(launchpad: Any, campaign: str, states: Sequence[str]) -> dict[int, str]:
@@ -356,7 +392,7 @@ def _jobs(launchpad: Any, campaign: str, states: Sequence[str]) -> dict[int, str
         last = {
             document["launches"][-1]: document["fw_id"]
             for document in launchpad.fireworks.find(
-                {_CAMPAIGN: campaign, "state": {"$in": list(states)}},
+                {CAMPAIGN: campaign, "state": {"$in": list(states)}},
                 {"fw_id": 1, "launches": 1},
             )
             if document["launches"]
@@ -375,126 +411,37 @@ def _jobs(launchpad: Any, campaign: str, states: Sequence[str]) -> dict[int, str
     return found
 
 
-def _scancel(jobs: Sequence[str], report: Changed) -> None:
+def _scancel(jobs: Sequence[str], report: Changed, options: Sequence[str] = ()) -> None:
     for first in range(0, len(jobs), 200):
         part = list(jobs[first : first + 200])
         try:
-            run_slurm(["scancel", *part])
+            run_slurm(["scancel", *options, *part])
         except LaunchError as error:
             # Of jobs that had ended meanwhile; those that live on are found below.
             logger.warning("%s", error)
         report.cancelled_jobs += part
 
 
-def _still(jobs: Sequence[str]) -> set[str]:
+def _still(jobs: Collection[str]) -> set[str]:
     return set(jobs) & queued_jobs().keys() if jobs else set()
 
 
-def _ids(
+def fireworks_in(
     launchpad: Any,
     campaign: str,
     states: Sequence[str],
     also: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    query = {_CAMPAIGN: campaign, "state": {"$in": list(states)}, **(also or {})}
+    """Return the fireworks of a campaign that are in some states, in order."""
+    query = {CAMPAIGN: campaign, "state": {"$in": list(states)}, **(also or {})}
     with store_errors("read fireworks"):
         return sorted(d["fw_id"] for d in launchpad.fireworks.find(query, {"fw_id": 1}))
 
 
-def _note(launchpad: Any, campaign: str, what: str, **more: Any) -> None:
+def note(launchpad: Any, campaign: str, what: str, **more: Any) -> None:
+    """Add to a campaign's history."""
     with store_errors("note what was done to a campaign"):
         launchpad.db["campaigns"].update_one(
             {"_id": campaign},
             {"$push": {"history": {"what": what, "time": utc_now(), **more}}},
         )
-
-
-# ----------------------------------------------------------------------------- archive
-
-
-def archive(launchpad: Any, campaign: str, file: Path) -> dict[str, Any]:
-    """Move a campaign's workflows out of the launchpad into a file; keep the results.
-
-    The file is gzipped JSON lines: workflows, fireworks and launches as they were. It
-    is written and read back before anything is deleted; structures, simulations,
-    models and predictions stay in their stores.
-
-    Raises
-    ------
-    InputError
-        If something of the campaign still runs or waits, or if the file exists.
-    """
-    from bson import json_util
-
-    CampaignStore(launchpad.db).get(campaign)
-    open_ones = _ids(launchpad, campaign, ("READY", "WAITING", *_ACTIVE))
-    if open_ones:
-        raise InputError(
-            f"campaign {campaign!r} is not at its end: {len(open_ones)} fireworks are "
-            "ready, waiting or running",
-            evidence={"fireworks": open_ones[:20]},
-            advice=f"wait for them, or run 'nanoos campaign cancel {campaign}'",
-        )
-    if file.exists():
-        raise InputError(f"{file} exists", advice="name another file with -o")
-    status = campaign_status(launchpad.db, campaign).to_dict()
-    with store_errors("read a campaign's workflows"):
-        fireworks = list(launchpad.fireworks.find({_CAMPAIGN: campaign}))
-        ids = [document["fw_id"] for document in fireworks]
-        workflows = list(launchpad.workflows.find({"nodes": {"$in": ids}}))
-        foreign = {n for w in workflows for n in w["nodes"]} - set(ids)
-        launches = list(launchpad.launches.find({"fw_id": {"$in": ids}}))
-        actions = _large_actions(launchpad, launches)
-    if foreign:
-        raise InputError(
-            f"workflows of campaign {campaign!r} hold fireworks of others",
-            evidence={"fireworks": sorted(foreign)[:20]},
-        )
-    parts = {
-        "workflows": workflows,
-        "fireworks": fireworks,
-        "launches": launches,
-        "actions": actions,
-    }
-    lines = [
-        json.dumps({"collection": name, "document": json.loads(json_util.dumps(row))})
-        for name, rows in parts.items()
-        for row in rows
-    ]
-    data = gzip.compress(("\n".join(lines) + "\n").encode())
-    write_atomic(file, data)
-    if sha256_bytes(file.read_bytes()) != sha256_bytes(data):
-        raise InputError(f"{file} does not hold what was written", advice="try again")
-    record = {
-        "file": str(file.resolve()),
-        "sha256": sha256_bytes(data),
-        "time": utc_now(),
-        **{name: len(rows) for name, rows in parts.items()},
-    }
-    with store_errors("archive a campaign"):
-        launchpad.db["campaigns"].update_one(
-            {"_id": campaign}, {"$set": {"archive": {**record, "status": status}}}
-        )
-        launchpad.workflows.delete_many({"nodes": {"$in": ids}})
-        launchpad.fireworks.delete_many({"fw_id": {"$in": ids}})
-        launchpad.launches.delete_many({"fw_id": {"$in": ids}})
-        launchpad.db["launch_places"].delete_many({"fw_id": {"$in": ids}})
-        for action in actions:
-            launchpad.gridfs_fallback.delete(action["_id"])
-    _note(launchpad, campaign, "archived")
-    return record
-
-
-def _large_actions(
-    launchpad: Any, launches: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return actions that FireWorks keeps outside of the launches, as text."""
-    from bson import ObjectId
-
-    found = []
-    for launch in launches:
-        number = (launch.get("action") or {}).get("gridfs_id")
-        if number is not None:
-            text = launchpad.gridfs_fallback.get(ObjectId(number)).read().decode()
-            found.append({"_id": ObjectId(number), "action": text})
-    return found

@@ -215,10 +215,11 @@ def _find_launches(database: Any, before: datetime) -> _Found:
     """Yield launch directories of archived campaigns, as their archives name them."""
     with store_errors("look for archives"):
         archived = [
-            (document["_id"], document["archive"])
+            (document["_id"], record)
             for document in database["campaigns"].find(
                 {"archive.file": {"$exists": True}}, {"archive": 1}
             )
+            for record in (*document["archive"].get("earlier", ()), document["archive"])
         ]
     needed: set[str] | None = None
     for campaign, record in archived:

@@ -20,7 +20,7 @@ from nanoos_fw.cli import main
 from nanoos_fw.errors import InputError, StoreError
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.operations import prepare_launchpad, quiet_fireworks, retention, submit
-from nanoos_fw.operations.campaigns import archive
+from nanoos_fw.operations.archives import archive
 from nanoos_fw.operations.retention import collect_waste, journal
 from nanoos_fw.stores import artifact_upkeep
 from nanoos_fw.stores.campaigns import CampaignStore

@@ -24,8 +24,9 @@ from nanoos_fw.errors import (
     SimulationError,
 )
 from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
-from nanoos_fw.operations import campaigns, submission, submit_many
-from nanoos_fw.operations.campaigns import archive, cancel, pause, resume
+from nanoos_fw.operations import campaigns, locks, submission, submit_many
+from nanoos_fw.operations.archives import archive
+from nanoos_fw.operations.campaigns import cancel, pause, resume
 from nanoos_fw.operations.rerun import plan_reruns
 from nanoos_fw.operations.status import campaign_status
 from nanoos_fw.provenance import sha256_file
@@ -446,6 +447,37 @@ def test_cancel_ends_jobs_and_fireworks_but_no_shared_job(
     assert found[reserved.fw_id] == "DEFUSED"
 
 
+def test_cancel_keeps_what_completes_meanwhile(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "a"))
+    read = campaigns.fireworks_in
+
+    def read_early(*args: Any) -> list[int]:
+        found = read(*args)
+        monkeypatch.setattr(campaigns, "fireworks_in", read)
+        run_all(launchpad, tmp_path, monkeypatch)
+        return found
+
+    monkeypatch.setattr(campaigns, "fireworks_in", read_early)
+    assert cancel(launchpad, "c", slurm=False).changed == 0
+    assert states(launchpad) == {("first", "COMPLETED"): 1, ("second", "COMPLETED"): 1}
+    assert launchpad.launches.count_documents({"state": "COMPLETED"}) == 2
+
+
+def test_nothing_waits_for_a_workflow_that_a_dead_process_has_locked(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOCK_WAIT_S", 0.2)
+    submit_many(launchpad, map(pair, "ab"))
+    launchpad.workflows.update_one({"nodes": 1}, {"$set": {"locked": True}})
+    report = pause(launchpad, "c", slurm=False)
+    assert (report.changed, len(report.locked)) == (2, 2)
+    assert states(launchpad)["first", "PAUSED"] == 1
+    assert resume(launchpad, "c").changed == 2
+    assert cancel(launchpad, "c", slurm=False).locked == report.locked
+
+
 # ---------------------------------------------------------------------------- archive
 
 
@@ -471,8 +503,18 @@ def test_an_archived_campaign_leaves_the_launchpad_for_a_file(
     assert launchpad.launches.count_documents({}) == 1
     kept = CampaignStore(launchpad.db).get("c")["archive"]
     assert kept["status"]["states"] == {"COMPLETED": 4}
+    with pytest.raises(InputError, match=r"nothing in the launchpad.*c\.jsonl\.gz"):
+        archive(launchpad, "c", tmp_path / "second.gz")
+    assert not (tmp_path / "second.gz").exists()
+
+    submit_many(launchpad, map(pair, "a"))  # as if it was submitted again
+    run_all(launchpad, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="exists"):
         archive(launchpad, "c", file)
+    archive(launchpad, "c", tmp_path / "second.gz")
+    kept = CampaignStore(launchpad.db).get("c")["archive"]
+    assert kept["file"] == str(tmp_path / "second.gz")
+    assert [entry["file"] for entry in kept["earlier"]] == [str(file)]
 
 
 # -------------------------------------------------------- the demonstration in a queue
