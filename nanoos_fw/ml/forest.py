@@ -7,8 +7,6 @@ the trees that did not see it (out of bag), so no rows are set aside for them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from nanoos_fw.crystals import element_symbol
 from nanoos_fw.errors import CorruptArtifactError, InputError
@@ -24,14 +22,19 @@ from nanoos_fw.ml.batches import GraphTable
 from nanoos_fw.ml.features import AnyGraph, as_graph
 from nanoos_fw.ml.graph_scalars import GRAPH_SCALARS, GraphScalars, graph_scalars
 from nanoos_fw.ml.metrics import calibrate
-from nanoos_fw.ml.model_files import FOREST_FORMAT, card_text, check_features
 from nanoos_fw.ml.uncertainty import (
     DEFAULT_COVERAGE,
     Predictions,
     conformal_quantile,
     normalized_scores,
 )
-from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
+from nanoos_fw.ml.weight_files import (
+    FOREST_FORMAT,
+    WeightCard,
+    read_weights,
+    save_weights,
+)
+from nanoos_fw.provenance import sha256_bytes
 
 MODEL_TYPE = "RandomForest"
 
@@ -41,8 +44,8 @@ _ROWS_AT_ONCE = 4096
 _FETCH = "fetch or fit the forest again"
 
 
-class ForestCard(BaseModel):
-    """What a forest says about itself.
+class ForestCard(WeightCard):
+    """What a forest says about itself; see also :class:`WeightCard`.
 
     Parameters
     ----------
@@ -67,13 +70,7 @@ class ForestCard(BaseModel):
     interval_floor
         Added to the spread before errors are divided by it, in the unit of the
         target; None for a forest without intervals.
-    mock_targets
-        The targets are made-up numbers.
-    feature_version
-        Of the graphs and scalars that it was fitted to.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     target_property: str = "target"
@@ -89,8 +86,6 @@ class ForestCard(BaseModel):
     dataset_hash: str = ""
     uncertainty_scale: float = Field(default=1.0, gt=0.0)
     interval_floor: float | None = Field(default=None, gt=0.0)
-    mock_targets: bool = False
-    feature_version: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,15 +344,9 @@ class ForestModel:
 
     def save(self, path: Path) -> str:
         """Write the forest as one safetensors file, atomically; return its SHA-256."""
-        from safetensors.numpy import save
-
         names = (*_ARRAYS, *((_SCORES,) if len(self.scores) else ()))
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
-        text = card_text(self.card)
-        header = {"card": text, "card_sha256": _digest(text, arrays)}
-        data = save(arrays, metadata={FOREST_FORMAT: canonical_json(header)})
-        write_atomic(path, data)
-        return sha256_bytes(data)
+        return save_weights(path, FOREST_FORMAT, self.card, arrays)
 
     def _matrix(
         self, features: NDArray[np.float64] | GraphScalars | Sequence[Mapping[str, Any]]
@@ -424,29 +413,12 @@ def load_forest(
         if not path.exists():
             raise InputError(f"there is no checkpoint {path}", advice=_FETCH)
         data, name = path.read_bytes(), str(path)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        arrays = load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        header = json.loads(metadata[FOREST_FORMAT])
-        card = ForestCard.model_validate_json(header["card"])
-        intact = header["card_sha256"] == _digest(header["card"], arrays)
-        chosen = {key: arrays[key] for key in _ARRAYS}
-        if _SCORES in arrays:
-            chosen[_SCORES] = arrays[_SCORES]
-    except (SafetensorError, ValidationError, KeyError, ValueError) as error:
-        raise CorruptArtifactError(
-            f"{name} is not a forest: {error}", advice=_FETCH
-        ) from error
-    if not intact:
-        raise CorruptArtifactError(
-            f"the arrays of {name} do not match their checksum", advice=_FETCH
-        )
-    check_features(card, name)
-    fields: dict[str, Any] = dict(chosen)
+    card, arrays = read_weights(data, name, FOREST_FORMAT, ForestCard)
+    if missing := [key for key in _ARRAYS if key not in arrays]:
+        raise CorruptArtifactError(f"{name} has no {', '.join(missing)}", advice=_FETCH)
+    fields: dict[str, Any] = {
+        key: arrays[key] for key in (*_ARRAYS, _SCORES) if key in arrays
+    }
     return ForestModel(
         card=card,
         model_name=model_name,
@@ -475,12 +447,3 @@ def _check_names(given: Sequence[str], wanted: Sequence[str]) -> None:
             evidence={"missing": missing[:10], "n_given": len(given)},
             advice="make them with the release that fitted the forest, or fit it again",
         )
-
-
-def _digest(card: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(card.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}{array.shape}{array.dtype.str}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

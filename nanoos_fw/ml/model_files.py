@@ -5,34 +5,24 @@ Weights are read and written as numpy arrays: none of this needs torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from nanoos_fw.errors import CorruptArtifactError, InputError
-from nanoos_fw.ml.features import FEATURE_VERSION, element_table
+from nanoos_fw.ml.features import element_table
 from nanoos_fw.ml.uncertainty import Uncertainty, UncertaintyCard
-from nanoos_fw.provenance import canonical_json, sha256_bytes, write_atomic
-
-NETWORK_FORMAT = "nanoos_fw.cgcnn"
-FOREST_FORMAT = "nanoos_fw.forest"
-"""Entries of a file's metadata by which networks and forests are known."""
+from nanoos_fw.ml.weight_files import (
+    NETWORK_FORMAT,
+    WeightCard,
+    read_weights,
+    save_weights,
+)
 
 ATOM_TABLE, REFERENCE = "atom_table", "element_reference"
-FETCH = (
-    "weights are read from safetensors files only, since unpickling a file can run "
-    "code; fetch or train the model again"
-)
-_CARD, _DIGEST, _MOCK = "card", "card_sha256", "mock_targets"
-# Fields that came later, and what a file without them means: such files keep the
-# bytes, and with them the digest, that they had before.
-_LATER = {_MOCK: False, "feature_version": 1}
 _N_BINS = 10
 _BINNED = (
     "electronegativity",
@@ -133,8 +123,8 @@ AnyArchitecture = Architecture | LineGraphArchitecture
 """Networks whose weights a file may hold; without ``kind`` it is the first."""
 
 
-class ModelCard(BaseModel):
-    """What a checkpoint says about itself.
+class ModelCard(WeightCard):
+    """What a checkpoint says about itself; see also :class:`WeightCard`.
 
     Parameters
     ----------
@@ -171,14 +161,7 @@ class ModelCard(BaseModel):
         them: the crystal's first atom at cutoff_radius + 1 Å.
     origin
         Where imported weights come from; empty for our own.
-    mock_targets
-        The weights come from made-up numbers, or began as weights that do: the
-        registry makes no alias point to them.
-    feature_version
-        Of the features that the weights were fitted to.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     target_property: str
@@ -198,52 +181,6 @@ class ModelCard(BaseModel):
     classes: tuple[str, ...] = ()
     pad_neighbors: bool = False
     origin: dict[str, str | float | int | None] = Field(default_factory=dict)
-    mock_targets: bool = False
-    feature_version: int = 1
-
-
-def card_text(card: BaseModel) -> str:
-    """Return the card as the text that a file holds and its digest covers."""
-    fields = card.model_dump(mode="json")
-    for name, meant in _LATER.items():
-        if fields[name] == meant:
-            del fields[name]
-    return canonical_json(fields)
-
-
-def check_features(card: BaseModel, name: str) -> None:
-    """Refuse a card of weights that were fitted to features of another version.
-
-    Raises
-    ------
-    InputError
-        If ``feature_version`` is not that of this program.
-    """
-    version = card.model_dump(include={"feature_version"})["feature_version"]
-    if version != FEATURE_VERSION:
-        raise InputError(
-            f"{name} was fitted to features of version {version}, this program makes "
-            f"version {FEATURE_VERSION}: its predictions would be wrong",
-            advice="train it again, import it again if it was imported, or use the "
-            "release that it was made with",
-        )
-
-
-def says_mock_targets(path: Path) -> bool:
-    """Tell whether a file of weights says that it comes from made-up numbers."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                return False
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
-        for name in (NETWORK_FORMAT, FOREST_FORMAT):
-            if name in metadata:
-                card = json.loads(json.loads(metadata[name])[_CARD])
-                return bool(card.get(_MOCK))
-    except (ValueError, AttributeError, KeyError, TypeError):
-        pass
-    return False
 
 
 def atom_features() -> NDArray[np.float32]:
@@ -295,8 +232,6 @@ def save_checkpoint(
     uncertainty
         Its card becomes that of ``card``.
     """
-    from safetensors.numpy import save
-
     if uncertainty is not None:
         card = card.model_copy(update={"uncertainty": uncertainty.card})
 
@@ -309,13 +244,7 @@ def save_checkpoint(
     for index, state in enumerate(members):
         for name, tensor in state.items():
             arrays[f"members.{index}.{name}"] = _array(tensor)
-    text = card_text(card)
-    # Safetensors checks no content: the digest covers card and tensors. One entry
-    # only, since the file format leaves the order of several to chance.
-    header = {_CARD: text, _DIGEST: _digest(text, arrays)}
-    data = save(arrays, metadata={NETWORK_FORMAT: canonical_json(header)})
-    write_atomic(path, data)
-    return sha256_bytes(data)
+    return save_weights(path, NETWORK_FORMAT, card, arrays)
 
 
 def read_checkpoint(
@@ -330,26 +259,7 @@ def read_checkpoint(
     InputError
         If the weights were fitted to features of another version.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        arrays = load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        header = json.loads(metadata[NETWORK_FORMAT])
-        card = ModelCard.model_validate_json(header[_CARD])
-        intact = header[_DIGEST] == _digest(header[_CARD], arrays)
-    except (SafetensorError, ValidationError, KeyError, ValueError) as error:
-        raise CorruptArtifactError(
-            f"{name} is not a CGCNN checkpoint: {error}", advice=FETCH
-        ) from error
-    if not intact:
-        raise CorruptArtifactError(
-            f"the tensors of {name} do not match their checksum", advice=FETCH
-        )
-    check_features(card, name)
-    return card, arrays
+    return read_weights(data, name, NETWORK_FORMAT, ModelCard)
 
 
 # ------------------------------------------------------------------------- private
@@ -360,13 +270,3 @@ def _array(tensor: Any) -> NDArray[Any]:
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu().numpy()
     return np.ascontiguousarray(tensor)
-
-
-def _digest(card: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(card.encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        # Types are named as torch does: files of older releases stay valid.
-        digest.update(f"{name}{array.shape}torch.{array.dtype}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

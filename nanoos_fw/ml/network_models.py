@@ -31,7 +31,6 @@ from nanoos_fw.ml.ensembles import (
 from nanoos_fw.ml.features import AnyGraph, as_graph
 from nanoos_fw.ml.model_files import (
     ATOM_TABLE,
-    FETCH,
     REFERENCE,
     AnyArchitecture,
     ModelCard,
@@ -44,6 +43,7 @@ from nanoos_fw.ml.uncertainty import (
     Predictions,
     Uncertainty,
 )
+from nanoos_fw.ml.weight_files import FETCH
 from nanoos_fw.provenance import sha256_bytes
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ architecture says which) and forests (``nanoos_fw.forest``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,12 +21,12 @@ from nanoos_fw.errors import CorruptArtifactError, InputError
 from nanoos_fw.ml.cgcnn import CGCNNModel
 from nanoos_fw.ml.forest import load_forest
 from nanoos_fw.ml.line_graph_model import LineGraphModel
-from nanoos_fw.ml.model_files import (
+from nanoos_fw.ml.model_files import LineGraphArchitecture, read_checkpoint
+from nanoos_fw.ml.weight_files import (
     FETCH,
     FOREST_FORMAT,
     NETWORK_FORMAT,
-    LineGraphArchitecture,
-    read_checkpoint,
+    weight_formats,
 )
 from nanoos_fw.provenance import sha256_bytes
 
@@ -154,16 +153,12 @@ def open_model(
             evidence={"sha256": digest, "sha256_expected": sha256},
             advice="fetch the file again",
         )
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        formats = [key for key in header.get("__metadata__", {}) if key in _READERS]
-    except (ValueError, AttributeError) as error:
-        raise CorruptArtifactError(f"{name} is not a model", advice=FETCH) from error
+    formats = [key for key in weight_formats(data) if key in _READERS]
     if len(formats) != 1:
         raise CorruptArtifactError(
             f"{name} is not a model of a known kind",
             evidence={"known": sorted(_READERS)},
-            advice="register_reader teaches this program other kinds",
+            advice=f"{FETCH}; register_reader teaches this program other kinds",
         )
     model = _READERS[formats[0]](
         data, model_name=model_name, model_version=model_version, threads=threads

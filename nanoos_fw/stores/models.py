@@ -105,7 +105,7 @@ class ModelRegistry:
         parent
             Version that the training began with.
         """
-        from nanoos_fw.ml.model_files import says_mock_targets
+        from nanoos_fw.ml.weight_files import says_mock_targets
 
         check_name(name, target)
         mock = says_mock_targets(weights)

@@ -648,7 +648,7 @@ def test_weights_fitted_to_other_features_are_refused(
     assert registry.load("m@1").predict_many(crystals())
     with pytest.raises(InputError, match="version 2, this program makes version 1"):
         registry.load("m@2")
-    monkeypatch.setattr("nanoos_fw.ml.model_files.FEATURE_VERSION", 2)
+    monkeypatch.setattr("nanoos_fw.ml.weight_files.FEATURE_VERSION", 2)
     assert registry.load("m@2").predict_many(crystals())
     with pytest.raises(InputError, match="version 1, this program makes version 2"):
         registry.load("m@1")

@@ -28,8 +28,8 @@ from nanoos_fw.ml.datasets import (
 from nanoos_fw.ml.exports import export_dataset
 from nanoos_fw.ml.features import FEATURE_VERSION
 from nanoos_fw.ml.graphs import build_graph, pack_graph
-from nanoos_fw.ml.model_files import says_mock_targets
 from nanoos_fw.ml.splits import reduced_formulas
+from nanoos_fw.ml.weight_files import says_mock_targets
 from nanoos_fw.parallel import Communicator, StopRequest
 from nanoos_fw.settings import load_settings
 from nanoos_fw.stores.campaigns import CampaignStore
