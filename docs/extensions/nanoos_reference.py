@@ -254,7 +254,7 @@ class Errors(Generated):
         """Yield three tables."""
         from nanoos_fw import errors
         from nanoos_fw.md.failures import FAILURES
-        from nanoos_fw.operations.rerun import RULES, failure_class
+        from nanoos_fw.operations.rules import RULES, failure_class
 
         which = self.arguments[0]
         if which == "kinds":

@@ -228,6 +228,7 @@ def lost_run_error(verdict: Verdict) -> NanoOSError:
             "exit_code": job.exit_code,
             "signal": job.signal,
             "nodes": job.nodes,
+            "partition": job.partition,
             "limit_s": job.limit_s,
             "memory_mib": job.memory_mib,
         }

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import getpass
 import logging
-import math
-import re
 import secrets
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -19,16 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoos_fw.errors import InputError, NanoOSError
-from nanoos_fw.faults import DISK_CLASS, MEMORY_CLASS, OUT_OF_MEMORY, killed
 from nanoos_fw.operations.locks import unlocked
+from nanoos_fw.operations.rules import CLASSES, RULES, failure_class, next_resources
 from nanoos_fw.provenance import utc_now
-from nanoos_fw.slurm import (
-    Cluster,
-    EndedJob,
-    ended_jobs,
-    memory_mib,
-    walltime_seconds,
-)
+from nanoos_fw.slurm import Cluster, EndedJob, ended_jobs
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, launch_error
 from nanoos_fw.stores.places import read_places, utc
@@ -38,79 +30,9 @@ logger = logging.getLogger(__name__)
 COLLECTION = "reruns"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What the next attempt after a failure of a class gets.
-
-    Parameters
-    ----------
-    attempts
-        Reruns after failures of this class; None for no limit.
-    longer, memory
-        Factors of walltime and memory.
-    exclude
-        Whether the node is excluded.
-    why
-        For the user, where there is no rerun.
-    """
-
-    attempts: int | None
-    longer: float = 1.0
-    memory: float = 1.0
-    exclude: bool = False
-    why: str = ""
-
-
-RULES: dict[str, Rule] = {
-    "timeout": Rule(attempts=5, longer=1.5),
-    "oom": Rule(attempts=3, memory=1.75),
-    "node": Rule(attempts=5, exclude=True),
-    "preempted": Rule(attempts=None),
-    "killed": Rule(attempts=3),
-    "store": Rule(attempts=5),
-    "launch": Rule(attempts=1),
-    "disk": Rule(attempts=0, why="its disk is full; free space, then name the class"),
-    "cancelled": Rule(attempts=0, why="somebody cancelled its job"),
-    "lammps": Rule(attempts=0, why="it would fail again; change its settings"),
-    "input": Rule(attempts=0, why="it would fail again; correct the input"),
-    "code": Rule(attempts=0, why="it would fail again; correct the program"),
-}
-CLASSES = tuple(RULES)
-# ``class`` in the evidence of the stored error, and its kind -> class.
-_EVIDENCE = {DISK_CLASS: "disk", MEMORY_CLASS: "oom"}
-_KINDS = {
-    "out_of_time": "timeout",
-    "out_of_memory": "oom",
-    "disk_full": "disk",
-    "store": "store",
-    "launch": "launch",
-    "simulation": "lammps",
-    "input": "input",
-    "missing_dependency": "input",
-    "corrupt_artifact": "input",
-}
-
-
 # What ends a job ends its ranks too. Clocks of nodes, and SLURM's full seconds.
 _ENDS_OF_JOBS = frozenset({"cancelled", "node", "preempted", "timeout"})
 _CLOCK_DIFFERENCE_S = 60.0
-
-
-def failure_class(error: NanoOSError) -> str:
-    """Return the class of a failure, from the stored error."""
-    if error.kind == "lost_run":
-        cause = str(error.evidence.get("cause"))
-        return cause if cause in RULES and cause != "code" else "killed"
-    named = _EVIDENCE.get(str(error.evidence.get("class")))
-    if named is not None:
-        return named
-    if error.kind == "launch":
-        log = str(error.evidence.get("log_tail", ""))
-        if any(sign in log for sign in OUT_OF_MEMORY):
-            return "oom"
-        if killed(error.evidence.get("exit_code")):
-            return "killed"
-    return _KINDS.get(error.kind, "code")
 
 
 @dataclass(frozen=True)
@@ -278,6 +200,7 @@ def _with_job(
         ("limit_s", job.limit_s),
         ("memory_mib", job.memory_mib),
         ("nodes", job.nodes),
+        ("partition", job.partition),
     ):
         if error.evidence.get(name) is None and value is not None:
             error.evidence[name] = value
@@ -317,7 +240,7 @@ def _attempt(
     elif rule.attempts and previous >= rule.attempts:
         refused = f"{previous} reruns after {failure} did not help"
     before = firework["spec"].get("_queueadapter") or {}
-    resources, changes, limit = _next_resources(before, rule, error, cluster)
+    resources, changes, limit = next_resources(before, rule, error, cluster)
     if not refused and limit:
         refused = limit
     return Attempt(
@@ -333,60 +256,6 @@ def _attempt(
         descendants=descendants,
         launches=tuple(firework["launches"]),
     )
-
-
-def _next_resources(
-    before: Mapping[str, Any],
-    rule: Rule,
-    error: NanoOSError,
-    cluster: Cluster | None,
-) -> tuple[dict[str, Any], list[str], str]:
-    """Return the next request, what changed, and why it cannot grow any more."""
-    after = dict(before)
-    changes: list[str] = []
-    partition = cluster.partition(_first(before.get("queue"))) if cluster else None
-    if rule.longer > 1:
-        had = error.evidence.get("limit_s")
-        if before.get("walltime") is not None:
-            had = walltime_seconds(before["walltime"])
-        if had and math.isfinite(had):
-            most = partition.max_time_s if partition else math.inf
-            asked = min(had * rule.longer, most)
-            # At the partition's limit it goes on with what it gets: it resumes.
-            if asked > had:
-                minutes = math.ceil(asked / 60)
-                after["walltime"] = f"{minutes // 60}:{minutes % 60:02d}:00"
-                changes.append(f"walltime {after['walltime']}")
-    if rule.memory > 1:
-        had = error.evidence.get("memory_mib")
-        if before.get("mem") is not None:
-            had = memory_mib(before["mem"])
-        if not had and before.get("mem_per_cpu") is not None:
-            cpus = int(before.get("ntasks_per_node") or before.get("ntasks") or 1)
-            cpus *= int(before.get("cpus_per_task") or 1)
-            had = memory_mib(before["mem_per_cpu"]) * cpus
-        if not had:
-            return after, changes, "its memory request is not known; set _queueadapter"
-        most = partition.memory_mib if partition else math.inf
-        if had >= most:
-            return after, changes, f"it had all the memory of a node, {had:.0f} MiB"
-        after.pop("mem_per_cpu", None)
-        after["mem"] = f"{math.ceil(min(had * rule.memory, most))}M"
-        changes.append(f"memory {after['mem']}")
-    if rule.exclude:
-        nodes = str(error.evidence.get("nodes") or "")
-        listed = [
-            part for part in (str(before.get("exclude_nodes") or ""), nodes) if part
-        ]
-        # A list of several nodes does not say which one failed.
-        if nodes and re.fullmatch(r"[\w.-]+", nodes) and nodes not in listed[:-1]:
-            after["exclude_nodes"] = ",".join(listed)
-            changes.append(f"without node {nodes}")
-    return after, changes, ""
-
-
-def _first(queue: Any) -> str | None:
-    return str(queue).split(",")[0] if queue else None
 
 
 def rerun_failed_fireworks(

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanoos_fw.errors import error_from_dict
 from nanoos_fw.faults import DISK_FULL, OUT_OF_MEMORY
-from nanoos_fw.operations.rerun import failure_class
+from nanoos_fw.operations.rules import failure_class
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import CONTINUATION, PARKED, SPEC_KEY
 

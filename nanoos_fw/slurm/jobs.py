@@ -82,6 +82,7 @@ class EndedJob:
     limit_s: float | None
     out_of_memory: bool
     memory_mib: float | None = None
+    partition: str = ""
 
     @property
     def cause(self) -> str:
@@ -208,7 +209,9 @@ def _has_reason(fields: Mapping[str, str]) -> bool:
     return end is not None and end > time.time() + _CLOCK_DIFFERENCE_S
 
 
-_SACCT_FIELDS = "JobIDRaw,State,ExitCode,Start,End,NodeList,Timelimit,AllocTRES"
+_SACCT_FIELDS = (
+    "JobIDRaw,State,ExitCode,Start,End,NodeList,Timelimit,AllocTRES,Partition"
+)
 
 
 def _from_accounting(job_ids: list[str]) -> dict[str, EndedJob]:
@@ -230,9 +233,9 @@ def parse_sacct(text: str) -> dict[str, EndedJob]:
     steps_without_memory: set[str] = set()
     for line in text.splitlines():
         words = line.split("|")
-        if len(words) != 8:
+        if len(words) != 9:
             continue
-        number, state, exit_code, start, end, nodes, limit, tres = words
+        number, state, exit_code, start, end, nodes, limit, tres, partition = words
         state = state.split()[0].rstrip("+") if state else ""  # CANCELLED by 1000
         if "." in number:
             if state == "OUT_OF_MEMORY":
@@ -241,7 +244,9 @@ def parse_sacct(text: str) -> dict[str, EndedJob]:
         if state in _LIVING:
             jobs.pop(number, None)
             continue
-        jobs[number] = _ended(number, state, exit_code, start, end, nodes, limit, tres)
+        jobs[number] = _ended(
+            number, state, exit_code, start, end, nodes, limit, tres, partition
+        )
     return {
         number: replace(job, out_of_memory=True)
         if number in steps_without_memory
@@ -277,6 +282,7 @@ def parse_scontrol_jobs(text: str) -> dict[str, EndedJob]:
             fields.get("NodeList", ""),
             fields.get("TimeLimit", ""),
             fields.get("TRES", ""),
+            fields.get("Partition", ""),
         )
     return jobs
 
@@ -290,6 +296,7 @@ def _ended(
     nodes: str,
     limit: str,
     tres: str,
+    partition: str,
 ) -> EndedJob:
     code, _, signal = exit_code.partition(":")
     try:
@@ -307,6 +314,7 @@ def _ended(
         limit_s=limit_s,
         out_of_memory=state == "OUT_OF_MEMORY",
         memory_mib=_memory_per_node(tres),
+        partition=partition,
     )
 
 

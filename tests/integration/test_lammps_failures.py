@@ -26,7 +26,7 @@ from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.recipes import file_potential
 from nanoos_fw.md.relaxation import RelaxationSettings, relax_structures
 from nanoos_fw.md.restarts import PORTABLE
-from nanoos_fw.operations.rerun import failure_class
+from nanoos_fw.operations.rules import failure_class
 from nanoos_fw.parallel import Resources
 from nanoos_fw.provenance import read_json
 

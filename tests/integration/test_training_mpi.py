@@ -24,7 +24,7 @@ from nanoos_fw.ml.training import (
     RANK_CONFIG,
     train_cgcnn_model,
 )
-from nanoos_fw.operations.rerun import failure_class
+from nanoos_fw.operations.rules import failure_class
 from nanoos_fw.parallel import Resources, launch_ranks
 from nanoos_fw.parallel.files import PROGRESS
 

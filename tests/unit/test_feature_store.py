@@ -32,7 +32,7 @@ from nanoos_fw.ml.features import (
 )
 from nanoos_fw.ml.featurizing import FeatureGuard, FeaturizingChild, expected_edges
 from nanoos_fw.ml.graphs import build_graph, pack_graph, unpack_graph
-from nanoos_fw.operations.rerun import failure_class
+from nanoos_fw.operations.rules import failure_class
 from nanoos_fw.stores.database import ensure_indexes
 from nanoos_fw.stores.features import (
     HIT,

@@ -39,19 +39,21 @@ from nanoos_fw.operations.reconcile import (
     reconcile,
 )
 from nanoos_fw.operations.rerun import (
-    failure_class,
     plan_reruns,
     rerun_failed_fireworks,
     undo_reruns,
 )
+from nanoos_fw.operations.rules import failure_class
 from nanoos_fw.slurm import EndedJob, QueuedJob, parse_cluster
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
 from nanoos_fw.stores.places import noted_place, read_cores, read_places
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 CLUSTER = parse_cluster(
-    partitions="PartitionName=cpu Default=YES MaxNodes=2 MaxTime=12:00:00 State=UP\n",
-    nodes="cpu|n1|16|64000|(null)|idle\n",
+    partitions="PartitionName=cpu Default=YES MaxNodes=2 MaxTime=12:00:00 State=UP\n"
+    "PartitionName=big MaxNodes=2 MaxTime=72:00:00 State=UP\n",
+    nodes="".join(f"cpu|n{n}|16|64000|(null)|idle\n" for n in (1, 2, 3))
+    + "big|b1|16|512000|(null)|idle\n",
     config="ClusterName = mat\n",
 )
 
@@ -503,7 +505,40 @@ def test_a_failure_has_a_class(error: NanoOSError, expected: str) -> None:
             {"exclude_nodes": "n1"},
             {"exclude_nodes": "n1,n2"},
         ),
+        (lost("node", nodes="n1"), {"exclude_nodes": "n1"}, {"exclude_nodes": "n1"}),
+        # Without all that failed ever there would be too few: SLURM would refuse it.
+        (
+            lost("node", nodes="n3"),
+            {"exclude_nodes": "n1,n2"},
+            {"exclude_nodes": "n3"},
+        ),
+        (
+            lost("node", nodes="b1", partition="big"),
+            {"nodes": 1},
+            {"nodes": 1},
+        ),
         (lost("node", nodes="n[1-2]"), {}, {}),
+        # Where its job was, not what is the default, sets the limits.
+        (
+            OutOfMemoryError("x", evidence={"partition": "big", "memory_mib": 64000}),
+            {},
+            {"mem": "112000M"},
+        ),
+        (
+            OutOfTimeError("x", evidence={"partition": "big", "limit_s": 43200}),
+            {},
+            {"walltime": "18:00:00"},
+        ),
+        (
+            OutOfTimeError("x", evidence={"partition": "gone", "limit_s": 3600}),
+            {},
+            {"walltime": "1:30:00"},
+        ),
+        (
+            OutOfMemoryError("x"),
+            {"mem_per_cpu": "2G", "ntasks": 4, "nodes": 2},
+            {"mem": "7168M", "ntasks": 4, "nodes": 2},
+        ),
         (StoreError("x"), {"nodes": 2}, {"nodes": 2}),
     ],
 )

@@ -146,7 +146,8 @@ def test_a_job_that_somebody_cancelled_is_told_from_others_that_must_stop(
         f'if [ "$2" = config ]; then echo "AccountingStorageType = {kind}"; '
         f'else echo "{JOB.format(state, reason, preempted, end)}"; fi',
     )
-    row = f"42|{accounting}|0:15|2026-03-01T10:00:00|2026-03-01T10:01:00|n1|1:00|cpu=1"
+    times = "2026-03-01T10:00:00|2026-03-01T10:01:00"
+    row = f"42|{accounting}|0:15|{times}|n1|1:00|cpu=1|main"
     fake_command("sacct", f'echo "{row}"')
     assert was_cancelled({"SLURM_JOB_ID": "42"}) is expected
 
@@ -159,7 +160,7 @@ def test_accounting_that_is_late_is_waited_for(
         'if [ "$2" = config ]; then echo "AccountingStorageType = slurmdbd"; '
         f'else echo "{JOB.format("COMPLETING", "None", "None", PAST)}"; fi',
     )
-    times = "2026-03-01T10:00:00|2026-03-01T10:01:00|n1|1:00|cpu=1"
+    times = "2026-03-01T10:00:00|2026-03-01T10:01:00|n1|1:00|cpu=1|main"
     fake_command(
         "sacct",
         f"echo x >> {tmp_path / 'asked'}; "

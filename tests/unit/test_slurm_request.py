@@ -415,16 +415,16 @@ def test_of_limits_the_first_that_is_set_counts() -> None:
 
 def test_ended_jobs_are_read_from_accounting() -> None:
     found = parse_sacct(
-        "1|COMPLETED|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|01:00:00|\n"
-        "1.batch|COMPLETED|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1||\n"
-        "2|TIMEOUT|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n[1-2]|01:00:00|cpu=4,mem=12G,node=2\n"
-        "3|FAILED|1:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|1-00:00:00|\n"
-        "3.0|OUT_OF_MEMORY|0:125|2026-03-01T10:00:00|2026-03-01T11:00:00|n1||\n"
-        "4|CANCELLED by 1|0:0|Unknown|2026-03-01T11:00:00|(null)|Partition_Limit|\n"
-        "5|NODE_FAIL|1:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n7|01:00:00|\n"
-        "6|RUNNING|0:0|2026-03-01T10:00:00|Unknown|n1|01:00:00|\n"
-        "7|REQUEUED|0:0|2026-03-01T10:00:00|2026-03-01T10:10:00|n1|01:00:00|\n"
-        "7|FAILED|0:9|2026-03-01T10:20:00|2026-03-01T10:30:00|n2|01:00:00|\n"
+        "1|COMPLETED|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|01:00:00||main\n"
+        "1.batch|COMPLETED|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|||main\n"
+        "2|TIMEOUT|0:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n[1-2]|01:00:00|cpu=4,mem=12G,node=2|main\n"
+        "3|FAILED|1:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|1-00:00:00||main\n"
+        "3.0|OUT_OF_MEMORY|0:125|2026-03-01T10:00:00|2026-03-01T11:00:00|n1|||main\n"
+        "4|CANCELLED by 1|0:0|Unknown|2026-03-01T11:00:00|(null)|Partition_Limit||p\n"
+        "5|NODE_FAIL|1:0|2026-03-01T10:00:00|2026-03-01T11:00:00|n7|01:00:00||main\n"
+        "6|RUNNING|0:0|2026-03-01T10:00:00|Unknown|n1|01:00:00||main\n"
+        "7|REQUEUED|0:0|2026-03-01T10:00:00|2026-03-01T10:10:00|n1|01:00:00||main\n"
+        "7|FAILED|0:9|2026-03-01T10:20:00|2026-03-01T10:30:00|n2|01:00:00||main\n"
     )
     assert {number: job.cause for number, job in found.items()} == {
         "1": "completed",
@@ -437,6 +437,7 @@ def test_ended_jobs_are_read_from_accounting() -> None:
     assert found["2"].limit_s == 3600
     assert found["2"].memory_mib == 6144
     assert found["2"].nodes == "n[1-2]"
+    assert found["2"].partition == "main"
     assert found["4"].nodes == ""
     assert (found["7"].signal, found["7"].nodes) == (9, "n2")
     assert found["1"].end is not None
