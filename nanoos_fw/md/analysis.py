@@ -72,6 +72,8 @@ Array = NDArray[np.float64]
 AnalysisName = Literal["rdf", "adf", "msd", "vdos", "npt"]
 ANALYSES: tuple[AnalysisName, ...] = ("rdf", "adf", "msd", "vdos", "npt")
 
+# Of g(r); below, there is no shell to tell.
+_LOWEST_PEAK = 1.2
 _RDF_OPTIONS = ("rdf_max_a", "rdf_bins")
 _OPTIONS: dict[AnalysisName, tuple[str, ...]] = {
     "rdf": _RDF_OPTIONS,
@@ -288,15 +290,22 @@ def _half_cell_a(trajectory: Trajectory) -> float:
 
 
 def _first_minimum(r: Array, g: Array) -> float | None:
-    """Return where g(r) is lowest between its highest peak and the next."""
+    """Return where g(r) is lowest between its first peak and the next."""
     peak = int(np.argmax(g))
-    if g[peak] < 1.2:
+    if g[peak] < _LOWEST_PEAK:
         return None
-    # Up to twice the distance of the peak: the second shell lies before.
+    # The first peak is not always the highest: at low temperature the second shell of
+    # diamond or zinc blende rises above it. A shell of its own falls by half.
+    before = np.maximum.accumulate(g[:peak])
+    fallen = np.flatnonzero((before >= _LOWEST_PEAK) & (g[:peak] < 0.5 * before))
+    if len(fallen):
+        peak = int(np.argmax(g[: fallen[0]]))
+    # Up to one and a half times its distance: the second shell begins before.
     behind = g[peak : int(np.searchsorted(r, 1.5 * r[peak]))]
-    if len(behind) < 3 or behind.min() == behind[-1]:
+    lowest = int(np.argmin(behind))
+    if lowest in (0, len(behind) - 1):  # it falls on, or ends at rdf_max_a
         return None
-    return float(r[peak + int(np.argmin(behind))])
+    return float(r[peak + lowest])
 
 
 def _adf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:

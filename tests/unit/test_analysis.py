@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.analysis import (
+    _first_minimum,
     block_average,
     detect_equilibration,
     mean_squared_displacement,
@@ -147,6 +149,49 @@ def test_one_atom_cell_counts_its_own_images():
     assert rdf.coordination[np.searchsorted(rdf.r_a, nearest + 0.1)] == 12
     assert rdf.coordination[-1] == 18
     assert rdf.r_a[rdf.g.argmax()] == pytest.approx(nearest, abs=0.011)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize(
+    ("group", "a", "species", "neighbours"),
+    [
+        ("Fd-3m", 5.431, {"Si": [0, 0, 0]}, 4),
+        ("F-43m", 4.36, {"Si": [0, 0, 0], "C": [0.25, 0.25, 0.25]}, 4),
+        ("Fm-3m", 5.64, {"Na": [0, 0, 0], "Cl": [0.5, 0.5, 0.5]}, 6),
+        ("Fm-3m", 3.615, {"Cu": [0, 0, 0]}, 12),
+    ],
+)
+def test_the_first_shell_is_the_nearest_not_the_highest(
+    group, a, species, neighbours, spread
+):
+    # The second shell of diamond rises above the first in a cold crystal, and one
+    # whose atoms are at rest has no distances at all between its shells.
+    crystal = Structure.from_spacegroup(
+        group, Lattice.cubic(a), list(species), list(species.values())
+    )
+    crystal *= [3, 3, 3]
+    rng = np.random.default_rng(5)
+    kinds = np.ones(len(crystal), np.int64)
+    frames = [
+        Frame(
+            i,
+            crystal.lattice.matrix,
+            kinds,
+            crystal.cart_coords + rng.normal(0.0, spread, (len(crystal), 3)),
+        )
+        for i in range(5)
+    ]
+    rdf = radial_distribution(frames, 8.0, bins=160)
+    assert rdf.shell(_first_minimum(rdf.r_a, rdf.g)) == pytest.approx(
+        neighbours, abs=0.01
+    )
+
+
+def test_a_shell_that_the_distances_end_in_has_no_minimum():
+    r = 0.05 * (np.arange(160) + 0.5)
+    shell = 1.0 + 2.0 * np.exp(-(((r - 2.5) / 0.3) ** 2))
+    assert _first_minimum(r[r < 2.6], shell[r < 2.6]) is None  # still in the peak
+    assert _first_minimum(r, np.ones_like(r)) is None
 
 
 def test_distribution_refuses_nonsense():
