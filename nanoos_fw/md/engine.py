@@ -333,9 +333,10 @@ class LAMMPSEngine:
         stall_s: float | None,
     ) -> dict[str, Any]:
         module = "nanoos_fw.md.simulation"
+        config = MDConfig.model_validate(simulation["config"])
         ranks, threads = resources.ranks, resources.threads
         extra: dict[str, Any] = {}
-        if simulation["config"]["workflow_type"] in PROPERTIES:
+        if config.workflow_type in PROPERTIES:
             module = "nanoos_fw.md.properties"
         else:
             command = self.command or load_settings().lammps_command
@@ -351,17 +352,17 @@ class LAMMPSEngine:
         # Ranks whose parent was killed may write for another moment.
         clear_messages(output_dir)
         for _ in range(_MAX_UNREADABLE):
-            origin = newest_origin(output_dir)
+            origin = newest_origin(output_dir, config)
             drop_segments_after(output_dir, origin.step)
             record_segment(output_dir, origin, ranks, threads)
-            config = {
+            task = {
                 "simulation": simulation,
                 "deadline": deadline,
                 "origin": asdict(origin),
                 "threads": threads,
                 **extra,
             }
-            write_json(output_dir / CONFIG, config, durable=False)
+            write_json(output_dir / CONFIG, task, durable=False)
             try:
                 server = self._server_for(module, resources)
                 if server is not None:

@@ -92,7 +92,7 @@ def main(
         raise OutOfTimeError(
             f"stopped by {stop.reason} at step {step} of {md.total_steps}",
             evidence={
-                "step": newest_origin(work_dir).step,
+                "step": newest_origin(work_dir, md).step,
                 "total_steps": md.total_steps,
             },
             advice="execute it again: it continues from the last restart file",

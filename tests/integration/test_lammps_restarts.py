@@ -19,6 +19,7 @@ from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import LaunchError, MissingDependencyError
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
+from nanoos_fw.md.protocols import MDConfig
 from nanoos_fw.md.restarts import newest_origin, restart_step
 from nanoos_fw.md.trajectory import read_frames, segment_files
 from nanoos_fw.parallel import Resources, launch_command
@@ -97,7 +98,32 @@ def test_plain_lmp_prints_what_the_engine_prints(tmp_path, workflow, ranks):
 
 def final_state(output):
     final = read_json(output / "final.json")
-    return [np.array(final[k]) for k in ("positions", "velocities", "matrix")]
+    names = ("positions", "velocities", "forces", "stress_bar", "matrix")
+    return [np.array(final[name]) for name in names]
+
+
+@pytest.mark.parametrize("executable", [False, True])
+def test_a_run_killed_after_its_last_restart_file_ends_as_if_it_had_not_been(
+    tmp_path, executable
+):
+    lmp = shutil.which("lmp", path=str(Path(sys.executable).parent))
+    engine = LAMMPSEngine(command=lmp if executable else None)
+    steps = {"equilibration_steps": 100, "num_steps": 200, "restart_every": 100}
+    inputs = engine.prepare_input(alloy(), {**RUN, **steps}, tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    engine.execute(inputs, whole)
+    shutil.copytree(whole, killed)
+    for name in ("finished.json", "final.json", "final.data"):
+        (killed / name).unlink()
+    assert restart_step(killed / "restart.1") == 300
+    assert engine.execute(inputs, killed)["exact"]
+    for a, b in zip(final_state(whole), final_state(killed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    one, other = (
+        printed_rows(segment_files(folder, "log.*.lammps"))
+        for folder in (whole, killed)
+    )
+    assert one == other
 
 
 @pytest.mark.mpi
@@ -343,7 +369,11 @@ def test_rank_that_hangs_is_ended(tmp_path, uninterrupted):
 
     thread = threading.Thread(target=execute)
     thread.start()
-    wait_for(lambda: newest_origin(output).step, "no restart file", every_s=0.005)
+    wait_for(
+        lambda: newest_origin(output, MDConfig()).step,
+        "no restart file",
+        every_s=0.005,
+    )
     (pid,) = rank_pids(output)
     os.kill(pid, signal.SIGSTOP)
     thread.join(timeout=HANGING_S)
@@ -359,7 +389,7 @@ def test_damaged_restart_files_are_passed_over_for_an_older_one(
     inputs, whole = uninterrupted
     output = tmp_path / "output"
     stop_at(LAMMPSEngine(), inputs, output, 2000)
-    newest = output / newest_origin(output).file
+    newest = output / newest_origin(output, MDConfig()).file
     # Whole to the eye, but not to LAMMPS.
     data = bytearray(newest.read_bytes())
     data[400:-100] = bytes(len(data) - 500)

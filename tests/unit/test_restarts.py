@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from nanoos_fw.errors import SimulationError
-from nanoos_fw.md.inputs import Origin
+from nanoos_fw.md.inputs import MDConfig, Origin
 from nanoos_fw.md.restarts import (
     PORTABLE,
     STOP_RESTART,
@@ -23,6 +23,7 @@ from nanoos_fw.md.restarts import (
 from nanoos_fw.provenance import read_json
 
 MAGIC = b"LammpS RestartT\0"
+RUN = MDConfig(equilibration_steps=0, num_steps=1000)
 
 
 def restart(step, version=b"22 Jul 2025\0", units=b"metal\0"):
@@ -50,20 +51,32 @@ def test_step_is_read_from_whole_restart_files_only(tmp_path):
 
 
 def test_newest_whole_file_counts_and_the_portable_one_last(tmp_path, caplog):
-    assert newest_origin(tmp_path) == Origin()
+    assert newest_origin(tmp_path, RUN) == Origin()
     (tmp_path / PORTABLE).write_text("LAMMPS data file, timestep = 900, units = metal")
     assert portable_step(tmp_path / PORTABLE) == 900
-    assert newest_origin(tmp_path) == Origin(900, PORTABLE)
+    assert newest_origin(tmp_path, RUN) == Origin(900, PORTABLE)
     (tmp_path / "restart.0").write_bytes(restart(400))
-    assert newest_origin(tmp_path) == Origin(400, "restart.0")
+    assert newest_origin(tmp_path, RUN) == Origin(400, "restart.0")
     (tmp_path / "restart.1").write_bytes(restart(500))
     (tmp_path / STOP_RESTART).write_bytes(restart(470))
-    assert newest_origin(tmp_path) == Origin(500, "restart.1")
+    assert newest_origin(tmp_path, RUN) == Origin(500, "restart.1")
     (tmp_path / "restart.1").write_bytes(restart(500)[:-3])
-    assert newest_origin(tmp_path) == Origin(470, STOP_RESTART)
+    assert newest_origin(tmp_path, RUN) == Origin(470, STOP_RESTART)
     assert "cut short" in caplog.text
     put_away(tmp_path, STOP_RESTART, SimulationError("damaged"))
-    assert newest_origin(tmp_path) == Origin(400, "restart.0")
+    assert newest_origin(tmp_path, RUN) == Origin(400, "restart.0")
+
+
+def test_dynamics_never_go_on_from_their_last_step(tmp_path):
+    # A run of no steps computes no forces, which the result tells.
+    for name, step in (("restart.0", 1000), ("restart.1", 900)):
+        (tmp_path / name).write_bytes(restart(step))
+    assert newest_origin(tmp_path, RUN) == Origin(900, "restart.1")
+    (tmp_path / "restart.1").unlink()
+    (tmp_path / PORTABLE).write_text("LAMMPS data file, timestep = 1000, units = metal")
+    assert newest_origin(tmp_path, RUN) == Origin()
+    still = MDConfig(workflow_type="MINIMIZE_LAMMPS", num_steps=1000)
+    assert newest_origin(tmp_path, still) == Origin(1000, "restart.0")
 
 
 def test_segments_of_a_past_that_is_left_are_put_away(tmp_path):
