@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,10 +135,10 @@ def site_charges(structure: Structure) -> Array | None:
     if all(value is None for value in values):
         return None
     for number, value in enumerate(values):
-        if value is None or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise InputError(
                 f"site {number} ({structure[number].species_string}) has charge "
-                f"{value}, while others have charges",
+                f"{value!r}, while others have charges",
                 evidence={"class": "charges", "site": number},
                 advice="give every site a finite charge, or none",
             )

@@ -373,6 +373,7 @@ def write_input(
     elements = tuple(sorted(set(species)))
     for warning in check_potential(structure, potential):
         logger.warning("%s", warning)
+    config.check_atoms(len(species))
     matrix, frac = structure.lattice.matrix, structure.frac_coords
     box = LammpsBox.from_lattice(matrix)
     for warning in timestep_warnings(config, potential, elements):

@@ -46,6 +46,7 @@ ALIASES = {
 STILL_WORKFLOWS = ("MINIMIZE_LAMMPS", "STATIC_LAMMPS", "ELASTIC_LAMMPS", "EOS_LAMMPS")
 # Many structures through one instance, instead of one script.
 PROPERTIES = ("ELASTIC_LAMMPS", "EOS_LAMMPS")
+_FLAGS = ("relax_cell",)
 _RAMPS = ("MD_ANNEAL_LAMMPS", "MD_MELT_QUENCH_LAMMPS")
 
 
@@ -251,6 +252,7 @@ class MDConfig(BaseModel):
             Naming every parameter that is unknown or out of range, or one that differs
             from its default and has no effect on the workflow.
         """
+        _refuse_truth_values(parameters)
         try:
             config = cls.model_validate(dict(parameters))
         except ValidationError as error:
@@ -297,6 +299,22 @@ class MDConfig(BaseModel):
                     evidence={"parameter": name, "workflow_type": kind},
                     advice=f"leave {name} out, or choose a workflow that knows it",
                 )
+
+    def check_atoms(self, n_atoms: int) -> None:
+        """Refuse dynamics of one atom: there is no motion beside that of its centre.
+
+        Raises
+        ------
+        InputError
+            For dynamics of a cell of one atom.
+        """
+        if self.is_dynamics and n_atoms < 2:
+            raise InputError(
+                f"{self.workflow_type} of a cell of one atom: its momentum is zero, so "
+                "it has no temperature",
+                evidence={"n_atoms": n_atoms},
+                advice="raise supercell_min_atoms",
+            )
 
     @property
     def is_dynamics(self) -> bool:
@@ -431,3 +449,18 @@ class Stage:
     last_step: int
     start_k: float
     stop_k: float
+
+
+def _refuse_truth_values(parameters: Mapping[str, Any]) -> None:
+    """Refuse true and false where numbers belong: pydantic would take them for 1, 0."""
+    schedule = parameters.get("schedule")
+    parts = schedule if isinstance(schedule, list | tuple) else ()
+    parts = [part for part in parts if isinstance(part, Mapping)]
+    for holder in (parameters, *parts):
+        for name, value in holder.items():
+            if isinstance(value, bool) and name not in _FLAGS:
+                raise InputError(
+                    f"{name} is a number, not {value}",
+                    evidence={"parameter": name},
+                    advice="correct this parameter",
+                )

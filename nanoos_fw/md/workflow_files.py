@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FOLDER = "workflows"
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "structure", "potential", "work_dir", "simulation")
-_FLAGS = ("relax_cell",)
 
 
 @dataclass(frozen=True)
@@ -287,6 +286,7 @@ def plan_workflow(
         potential = Catalogue().resolve(workflow.potential, elements, Path(folder))
         cell = supercell(structure, config.supercell_min_atoms)
         warnings = check_potential(cell, potential)
+    config.check_atoms(len(cell))
     x, y, z = (float(v) for v in LammpsBox.from_lattice(cell.lattice.matrix).lengths)
     return WorkflowPlan(
         workflow=workflow,
@@ -334,15 +334,11 @@ def _config(parameters: Mapping[Any, Any], name: str) -> MDConfig:
     for alias, own in ALIASES.items():
         if alias in parameters and own in parameters:
             raise InputError(f"{where}: {alias} and {own} are the same; give one")
-    schedule = parameters.get("schedule") or ()
-    parts = [part for part in schedule if isinstance(part, dict)]
+    schedule = parameters.get("schedule")
+    parts = schedule if isinstance(schedule, list) else []
+    parts = [part for part in parts if isinstance(part, dict)]
     for number, part in enumerate(parts, start=1):
         _known_keys(part, ScheduleStep.model_fields, f"{where}, schedule {number}")
-    for holder in (parameters, *parts):
-        for key, value in holder.items():
-            # pydantic would take true for 1.
-            if isinstance(value, bool) and key not in _FLAGS:
-                raise InputError(f"{where}: {key} is a number, not {value}")
     return MDConfig.from_parameters(parameters)
 
 

@@ -93,6 +93,7 @@ def submit_simulation(
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
         )
         raise InputError(f"the analysis cannot be made: {problems}") from error
+    md.check()
     store = StructureStore(open_database(launchpad))
     if structure is None:
         plan = plan_workflow(workflow)

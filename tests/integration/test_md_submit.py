@@ -123,6 +123,8 @@ def test_submitted_simulations_end_in_the_store(
     assert "has no parameters for Fe" in refused
     assert "analyses" in submit(DYNAMICS, "--analyses", "rfd", code=1)
     assert "0 structures" in submit(DYNAMICS, "--structure", "nobody", code=1)
+    few = DYNAMICS.replace("dump_every: 5", "dump_every: 500")
+    assert "no frames to analyse" in submit(few, code=1)
     assert not database["structures"].count_documents({})
     assert not database["workflows"].count_documents({})
 

@@ -308,6 +308,39 @@ CASES = [
         {"potential": commands(shell="rm")},
         "shell",
     ),
+    ("true for a number", cubic(), {"temperature_k": True}, "temperature_k is a num"),
+    (
+        "true in a schedule",
+        cubic(),
+        {
+            "workflow_type": "MD_ANNEAL_LAMMPS",
+            "schedule": [{"action": "hold", "steps": True}],
+        },
+        "steps is a number",
+    ),
+    (
+        "schedule that is a number",
+        cubic(),
+        {"workflow_type": "MD_ANNEAL_LAMMPS", "schedule": 5},
+        "schedule",
+    ),
+    (
+        "charge that is text",
+        Structure(
+            Lattice.cubic(4.0),
+            ["Cu", "Cu"],
+            [[0, 0, 0], [0.5, 0.5, 0.5]],
+            site_properties={"charge": ["1\nshell touch PWNED", 0.0]},
+        ),
+        {"potential": "zhou2004"},
+        "site 0.*charge",
+    ),
+    (
+        "dynamics of one atom",
+        Structure(Lattice.cubic(2.5), ["Cu"], [[0, 0, 0]]),
+        {"workflow_type": "MD_NVT_LAMMPS"},
+        "one atom.*no temperature.*",
+    ),
 ]
 
 

@@ -115,6 +115,7 @@ def test_a_copy_with_another_structure_and_potential(
         ("temperature_k: 300.0", "temperature_k: true", "is a number, not True"),
         ("  seed: 1", "  seed: 1\n  seed: 2", "not YAML: .*duplicate key"),
         ("  seed: 1", "  temperature: 1", "are the same; give one"),
+        ("  seed: 1", "  schedule: 5", "schedule"),
         ("  seed: 1", "  seed: '1\\nshell rm -rf /'", "seed.*integer"),
         ("MD_NVT_LAMMPS", '"nvt\\nshell ls"', "workflow_type"),
         ("schema_version: 1", "schema_version: 2", "schema_version 2, not 1"),
