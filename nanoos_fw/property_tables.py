@@ -231,9 +231,17 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | InputError]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file, strict=True)
+                names = reader.fieldnames or ()
+                twice = sorted({n for n in names if n and names.count(n) > 1})
+                if twice:  # a row would have the last of them, whichever was meant
+                    raise InputError(
+                        f"{path} has several columns {twice[0]!r}",
+                        evidence={"columns": twice[:_KNOWN_COLUMNS]},
+                        advice="leave one of each name",
+                    )
                 for row in reader:
                     if None in row or None in row.values():
-                        n = len(reader.fieldnames or ())
+                        n = len(names)
                         yield (
                             reader.line_num,
                             InputError(f"the row does not have {n} fields"),
@@ -269,6 +277,8 @@ def _read(
     if own not in factors:
         factors[own] = conversion(own, wanted)
     value = _number(content.get(columns.value or ""), columns.value) * factors[own]
+    if not math.isfinite(value):
+        raise InputError(f"{columns.value} in {own} is too large to be in {wanted}")
     structure = _text(content, columns.structure)
     file = None if structure else _text(content, columns.file)
     if not structure and not file:
@@ -321,6 +331,8 @@ def _number(value: Any, column: str | None) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         raise InputError(f"{column} is {value!r}, which is no number") from None
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
     if not math.isfinite(number):
         raise InputError(f"{column} is {value!r}, which is no finite number")
     return number

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command needs it: ``nanoos --help`` is immedi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from nanoos_fw.cli.common import (
     add_launchpad,
     launchpad_of,
     open_launchpad,
+    print_json,
     save_if_embedded,
 )
 from nanoos_fw.errors import InputError, NanoOSError
@@ -75,19 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if (full := disk_full(error)) is not None:
-            print(
-                f"error: {full.message}\n"
-                "  next: free space there, then run the same command again",
-                file=sys.stderr,
-            )
-            return 1
-        print(
-            f"error: unexpected {type(error).__name__}: {error}\n"
-            "  next: run again with 'nanoos --debug …' and report what it prints",
-            file=sys.stderr,
-        )
+        print(_words_for(error), file=sys.stderr)
         return 1
+
+
+def _words_for(error: Exception) -> str:
+    """Return what to say of an error that no operation has put into words."""
+    if (full := disk_full(error)) is not None:
+        return (
+            f"error: {full.message}\n"
+            "  next: free space there, then run the same command again"
+        )
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"error: {error.filename}: {error.strerror}"
+    return (
+        f"error: unexpected {type(error).__name__}: {error}\n"
+        "  next: run again with 'nanoos --debug …' and report what it prints"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,7 +306,7 @@ def _import(arguments: argparse.Namespace) -> int:
         )
     save_if_embedded(launchpad)
     if arguments.json:
-        print(json.dumps(_import_json(report), indent=1))
+        print_json(_import_json(report))
     else:
         _print_import(report, arguments.in_set)
     return 1 if report.failures or report.total == 0 else 0
@@ -318,6 +322,7 @@ def _import_json(report: ImportReport) -> dict[str, Any]:
             {"label": f.label, "source": str(f.source), **f.error.to_dict()}
             for f in report.failures
         ],
+        "notes": [{"label": label, "note": note} for label, note in report.notes],
     }
 
 
@@ -329,6 +334,11 @@ def _print_import(report: ImportReport, in_set: str) -> None:
     more = len(report.duplicates) - _SHOWN_ENTRIES
     if more > 0:
         print(f"duplicate  … and {more} more (--json lists all)")
+    for label, note in report.notes[:_SHOWN_ENTRIES]:
+        print(f"note       {label}: {note}")
+    more = len(report.notes) - _SHOWN_ENTRIES
+    if more > 0:
+        print(f"note       … and {more} more (--json lists all)")
     print(
         f"{report.total} entries: {report.added} added to set {in_set!r}, "
         f"{len(report.duplicates)} duplicates, {len(report.failures)} refused"

@@ -291,7 +291,8 @@ def _export(arguments: argparse.Namespace) -> int:
     _warn_unfinished(store, screen)
     ranked = None
     if arguments.k is not None or arguments.pareto:
-        ranked = _ranked(arguments, store, screen, arguments.k or screen.count)
+        k = screen.count if arguments.k is None else arguments.k
+        ranked = _ranked(arguments, store, screen, k)
     if arguments.refused:
         if ranked is not None:
             raise InputError("--refused are not ranked: leave -k and --pareto out")
@@ -371,6 +372,8 @@ def _ranked(
 
 
 def _ranking(arguments: argparse.Namespace, **changes: Any) -> Ranking:
+    from pydantic import ValidationError
+
     from nanoos_fw.ml.ranking import Ranking
 
     given = {
@@ -385,7 +388,13 @@ def _ranking(arguments: argparse.Namespace, **changes: Any) -> Ranking:
         "min_novelty": arguments.min_novelty,
         "max_novelty": arguments.max_novelty,
     }
-    return Ranking.model_validate({**given, **changes})
+    try:
+        return Ranking.model_validate({**given, **changes})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+        )
+        raise InputError(f"bad ranking: {problems}") from error
 
 
 def _read(path: Path) -> Any:
@@ -401,5 +410,5 @@ def _read(path: Path) -> Any:
 
     try:
         return YAML(typ="safe").load(path.read_text())
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error

@@ -66,7 +66,7 @@ class SupercellSpec(_Spec):
     elements: tuple[tuple[str, ...], ...] = Field(min_length=1)
     volume_per_atom: dict[str, Annotated[float, Field(gt=0)]] = {}
     together: bool = False
-    count: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=2**53)
     seed: int | None = Field(default=0, ge=0)
     unique: bool = False
 

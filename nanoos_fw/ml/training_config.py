@@ -168,7 +168,7 @@ class TrainingConfig(BaseModel):
     checkpoint_every: int = Field(default=10, ge=1)
     checkpoint_minutes: float = Field(default=10.0, ge=0.0)
     keep_checkpoints: int = Field(default=2, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # as scikit-learn has it
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     parent_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     freeze: tuple[str, ...] = ()

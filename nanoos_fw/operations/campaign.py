@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoos_fw.errors import InputError
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.embedded import save_embedded
 from nanoos_fw.stores.launches import SPEC_KEY, failed_fireworks
@@ -30,11 +31,26 @@ _FIREWORKS_LOGGERS = ("launchpad", "rocket.launcher", "queue.launcher")
 
 @dataclass
 class ImportReport:
-    """What became of every entry of an import."""
+    """What became of every entry of an import.
+
+    Parameters
+    ----------
+    added
+        Number of new structures.
+    duplicates
+        Label and key of entries whose structure was there already; numbers that it
+        lacked have been added to it.
+    failures
+        Entries that cannot be used, and duplicates whose numbers are not those of
+        the store.
+    notes
+        Label of an entry that was used, and what the reader found strange in it.
+    """
 
     added: int = 0
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     failures: list[EntryFailure] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -53,7 +69,8 @@ def import_structures(
     """Read structure files into the store, entry by entry.
 
     A duplicate (of the store, or of an earlier entry) and an entry that cannot be
-    used are reported and never stop the rest.
+    used are reported and never stop the rest. Numbers of a duplicate that the store
+    lacks are added to the structure; if one differs from the store's, none is.
 
     Parameters
     ----------
@@ -83,8 +100,15 @@ def import_structures(
         ]
         result = store.add(entries, in_set=in_set)
         for entry, key, added in zip(batch, result.keys, result.added, strict=True):
+            report.notes += [(entry.label, note) for note in entry.notes]
             if added:
                 report.added += 1
+                continue
+            try:
+                store.add_properties(key, entry.properties)
+            except InputError as error:
+                failure = EntryFailure(entry.label, entry.source, error)
+                report.failures.append(failure)
             else:
                 report.duplicates.append((entry.label, key))
         batch.clear()

@@ -190,7 +190,8 @@ def _some(
         places = np.searchsorted(chunk.indices, members).tolist()
         found.update(zip(members, rows_of(chunk, screen, source, places), strict=True))
     names = _scores_of(ranked)
-    scores = ranked.scores.reshape(len(ranked.indices), -1).tolist()
+    # Also where no candidate takes part.
+    scores = ranked.scores.reshape(len(ranked.indices), len(names)).tolist()
     for rank, index in enumerate(ranked.indices.tolist(), start=1):
         own = dict(zip(names, scores[rank - 1], strict=True))
         yield {"rank": rank, **own, **found[index]}

@@ -369,4 +369,6 @@ def _imported(
             evidence={"structure_by_unit": units},
             advice="import them again in one unit, with --replace",
         )
-    return TargetValues(values, next(iter(units), None), {}, {})
+    # Numbers of a known name are in its unit: import converts or refuses others.
+    unit = next(iter(units), None) or unit_of(target) or None
+    return TargetValues(values, unit, {}, {})

@@ -193,7 +193,8 @@ class ModelRegistry:
         selector = selector or ACTIVE
         version: int | None
         if selector.isdecimal():
-            version = int(selector)
+            # A number that the database cannot hold is that of no version.
+            version = int(selector) if len(selector) < 19 else None
         elif selector == LATEST:
             version = self._last_version(name, none=-1)
         else:

@@ -128,6 +128,7 @@ class StructureStore:
         """Store structures once each and put them into a named set.
 
         A structure that is there already keeps its document; only the set is added.
+        For numbers that come with it, see :meth:`add_properties`.
 
         Returns
         -------
@@ -334,6 +335,43 @@ class StructureStore:
                 update_many(self._structures, changes[start : start + _BATCH])
         return PropertyResult([c[0]["_id"] for c in changes], unchanged, conflicts)
 
+    def add_properties(self, key: str, properties: Mapping[str, float]) -> None:
+        """Give a stored structure the numbers of another source that it lacks.
+
+        Raises
+        ------
+        InputError
+            If a number differs from the one that is there; nothing is changed then.
+        """
+        if not properties:
+            return
+        known = self._fields([key], ("properties",))[key]["properties"]
+        differing = [
+            f"{name} = {known[name]!r}, not {value!r}"
+            for name, value in properties.items()
+            if name in known and not _close(known[name], value)
+        ]
+        # In an update, a dot would mean a field inside another.
+        unusable = [
+            n for n in properties if n not in known and ("." in n or n[0] == "$")
+        ]
+        if differing or unusable:
+            words = f"with {'; '.join(differing[:5])}"
+            if not differing:
+                words = f"without {unusable[0]!r}, which cannot be added"
+            raise InputError(
+                f"structure {key} is in the store {words}",
+                evidence={"structure": key},
+                advice="leave the number out, or give the right one by 'nanoos "
+                "import-table --replace'",
+            )
+        new = {
+            f"properties.{n}": float(v) for n, v in properties.items() if n not in known
+        }
+        if new:
+            with store_errors("store properties"):
+                self._structures.update_one({"_id": key}, {"$set": new})
+
     def query_keys(self, query: Mapping[str, Any]) -> list[str]:
         """Return the keys of the structures that a query finds, sorted.
 
@@ -350,10 +388,18 @@ class StructureStore:
         InputError
             If it asks for anything else.
         """
+        from pymongo.errors import OperationFailure
+
         _check_query(query)
         with store_errors("look for structures"):
-            found = self._structures.find(dict(query), {"_id": 1})
-            return sorted(document["_id"] for document in found)
+            try:
+                found = self._structures.find(dict(query), {"_id": 1})
+                return sorted(document["_id"] for document in found)
+            except (OperationFailure, OverflowError) as error:
+                raise InputError(
+                    f"the server does not understand the query: {error}",
+                    evidence={"query": str(query)[:200]},
+                ) from error
 
     def _fields(
         self, keys: Sequence[str], fields: Sequence[str]

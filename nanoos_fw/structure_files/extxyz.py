@@ -265,7 +265,8 @@ def _properties(info: dict[str, str], start: int, notes: list[str]) -> dict[str,
         for key, value in info.items()
         if key.lower() not in _RESERVED and _NUMBER.fullmatch(value)
     }
-    unit = info.get("energy_unit", "eV")
+    lower = {key.lower(): value for key, value in info.items()}
+    unit = lower.get("energy_unit", lower.get("energy_units", "eV"))
     if unit.lower() != "ev" and any("energy" in key.lower() for key in values):
         raise InputError(
             f"energies of the frame at line {start} are in {unit}, not in eV",

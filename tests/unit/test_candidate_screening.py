@@ -29,6 +29,7 @@ from nanoos_fw.ml.network import CrystalGraphNetwork
 from nanoos_fw.ml.permutations import permute
 from nanoos_fw.ml.predictors import open_model
 from nanoos_fw.ml.ranking import (
+    Ranked,
     Ranking,
     distinct_structures,
     expected_improvement,
@@ -558,6 +559,10 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
         assert [r["score"] for r in rows] == ranked.scores.tolist()
     frames = [e.structure for e in _read_xyz(tmp_path / "all.extxyz")]
     assert StructureMatcher(scale=False).fit(frames[0], crystal)
+    # Nothing takes part, as where all candidates are out of the model's domain.
+    nothing = Ranked(np.zeros(0, dtype=np.int64), np.zeros(0), 0)
+    assert ranked_rows(store, screen, nothing) == []
+    assert export_screen(store, screen, tmp_path / "none.csv", nothing) == 0
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CorruptArtifactError, match="no export"):
         read_rows(tmp_path / "foreign.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nanoos_fw.cli.common import print_json
 from nanoos_fw.console import CountProgress
 from nanoos_fw.stores.database import SCHEMA_VERSION
 
@@ -183,6 +185,8 @@ def test_the_schema_is_shown_and_moved(folder: Path, tmp_path: Path) -> None:
         (["dataset", "build", "--set", "good", "--target", "energy", "-o", "x",
           "--train-fraction", "0.9", "--val-fraction", "0.3", "-l", "db"],
          "test_fraction"),
+        (["dataset", "build", "--set", "good", "--target", "energy_per_atom", "-o",
+          "x", "--unit", "meV/atom", "-l", "db"], "are in eV/atom, not in meV/atom"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_message(
@@ -213,3 +217,15 @@ def test_a_log_gets_a_line_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -
         now[0] = 20.0
         progress.update(70)
     assert console.lines == ["featurizing: 70 of 100, about 30 s left"]
+
+
+def test_json_has_no_numbers_that_json_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_json({"evidence": [1.5, math.inf, (math.nan,)], "n": 2})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told == {"evidence": [1.5, "inf", ["nan"]], "n": 2}

@@ -177,6 +177,25 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
         list(read_property_table(tmp_path / "t.csv", "bandgap"))
 
 
+def test_a_name_of_two_columns_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, "id,value,value\na,1,2\n")
+    with pytest.raises(InputError, match="several columns 'value'"):
+        list(read_property_table(path, "bandgap", unit="eV"))
+
+
+def test_numbers_too_large_for_the_unit_are_told(tmp_path: Path) -> None:
+    path = table(tmp_path, "id,value\na,1e307\nb,1\n")
+    bad, good = read_property_table(path, "pressure", unit="GPa")
+    assert isinstance(bad, RowFailure)
+    assert "too large to be in bar" in str(bad.error)
+    assert isinstance(good, PropertyRow)
+    lines = tmp_path / "t.jsonl"
+    lines.write_text('{"id": "a", "value": 1%s}\n' % ("0" * 400))
+    (row,) = read_property_table(lines, "pressure", unit="GPa")
+    assert isinstance(row, RowFailure)
+    assert "no finite number" in str(row.error)
+
+
 def test_values_go_to_their_structures_with_unit_and_source(
     store: StructureStore, tmp_path: Path
 ) -> None:

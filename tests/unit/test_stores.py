@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from nanoos_fw.errors import CorruptArtifactError, InputError, StoreError
+from nanoos_fw.operations import ImportReport, import_structures
 from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import (
     SCHEMA_VERSION,
@@ -185,3 +187,41 @@ def test_a_campaign_keeps_its_plan(database: Any) -> None:
     with pytest.raises(InputError, match="no campaign 'two'"):
         store.get("two")
     assert store.names() == ["one"]
+
+
+def test_numbers_of_a_duplicate_are_added_or_refused(
+    database: Any, tmp_path: Path
+) -> None:
+    """Structures first, one target after the other: labels must not get lost."""
+    store = StructureStore(database)
+
+    def imported(name: str, numbers: str) -> ImportReport:
+        (tmp_path / name).write_text(
+            f'1\nLattice="4 0 0 0 4 0 0 0 4" {numbers}\nCu 0 0 0\n'
+        )
+        return import_structures(store, [tmp_path / name], in_set="all")
+
+    assert imported("bare.extxyz", "energy=nan").notes == [
+        ("bare", "property energy is nan and was left out")
+    ]
+    (key,) = store.keys("all")
+    assert imported("first.extxyz", "energy=-1.5").duplicates == [("first", key)]
+    assert imported("other.extxyz", "energy=-1.5 gap=2").duplicates == [("other", key)]
+    expected = {"energy": -1.5, "gap": 2.0}
+    assert store.get_many([key])[key].properties == expected
+    for numbers, words in (
+        ("energy=-1.6 hardness=3", "energy = -1.5, not -1.6"),
+        ("a.b=1", "without 'a.b'"),
+    ):
+        (failure,) = imported("differs.extxyz", numbers).failures
+        assert key in str(failure.error)
+        assert words in str(failure.error)
+    assert store.get_many([key])[key].properties == expected
+
+
+@pytest.mark.mongodb
+def test_a_query_that_the_server_refuses_is_the_users(mongodb_database: Any) -> None:
+    ensure_indexes(mongodb_database)
+    for query in ({"label": {"$regex": "("}}, {"n_sites": {"$lte": 10**40}}):
+        with pytest.raises(InputError, match="does not understand the query"):
+            StructureStore(mongodb_database).query_keys(query)

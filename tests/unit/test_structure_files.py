@@ -543,6 +543,7 @@ BAD_FRAMES = {
     "no positions": (frame(salt()).replace("pos:R:3", "p:R:3", 1), "no column pos"),
     "no species": (frame(salt()).replace("species:S", "s:S", 1), "no column species"),
     "unit": (frame(salt(), "energy=1 energy_unit=Hartree"), "not in eV"),
+    "Unit": (frame(salt(), "energy=1 Energy_Units=meV"), "not in eV"),
     "zero": (frame(salt()).replace("8\n", "0\n", 1).split("\nNa")[0] + "\n", ""),
     "junk": ("this is no frame\n", "should be a number of atoms"),
 }
