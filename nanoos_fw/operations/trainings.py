@@ -77,8 +77,8 @@ def submit_training(
     Raises
     ------
     InputError
-        If dataset, settings and target do not belong together, or there is no such
-        parent.
+        If dataset, settings and target do not belong together, there is no such
+        parent, or versions of the name predict another quantity or in another unit.
     """
     from nanoos_fw.ml.training import check_without_parent, read_training_config
     from nanoos_fw.workflows import training_workflow
@@ -95,9 +95,11 @@ def submit_training(
         version = record.reference
         training = _with_registered(training, models, record)
     check_name(model_name, training.target)
+    dataset_hash, unit = _held(dataset, training.target)
+    _check_versions(models, model_name, training.target, unit)
     workflow = training_workflow(
         str(dataset.resolve()),
-        _dataset_hash(dataset, training.target),
+        dataset_hash,
         training,
         model_name,
         str(work_root.resolve()),
@@ -123,11 +125,24 @@ def _with_registered(
         return with_parent(training, path)
 
 
-def _dataset_hash(directory: Path, target: str) -> str:
+def _held(directory: Path, target: str) -> tuple[str, str]:
+    """Return hash and unit of a dataset of the target."""
     from nanoos_fw.ml.datasets import open_dataset
 
     dataset = open_dataset(directory, verify=False)
     held = dataset.config.target_property
     if held != target:
         raise InputError(f"{directory} holds {held!r}, not {target!r}")
-    return dataset.dataset_hash
+    return dataset.dataset_hash, dataset.unit
+
+
+def _check_versions(models: ModelRegistry, name: str, target: str, unit: str) -> None:
+    """Let an alias of a name not move from one quantity to another."""
+    for record in models.list_models(name=name):
+        if (record.target, record.unit) != (target, unit):
+            raise InputError(
+                f"{record.reference} predicts {record.target!r} in "
+                f"{record.unit or 'no unit'}, the dataset holds {target!r} in "
+                f"{unit or 'no unit'}",
+                advice="choose another name for the model",
+            )

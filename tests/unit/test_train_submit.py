@@ -26,7 +26,7 @@ from nanoos_fw.workflows import training_workflow
 TARGET = "formation_energy_per_atom"
 
 
-def write(directory: Path, seed: int) -> Path:
+def write(directory: Path, seed: int, unit: str | None = None) -> Path:
     rng = np.random.default_rng(seed)
     graphs, targets = {}, {}
     for i in range(20):
@@ -35,7 +35,11 @@ def write(directory: Path, seed: int) -> Path:
         graphs[f"s{i:02d}"] = graph
         targets[f"s{i:02d}"] = float(graph.distances[:8].mean())
     config = DatasetConfig(
-        target_property=TARGET, train_fraction=0.6, val_fraction=0.2, test_fraction=0.2
+        target_property=TARGET,
+        unit=unit,
+        train_fraction=0.6,
+        val_fraction=0.2,
+        test_fraction=0.2,
     )
     write_dataset(build_regression_dataset(graphs, targets, config), directory)
     return directory
@@ -114,6 +118,10 @@ def test_submitted_trainings_end_in_the_registry_with_their_parent(
     refused = submit(second, "hidden_dim: 8\n" + rest, "--parent", "m@1", code=1)
     assert "hidden_dim is 8 in the config but 4" in refused
     assert "freeze" in submit(second, "freeze: [dense]\n" + rest, code=1)
+    other = write(tmp_path / "c", 0, unit="meV/atom")
+    assert "m@1 predicts 'formation_energy_per_atom' in eV/atom" in submit(
+        other, sizes + rest, code=1
+    )
     assert submit(second, sizes + rest)["added"]
     write(second, 5)
     assert state() == "FIZZLED"
