@@ -54,6 +54,7 @@ from nanoos_fw.slurm import (
 from nanoos_fw.stores.launches import PARKED as PARKED_KEY
 from nanoos_fw.stores.launches import SPEC_KEY
 from nanoos_fw.stores.outages import let_launchers_wait
+from nanoos_fw.stores.reservations import cancel_reservation
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
         launchpad.fireworks.update_one(
             {"fw_id": fw_id}, {"$set": {f"spec.{SPEC_KEY}.{PARKED_KEY}": parked}}
         )
-        launchpad.cancel_reservation(firework["launches"][-1])
+        cancel_reservation(launchpad, firework["launches"][-1])
         launchpad.pause_fw(fw_id)
         logger.error(
             "firework %d is parked, SLURM will not take it: %s; correct its "
@@ -254,7 +255,7 @@ class SlurmAdapter(QueueAdapterBase):  # type: ignore[misc]
             raise error
         launchpad = self._launchpad()
         firework = launchpad.fireworks.find_one({"fw_id": fw_id}, {"launches": 1})
-        launchpad.cancel_reservation(firework["launches"][-1])
+        cancel_reservation(launchpad, firework["launches"][-1])
         logger.error("firework %d is tried again later: %s", fw_id, error)
         return GIVEN_BACK
 

@@ -22,6 +22,7 @@ from nanoos_fw.stores.campaigns import CampaignStore
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.labels import FORMATION_ENERGY
 from nanoos_fw.stores.launches import PARKED, SPEC_KEY
+from nanoos_fw.stores.reservations import cancel_reservation
 
 if TYPE_CHECKING:
     from nanoos_fw.firetasks.campaign_plan import CampaignPlan
@@ -381,7 +382,7 @@ def _release_reserved(
             {"fw_id": fw_id, "state": "RESERVED"}, {"launches": 1}
         )
         if firework is not None:
-            launchpad.cancel_reservation(firework["launches"][-1])
+            cancel_reservation(launchpad, firework["launches"][-1])
             if not pending_only:
                 report.changed += _set_one(launchpad, fw_id, _DEFUSABLE, "DEFUSED")
 

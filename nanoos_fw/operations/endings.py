@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanoos_fw.stores.database import store_errors, update_many
+from nanoos_fw.stores.reservations import cancel_reservation
 
 if TYPE_CHECKING:
     from nanoos_fw.errors import NanoOSError
@@ -94,7 +95,7 @@ def _in_batches(
 def _give_back_one(launchpad: Any, entry: Reservation) -> None:
     if not _is_still(launchpad, entry.launch_id, "RESERVED"):
         return
-    launchpad.cancel_reservation(entry.launch_id)
+    cancel_reservation(launchpad, entry.launch_id)
     if entry.count is not None:
         raised = {"$inc": {entry.count: 1}}
         launchpad.fireworks.update_one({"fw_id": entry.fw_id}, raised)

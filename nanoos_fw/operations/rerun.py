@@ -24,6 +24,7 @@ from nanoos_fw.slurm import Cluster, EndedJob, ended_jobs
 from nanoos_fw.stores.database import store_errors
 from nanoos_fw.stores.launches import SPEC_KEY, launch_error
 from nanoos_fw.stores.places import read_places, utc
+from nanoos_fw.stores.reservations import rerun_in
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +328,7 @@ def _rerun(launchpad: Any, attempt: Attempt, batch: str, now: str) -> bool:
             }
         )
         workflow = launchpad.get_wf_by_fw_id_lzyfw(fw_id)
-        launchpad._update_wf(workflow, workflow.rerun_fw(fw_id))
+        launchpad._update_wf(workflow, rerun_in(workflow, fw_id))
     return True
 
 

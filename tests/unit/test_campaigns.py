@@ -447,6 +447,22 @@ def test_cancel_ends_jobs_and_fireworks_but_no_shared_job(
     assert found[reserved.fw_id] == "DEFUSED"
 
 
+def test_pause_and_resume_leave_alone_what_was_defused_by_hand(
+    launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit_many(launchpad, map(pair, "a"))
+    reserved, launch = launchpad.reserve_fw(FWorker(), str(tmp_path))
+    launchpad.set_reservation_id(launch, 11)
+    (child,) = launchpad.get_wf_by_fw_id(reserved.fw_id).links[reserved.fw_id]
+    launchpad.defuse_fw(child)
+    jobs = {"11": QueuedJob("11", "11", "PENDING", "main", "", "")}
+    monkeypatch.setattr(campaigns, "queued_jobs", lambda: jobs)
+    monkeypatch.setattr(campaigns, "run_slurm", lambda *_args, **_options: "")
+    assert pause(launchpad, "c", slurm=True).changed == 1
+    assert resume(launchpad, "c").changed == 1
+    assert states(launchpad) == {("first", "READY"): 1, ("second", "DEFUSED"): 1}
+
+
 def test_cancel_keeps_what_completes_meanwhile(
     launchpad: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -238,7 +238,7 @@ def test_a_run_that_ends_meanwhile_keeps_its_end(
     assert content(launchpad) == before
 
 
-def test_a_workflow_that_is_locked_is_left_to_fireworks(
+def test_a_workflow_that_is_locked_is_waited_for(
     launchpads: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launchpad = launchpads[0]
@@ -248,7 +248,9 @@ def test_a_workflow_that_is_locked_is_left_to_fireworks(
     held = launchpad.workflows.find_one({"nodes": pairs[0][0]})["_id"]
     launchpad.workflows.update_one({"_id": held}, {"$set": {"locked": True}})
     left = []
-    monkeypatch.setattr(launchpad, "cancel_reservation", left.append)
+    monkeypatch.setattr(
+        endings, "cancel_reservation", lambda _launchpad, launch: left.append(launch)
+    )
 
     give_back(launchpad, [Reservation(*pair) for pair in pairs])
 

@@ -658,6 +658,35 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     assert report.batch
 
 
+@pytest.mark.parametrize("rest", ["pause_fw", "defuse_fw"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_somebody_has_put_to_rest_below_a_lost_run_stays_so(
+    launchpad: Any, slurm: Slurm, tmp_path: Path, begun: bool, rest: str
+) -> None:
+    parent, child, grandchild = firework(), firework(), firework()
+    links = {parent: [child], child: [grandchild]}
+    launchpad.add_wf(Workflow([parent, child, grandchild], links))
+    getattr(launchpad, rest)(child.fw_id)
+    resting = state(launchpad, child)
+    worker = FWorker("w")
+    _, launch = launchpad.reserve_fw(worker, str(tmp_path), fw_id=parent.fw_id)
+    launchpad.set_reservation_id(launch, "7")
+    slurm.ended["7"] = ended("7", "NODE_FAIL")
+    if begun:
+        launchpad.checkout_fw(worker, str(tmp_path), fw_id=parent.fw_id)
+
+    reconcile(launchpad)
+    if begun:
+        assert len(rerun_failed_fireworks(launchpad).rerun) == 1
+
+    found = [state(launchpad, fw) for fw in (parent, child, grandchild)]
+    assert found == ["READY", resting, "WAITING"]
+    states = launchpad.workflows.find_one({})["fw_states"]
+    assert states == {
+        str(fw.fw_id): state(launchpad, fw) for fw in (parent, child, grandchild)
+    }
+
+
 def test_a_rerun_that_was_rerun_in_its_turn_has_begun(
     launchpad: Any, tmp_path: Path
 ) -> None:
