@@ -178,6 +178,10 @@ def _judge_queued(launch: OpenLaunch, job: QueuedJob) -> Verdict:
     ):
         reason = f"job {job.job_id} was requeued and began anew"
         return Verdict(launch, LOST, "node", reason)
+    # Nor does one that waits again; where a launch was, it has noted itself.
+    if launch.state == "RUNNING" and launch.pid and job.state == "PENDING":
+        reason = f"job {job.job_id} was requeued and waits again"
+        return Verdict(launch, LOST, "node", reason)
     return Verdict(launch, ALIVE, "", f"job {job.job_id} is {job.state}")
 
 
@@ -332,7 +336,8 @@ def _open_launch(
         fw_id=firework["fw_id"],
         name=firework["name"],
         state=launch["state"],
-        job_id=(place.job_id if place else None) or reserved,
+        # One that began elsewhere, by hand, is not in the job that was to begin it.
+        job_id=place.job_id if place else reserved,
         host=place.host if place else str(launch.get("host", "")),
         pid=place.pid if place else None,
         since=utc(last["created_on"]),

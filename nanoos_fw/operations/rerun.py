@@ -178,7 +178,7 @@ def _ended_jobs_of(
             if "reservation_id" in entry
         ]
         place = places.get(launch_id)
-        number = (place.job_id if place else None) or (reserved or [None])[-1]
+        number = place.job_id if place else (reserved or [None])[-1]
         if number is not None:
             numbers[launch_id] = number
     ended = ended_jobs(numbers.values(), accounting=cluster.accounting)

@@ -106,7 +106,8 @@ def queued_jobs() -> dict[str, QueuedJob]:
     too. One ``squeue`` command.
     """
     answer = run_slurm(
-        ["squeue", "--noheader", "--array", "--format=%A|%F|%T|%P|%S|%r|%j"]
+        # Of hidden partitions, too: a job that is not shown would count as ended.
+        ["squeue", "--all", "--noheader", "--array", "--format=%A|%F|%T|%P|%S|%r|%j"]
     )
     jobs: dict[str, QueuedJob] = {}
     for line in answer.splitlines():

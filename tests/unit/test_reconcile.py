@@ -107,6 +107,16 @@ def test_a_run_whose_job_began_anew_is_lost() -> None:
     assert (verdict.fate, verdict.cause) == (LOST, "node")
 
 
+def test_a_run_whose_job_waits_again_is_lost_if_it_was_in_that_job() -> None:
+    waiting = {"7": queued("7", "PENDING")}
+    verdict = judge(RUNNING, waiting, {}, NOW)
+    assert (verdict.fate, verdict.cause) == (LOST, "node")
+    assert judge(replace(RUNNING, pid=None), waiting, {}, NOW).fate == ALIVE
+    assert judge(RESERVED, waiting, {}, NOW).fate == ALIVE
+    for living in ("SUSPENDED", "COMPLETING", "STOPPED", "SIGNALING", "REQUEUED"):
+        assert judge(RUNNING, {"7": queued("7", living)}, {}, NOW).fate == ALIVE
+
+
 @pytest.mark.parametrize(
     ("state", "cause"),
     [
@@ -656,6 +666,17 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     with pytest.raises(InputError, match="no rerun 'last week'"):
         undo_reruns(launchpad, "last week")
     assert report.batch
+
+
+def test_a_reserved_firework_that_was_begun_by_hand_is_not_lost_with_its_job(
+    launchpad: Any, slurm: Slurm, tmp_path: Path
+) -> None:
+    fw = running(launchpad, "7", tmp_path)
+    slurm.ended["7"] = ended("7", "COMPLETED")  # it found nothing left to do
+    with noted_place(launchpad.db, fw.fw_id, {}):
+        report = reconcile(launchpad)
+    assert (report.alive, report.lost) == (1, [])
+    assert state(launchpad, fw) == "RUNNING"
 
 
 @pytest.mark.parametrize("rest", ["pause_fw", "defuse_fw"])
