@@ -247,7 +247,7 @@ def render_parts(
             for number, stage in enumerate(stages, start=1)
         ),
         tuple(
-            _run_with_restarts(stage, number, config, on_stop, first_frame)
+            _run_with_restarts(stage, number, config, on_stop)
             if config.is_dynamics
             else ""
             for number, stage in enumerate(stages, start=1)
@@ -482,7 +482,7 @@ def _stage(
 
 
 def _run_with_restarts(
-    stage: Stage, number: int, config: MDConfig, on_stop: str, first_frame: int
+    stage: Stage, number: int, config: MDConfig, on_stop: str
 ) -> str:
     """Return the run of a stage, set up anew after each restart file."""
     if next_restart(stage.first_step, stage, config) == stage.last_step:
@@ -498,22 +498,8 @@ def _run_with_restarts(
         every=config.restart_every,
         first_step=stage.first_step,
         last_step=stage.last_step,
-        check=_check_of_executable(config, on_stop, first_frame) if on_stop else "",
+        check=f'if "$(step) < ${{goal}}" then {on_stop}\n' if on_stop else "",
     )
-
-
-def _check_of_executable(config: MDConfig, on_stop: str, first_frame: int) -> str:
-    """Return what an executable does after a block, before the restart file."""
-    text = f'if "$(step) < ${{goal}}" then {on_stop}\n'
-    if config.dump_every:
-        # LAMMPS does not flush binary dumps: closed and opened again, the frames
-        # before a restart file are on disk.
-        text += (
-            f"undump frames\ndump frames all custom {config.dump_every} "
-            f"trajectory.{first_frame:012d}.bin {' '.join(DUMP_COLUMNS)}\n"
-            "dump_modify frames sort id append yes delay $(step+1:%.0f)\n"
-        )
-    return text
 
 
 def _uses_tri(config: MDConfig, box: LammpsBox) -> bool:

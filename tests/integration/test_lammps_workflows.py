@@ -17,7 +17,7 @@ from nanoos_fw.errors import MissingDependencyError, OutOfTimeError, SimulationE
 from nanoos_fw.md.engine import LAMMPSEngine, simulation_thermo
 from nanoos_fw.md.fork_server import ForkServer
 from nanoos_fw.md.optimizer import failed_result
-from nanoos_fw.md.output import not_converged
+from nanoos_fw.md.output import not_converged, simulation_trajectory
 from nanoos_fw.md.potentials import lennard_jones_potential
 from nanoos_fw.md.properties import _Work
 from nanoos_fw.md.recipes import file_potential
@@ -388,7 +388,8 @@ def test_executable_gives_the_numbers_of_the_module(tmp_path, quick, parameters)
     parameters = {**parameters, "potential": file_potential("sw", "Si.sw")}
     if parameters["workflow_type"].startswith("MD_"):
         parameters |= {
-            **RUN, "num_steps": 60, "equilibration_steps": 20, "supercell_min_atoms": 8
+            **RUN, "num_steps": 60, "equilibration_steps": 20, "supercell_min_atoms": 8,
+            "dump_every": 7, "restart_every": 15,
         }  # fmt: skip
     one, other = (
         run(rough, tmp_path / name, engine, **parameters)
@@ -405,6 +406,8 @@ def test_executable_gives_the_numbers_of_the_module(tmp_path, quick, parameters)
         for result in (one, other)
     ]
     assert frames[0] == frames[1]
+    if one["workflow_type"].startswith("MD_"):
+        assert [len(file) > 0 for file in frames[0]] == [True]
     assert one.keys() == other.keys()
     # The executable prints energies and stresses with twelve digits.
     printed = {"final_potential_energy", "final_stress_bar", "max_stress_bar"}
@@ -473,6 +476,8 @@ def test_executable_stops_by_its_clock_and_goes_on(tmp_path):
     assert outcome["steps"] == 100_100
     table = simulation_thermo(output)
     assert table.step.tolist() == list(range(0, 100_101, 100))
+    frames = simulation_trajectory(output)
+    assert frames.step.tolist() == list(range(0, 100_101, 1000))
 
 
 def test_minimization_that_the_executables_clock_ends_is_not_done(tmp_path):
