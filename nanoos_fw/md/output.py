@@ -166,6 +166,8 @@ def simulation_box(output_dir: Path) -> LammpsBox:
 def final_structure(output_dir: Path) -> Structure:
     """Return the last structure, in the orientation and site order of the first.
 
+    With the charges that were given, if the potential knows charges.
+
     Raises
     ------
     InputError
@@ -179,12 +181,14 @@ def final_structure(output_dir: Path) -> Structure:
     from pymatgen.core import Lattice, Structure
 
     simulation, final = read_simulation(output_dir), read_json(output_dir / FINAL)
+    charges = simulation.get("charges")
     box, matrix = simulation_box(output_dir), np.array(final["matrix"])
     return Structure(
         Lattice(box.lattice(matrix)),
         simulation["species"],
         box.frac_coords(np.array(final["positions"]), matrix),
         to_unit_cell=True,
+        site_properties=None if charges is None else {"charge": charges},
     )
 
 

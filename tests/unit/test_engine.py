@@ -182,6 +182,29 @@ def test_final_structure_has_the_orientation_and_sites_of_the_first(
     np.testing.assert_allclose(shift - np.rint(shift), 0.0, atol=1e-9)
 
 
+def test_final_structure_keeps_the_charges_that_the_potential_takes(
+    rock_salt, tmp_path
+):
+    # What ends a minimization begins the dynamics with the same potential.
+    given = [1.0 if site.specie.symbol == "Na" else -1.0 for site in rock_salt]
+    salt = rock_salt.copy(site_properties={"charge": given})
+    charged = {
+        "pair_style": "born/coul/dsf 0.25 8.0",
+        "pair_coeff": ["* * 1.0 0.3 0.0 0.0 0.0"],
+        "elements": ["Na", "Cl"],
+        "charges": "given",
+    }
+    _, output = pretend_output(salt, tmp_path / "a", {**RUN, "potential": charged})
+    assert final_structure(output).site_properties == {"charge": given}
+    neutral = {
+        "pair_style": "lj/cut 6.0",
+        "pair_coeff": ["* * 0.01 2.0"],
+        "elements": ["Na", "Cl"],
+    }
+    _, output = pretend_output(salt, tmp_path / "b", {**RUN, "potential": neutral})
+    assert not final_structure(output).site_properties
+
+
 def test_unfinished_output_is_read_as_far_as_it_goes(copper, tmp_path):
     engine, output = pretend_output(copper, tmp_path, RUN, final=False)
     result = engine.parse_output(output)
