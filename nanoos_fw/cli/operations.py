@@ -140,6 +140,10 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         f"{len(report.unknown)} unknown"
         f"{' (nothing was changed)' if arguments.dry_run else ''}"
     )
+    if report.unknown:
+        print(
+            "unknown runs are left alone; one that is surely gone: lpad rerun_fws -i ID"
+        )
     if report.lost:
         print("next: nanoos rerun --failed --dry-run")
     return 0

@@ -22,7 +22,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nanoos_fw.errors import (
+    LaunchError,
     LostRunError,
+    MissingDependencyError,
     NanoOSError,
     OutOfMemoryError,
     OutOfTimeError,
@@ -393,7 +395,7 @@ def reconcile(
     jobs = {launch.job_id for launch in launches if launch.job_id is not None}
     queued = queued_jobs() if slurm and jobs else {}
     gone = jobs - queued.keys()
-    ended = ended_jobs(gone, accounting=accounting) if slurm and gone else {}
+    ended = _ended(gone, accounting) if slurm and gone else {}
     for launch in launches:
         verdict = judge(launch, queued, ended, now, heartbeat_expires=heartbeat_expires)
         if verdict.fate == ALIVE:
@@ -410,6 +412,20 @@ def reconcile(
         end_lost(launchpad, report.lost)
         _give_back(launchpad, report)
     return report
+
+
+def _ended(jobs: set[str], accounting: bool) -> dict[str, EndedJob]:
+    """Ask accounting, or the controller while accounting does not answer.
+
+    The controller forgets: what it does not know stays unknown until accounting is back.
+    """
+    try:
+        return ended_jobs(jobs, accounting=accounting)
+    except (LaunchError, MissingDependencyError) as error:
+        if not accounting:
+            raise
+        logger.warning("SLURM's accounting does not answer: %s", error)
+        return ended_jobs(jobs, accounting=False)
 
 
 def _refresh(launchpad: Any, fw_id: int) -> None:

@@ -668,6 +668,27 @@ def test_a_rerun_that_has_not_begun_is_taken_back(
     assert report.batch
 
 
+def test_the_controller_is_asked_while_accounting_is_down(
+    launchpad: Any,
+    slurm: Slurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known, unknown = (running(launchpad, job, tmp_path) for job in ("1", "2"))
+    slurm.ended["1"] = ended("1", "NODE_FAIL")
+
+    def without_accounting(jobs: set[str], *, accounting: bool) -> dict[str, EndedJob]:
+        if accounting:
+            raise LaunchError("sacct failed with exit code 1: Connection refused")
+        return slurm.ended_jobs(jobs)
+
+    monkeypatch.setattr(module, "ended_jobs", without_accounting)
+    report = reconcile(launchpad)
+    assert [verdict.launch.fw_id for verdict in report.lost] == [known.fw_id]
+    assert [verdict.launch.fw_id for verdict in report.unknown] == [unknown.fw_id]
+    assert state(launchpad, unknown) == "RUNNING"
+
+
 def test_a_reserved_firework_that_was_begun_by_hand_is_not_lost_with_its_job(
     launchpad: Any, slurm: Slurm, tmp_path: Path
 ) -> None:
