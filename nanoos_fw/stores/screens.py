@@ -337,6 +337,8 @@ def register_screen(
     from nanoos_fw.ml.candidates import open_candidates
     from nanoos_fw.stores.models import ModelRegistry
 
+    if not name.strip():
+        raise InputError("a screening needs a name")
     registry = ModelRegistry(database)
     records = [registry.get(reference) for reference in spec.models]
     if len({record.reference for record in records}) < len(records):

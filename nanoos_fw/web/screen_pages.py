@@ -40,7 +40,7 @@ def screens(request: Request) -> HTMLResponse:
     return page(request, "screens", screens=rows)
 
 
-@router.get("/screens/{name}/report")
+@router.get("/screens/{name:path}/report")
 def screen_report(name: str, request: Request) -> HTMLResponse:
     """Show the report of a screening as the stores have it now."""
     from nanoos_fw.reports import collect_screen, render_screen

@@ -500,6 +500,8 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
     assert register_screen(database, "alloys", spec(known_set="old")) == screen
     with pytest.raises(InputError, match="another screening"):
         register_screen(database, "alloys", spec(chunk=32))
+    with pytest.raises(InputError, match="needs a name"):
+        register_screen(database, " ", spec())
     store = ScreenStore(database)
 
     class Stop(Exception):  # noqa: N818

@@ -195,6 +195,9 @@ def test_models_are_listed_compared_and_activated(
     page = web.get(to).text
     assert "epochs" in page
     assert web.get("/api/ml/models/none").status_code == 404
+    # Names of screenings may hold a slash.
+    answer = web.get("/screens/team%2Falloys/report")
+    assert "there is no screening 'team/alloys'" in answer.json()["message"]
 
 
 def test_a_model_without_weights_predicts_nothing(
