@@ -417,7 +417,7 @@ def reconcile(
 def _ended(jobs: set[str], accounting: bool) -> dict[str, EndedJob]:
     """Ask accounting, or the controller while accounting does not answer.
 
-    The controller forgets: what it does not know stays unknown until accounting is back.
+    The controller forgets: what it does not know stays unknown until then.
     """
     try:
         return ended_jobs(jobs, accounting=accounting)
