@@ -200,6 +200,21 @@ class MDConfig(BaseModel):
             )
         return {**data, "num_steps": steps}
 
+    # The last is the first to run.
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, data: Any) -> Any:
+        """Refuse true and false for numbers: pydantic would take them for 1 and 0."""
+        if not isinstance(data, Mapping):
+            return data
+        schedule = data.get("schedule")
+        parts = schedule if isinstance(schedule, list | tuple) else ()
+        for holder in (data, *(part for part in parts if isinstance(part, Mapping))):
+            for name, value in holder.items():
+                if isinstance(value, bool) and name not in _FLAGS:
+                    raise ValueError(f"{name} is a number, not {value}")
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> MDConfig:
         if self.schedule:
@@ -252,7 +267,6 @@ class MDConfig(BaseModel):
             Naming every parameter that is unknown or out of range, or one that differs
             from its default and has no effect on the workflow.
         """
-        _refuse_truth_values(parameters)
         try:
             config = cls.model_validate(dict(parameters))
         except ValidationError as error:
@@ -449,18 +463,3 @@ class Stage:
     last_step: int
     start_k: float
     stop_k: float
-
-
-def _refuse_truth_values(parameters: Mapping[str, Any]) -> None:
-    """Refuse true and false where numbers belong: pydantic would take them for 1, 0."""
-    schedule = parameters.get("schedule")
-    parts = schedule if isinstance(schedule, list | tuple) else ()
-    parts = [part for part in parts if isinstance(part, Mapping)]
-    for holder in (parameters, *parts):
-        for name, value in holder.items():
-            if isinstance(value, bool) and name not in _FLAGS:
-                raise InputError(
-                    f"{name} is a number, not {value}",
-                    evidence={"parameter": name},
-                    advice="correct this parameter",
-                )

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pymatgen.core import DummySpecies, Lattice, Structure
 
 from nanoos_fw.errors import InputError, NanoOSError
+from nanoos_fw.firetasks.md import MDMethod
 from nanoos_fw.md.engine import LAMMPSEngine
 from nanoos_fw.md.pair_commands import commands_potential
 from nanoos_fw.md.potential_folders import find_potential_file
@@ -342,6 +343,11 @@ CASES = [
         "one atom.*no temperature.*",
     ),
 ]
+
+
+def test_a_campaign_takes_no_true_for_a_number_either():
+    with pytest.raises(ValidationError, match="num_steps is a number, not True"):
+        MDMethod(config={"num_steps": True})
 
 
 def test_there_are_enough_cases():
