@@ -31,6 +31,8 @@ CrystalOf = Callable[
     [Row], tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
 ]
 
+# A simulation with its series is one field; Python's own limit is 128 KiB.
+_MAX_FIELD = 2**31 - 1
 FORMATS = (".csv", ".jsonl", ".parquet", ".extxyz")
 _MARK = "# nanoos-rows "
 _AT_ONCE = 4096
@@ -125,13 +127,13 @@ def read_rows(path: Path) -> tuple[dict[str, Any], Iterator[Row]]:
             first = file.readline()
     if suffix == ".extxyz":
         text = first.partition("provenance='")[2].partition("'")[0]
-        return _head(text, path), _read_extxyz(path)
+        return _head(text, path), _checked(path, _read_extxyz(path))
     if suffix == ".csv":
         if not first.startswith(_MARK):
             raise _foreign(path)
         head = _head(first.removeprefix(_MARK), path)
-        return head, _read_csv(path, head["columns"])
-    return _head(first, path), _read_lines(path)
+        return head, _checked(path, _read_csv(path, head["columns"]))
+    return _head(first, path), _checked(path, _read_lines(path))
 
 
 def plain_single(value: np.float32) -> float:
@@ -164,9 +166,24 @@ def _cell(kind: Kind, value: Any) -> str:
     return json.dumps(value)
 
 
+def _checked(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """Say of a row that cannot be read which it is."""
+    number = 0
+    try:
+        for row in rows:
+            number += 1
+            yield row
+    except (ValueError, KeyError, csv.Error) as error:
+        raise CorruptArtifactError(
+            f"{path} is damaged after {number} rows: {error}",
+            advice="copy or export it again; rows that are there already are known",
+        ) from error
+
+
 def _read_csv(path: Path, columns: Mapping[str, Kind]) -> Iterator[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         file.readline()
+        csv.field_size_limit(_MAX_FIELD)
         reader = csv.reader(file)
         if next(reader, None) != list(columns):
             raise _foreign(path)

@@ -71,9 +71,25 @@ def test_hard_values_come_back_bit_for_bit(tmp_path: Path, suffix: str) -> None:
     told, back = read_rows(path)
     assert {name: told[name] for name in head} == head
     assert bits(list(back)) == bits(rows)
+    write_rows(
+        path, head, columns, [rows[0] | {"json": doubles * 3}], lambda _: crystal
+    )
+    assert next(read_rows(path)[1])["json"] == doubles * 3  # hundreds of kB
     write_rows(path, head, columns, [], lambda _: crystal)
     if suffix != "extxyz":  # has no frame to tell where it is from
         assert list(read_rows(path)[1]) == []
+
+
+def test_a_file_that_was_cut_short_is_told(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    columns: dict[str, Any] = {"number": "int", "json": "json"}
+    rows = [{"number": n, "json": {"series": [0.125] * 9}} for n in range(9)]
+    crystal = (np.array([29], dtype=np.uint8), 3.0 * np.eye(3), np.zeros((1, 3)))
+    write_rows(path, {}, columns, rows, lambda _: crystal)
+    text = path.read_bytes()
+    path.write_bytes(text[: text.rfind(b"0.125, 0.125")])
+    with pytest.raises(CorruptArtifactError, match=r"damaged after 8 rows|no export"):
+        list(read_rows(path)[1])
 
 
 def test_a_broken_export_leaves_the_file_before(tmp_path: Path, suffix: str) -> None:
