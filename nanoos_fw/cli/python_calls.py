@@ -83,7 +83,7 @@ PYTHON_CALLS: dict[str, str] = {
     "campaign pause": "nanoos_fw.operations.campaigns:pause",
     "campaign resume": "nanoos_fw.operations.campaigns:resume",
     "campaign cancel": "nanoos_fw.operations.campaigns:cancel",
-    "campaign archive": "nanoos_fw.operations.campaigns:archive",
+    "campaign archive": "nanoos_fw.operations.archives:archive",
     "gc": "nanoos_fw.operations.retention:collect_waste",
     "db status": "nanoos_fw.stores.migrations:database_status",
     "db migrate": "nanoos_fw.stores.migrations:migrate",
