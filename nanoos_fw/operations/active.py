@@ -261,6 +261,7 @@ def import_labels(
     origin = label_source(place, plan)
     values: dict[str, float] = {}
     refused: dict[str, str] = {}
+    doubtful: set[str] = set()
     for path in paths:
         for found in read_structures(path, id_prop_target=plan.target):
             name = str(found.source)
@@ -289,8 +290,12 @@ def import_labels(
                 refused[name] = f"its {plan.target} is no finite number: {value}"
             elif key in values and values[key] != value:
                 refused[name] = f"{key} has another label in another entry"
+                doubtful.add(key)
             else:
                 values[key] = value
+    for key in doubtful:  # the order of files must not choose, nor of steps in one
+        del values[key]
+        refused[key] = "its entries have different labels: give one"
     there = place.simulations.find(sorted(values), origin.method)
     for key, simulation in there.items():
         if simulation.result.get("value") != values[key]:

@@ -332,6 +332,17 @@ def test_the_campaign_waits_for_labels_from_files(
     refused = import_labels(launchpad.db, "toys", [wrong])
     assert refused.written == []
     assert len(refused.refused) == 1
+    # The steps of a relaxation in one file: none of them is the label by its place.
+    steps = tmp_path / f"{batch[0]}.extxyz"
+    steps.write_text(
+        "".join(
+            text.replace("structure_id", f"{TARGET}={value} structure_id")
+            for value in (-1.0, -2.0, -2.0)
+        )
+    )
+    refused = import_labels(launchpad.db, "toys", [steps])
+    assert refused.written == []
+    assert refused.refused[batch[0]] == "its entries have different labels: give one"
     done = tmp_path / "done"
     done.mkdir()
     truth = write_labels(folder, done, batch[:10])
