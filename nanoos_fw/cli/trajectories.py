@@ -161,11 +161,14 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 def _lines(name: str, numbers: dict[str, Any]) -> list[str]:
     if name == "rdf":
-        minimum = numbers["first_minimum_a"]
-        if minimum is None:
+        minima = numbers["first_minima_a"]
+        if not minima:
             return [f"rdf: {numbers['n_frames']} frames, no first shell"]
-        shells = ", ".join(f"{k} {v:.2f}" for k, v in numbers["coordination"].items())
-        lines = [f"rdf: first shell ends at {minimum:.2f} Å; neighbours: {shells}"]
+        shells = ", ".join(
+            f"{name} {number:.2f} within {minima[name]:.2f} Å"
+            for name, number in numbers["coordination"].items()
+        )
+        lines = [f"rdf: neighbours in the first shell: {shells}"]
         if numbers["r_a"][-1] > numbers["half_cell_a"]:
             lines.append(
                 f"rdf: beyond {numbers['half_cell_a']:.2f} Å, half of the cell, images "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -248,17 +248,15 @@ def _rdf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
     curves = radial_distributions(
         source.trajectory, request.rdf_max_a, request.rdf_bins
     )
-    total = curves.pop(None)
+    total = curves[None]
     arrays = {"r_a": total.r_a, "total": total.g, "coordination": total.coordination}
-    partials, shells = {}, {}
-    minimum = _first_minimum(total.r_a, total.g)
+    partials = {}
+    minima, shells = _shells(curves, source.elements)
     for pair, curve in curves.items():
         if pair is None:
             continue
         first, second = (source.elements[kind - 1] for kind in pair)
         arrays[f"coordination_{first}_{second}"] = curve.coordination
-        if minimum is not None:
-            shells[f"{first}-{second}"] = curve.shell(minimum)
         if pair[0] <= pair[1]:  # g(r) is the same both ways round
             partials[f"{first}-{second}"] = curve.g.tolist()
             arrays[f"g_{first}_{second}"] = curve.g
@@ -268,19 +266,36 @@ def _rdf(source: _Source, request: AnalysisRequest, found: Analysis) -> None:
         "r_a": total.r_a.tolist(),
         "total": total.g.tolist(),
         "partials": partials,
-        "first_minimum_a": minimum,
+        "first_minimum_a": minima.get("all"),
+        "first_minima_a": minima,
         "half_cell_a": _half_cell_a(source.trajectory),
-        "coordination": {
-            **({} if minimum is None else {"all": total.shell(minimum)}),
-            **shells,
-        },
+        "coordination": shells,
         "units": {
             "r_a": "Å",
+            "first_minima_a": "Å",
             "half_cell_a": "Å",
             "total": "1",
             "coordination": "1",
         },
     }
+
+
+def _shells(
+    curves: Mapping[tuple[int, int] | None, RadialDistribution], elements: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return where the first shell of each pair ends, and the neighbours in it.
+
+    A pair's shell ends at the minimum of its own g(r): that of all pairs may end before
+    it begins, as that of Ti and O does before Sr and O in a perovskite. ``all`` is of
+    any two elements.
+    """
+    minima, shells = {}, {}
+    for pair, curve in curves.items():
+        name = "all" if pair is None else "-".join(elements[k - 1] for k in pair)
+        minimum = _first_minimum(curve.r_a, curve.g)
+        if minimum is not None:
+            minima[name], shells[name] = minimum, curve.shell(minimum)
+    return minima, shells
 
 
 def _half_cell_a(trajectory: Trajectory) -> float:

@@ -10,10 +10,12 @@ from pymatgen.core import Lattice, Structure
 from nanoos_fw.errors import InputError
 from nanoos_fw.md.analysis import (
     _first_minimum,
+    _shells,
     block_average,
     detect_equilibration,
     mean_squared_displacement,
     radial_distribution,
+    radial_distributions,
     statistical_inefficiency,
 )
 from nanoos_fw.md.trajectory import Frame
@@ -185,6 +187,36 @@ def test_the_first_shell_is_the_nearest_not_the_highest(
     assert rdf.shell(_first_minimum(rdf.r_a, rdf.g)) == pytest.approx(
         neighbours, abs=0.01
     )
+
+
+def test_the_shell_of_a_pair_ends_at_its_own_minimum():
+    perovskite = Structure.from_spacegroup(
+        "Pm-3m",
+        Lattice.cubic(3.905),
+        ["Sr", "Ti", "O"],
+        [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0]],
+    )
+    elements = ("O", "Sr", "Ti")
+    perovskite *= [3, 3, 3]
+    kinds = np.array([elements.index(s.specie.symbol) + 1 for s in perovskite])
+    rng = np.random.default_rng(7)
+    frames = [
+        Frame(
+            i,
+            perovskite.lattice.matrix,
+            kinds,
+            perovskite.cart_coords + rng.normal(0.0, 0.05, (len(perovskite), 3)),
+        )
+        for i in range(5)
+    ]
+    minima, shells = _shells(radial_distributions(frames, 5.8, bins=116), elements)
+    found = {name: round(number, 1) for name, number in shells.items()}
+    del found["all"]
+    assert found == {
+        "Ti-O": 6, "O-Ti": 2, "Sr-O": 12, "O-Sr": 4, "Sr-Ti": 8, "Ti-Sr": 8,
+        "Sr-Sr": 6, "Ti-Ti": 6, "O-O": 8,
+    }  # fmt: skip
+    assert minima["Ti-O"] < 2.76 < minima["Sr-O"]  # where the oxygen of Sr begins
 
 
 def test_a_shell_that_the_distances_end_in_has_no_minimum():
