@@ -298,7 +298,6 @@ def test_a_reserved_firework_is_given_back_while_slurm_takes_no_job(
 
     class Launchpad:
         fireworks = Fireworks()
-        cancel_reservation = staticmethod(cancelled.append)
 
     def run_slurm(_command: list[str], **_options: Any) -> str:
         raise LaunchError("sbatch failed: QOSMaxSubmitJobPerUserLimit")
@@ -306,6 +305,11 @@ def test_a_reserved_firework_is_given_back_while_slurm_takes_no_job(
     waits: list[float] = []
     monkeypatch.setattr(queue_adapter, "run_slurm", run_slurm)
     monkeypatch.setattr(queue_adapter, "submit_limits", lambda *_: [])
+    monkeypatch.setattr(
+        queue_adapter,
+        "cancel_reservation",
+        lambda _launchpad, launch: cancelled.append(launch),
+    )
     monkeypatch.setattr(queue_adapter.time, "sleep", waits.append)
     monkeypatch.setattr(SlurmAdapter, "_launchpad", lambda _self: Launchpad())
     adapter = SlurmAdapter({"rocket_launch": "rlaunch singleshot --fw_id 7"})
