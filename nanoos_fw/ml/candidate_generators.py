@@ -26,6 +26,7 @@ from nanoos_fw.prototypes import GROUND_STATES, PROTOTYPES, build_prototype
 # Numbers of candidates and codes of decorations are exact as doubles.
 MAX_CANDIDATES = 2**53
 _SAME_SITE = 1e-4  # of fractional coordinates, in a cell that we built ourselves
+_MAX_SITES = 10_000  # of a candidate: far beyond what is ever screened
 
 
 def open_generated(
@@ -70,6 +71,13 @@ class _Supercells(CandidateSource):
         cell = build_prototype(
             prototype, ["H", "He", "Li", "Be"][: prototype.n_species], 1.0
         )
+        n_sites = len(cell) * math.prod(spec.repeat)
+        if n_sites > _MAX_SITES:  # before they fill the memory
+            raise InputError(
+                f"repeat {spec.repeat} makes cells of {n_sites} sites, more than "
+                f"{_MAX_SITES}",
+                advice="use a smaller repeat",
+            )
         cell.make_supercell(spec.repeat, to_unit_cell=True)
         self._cell = cell
         self._unit = np.asarray(cell.lattice.matrix)

@@ -183,8 +183,10 @@ def test_key_follows_the_candidates_only():
     assert open_candidates({**ALLOYS, "seed": 1}).key() != key
     with pytest.raises(InputError, match="volume_per_atom has no value for O"):
         open_candidates({**ALLOYS, "elements": [["Cu", "O"]]})
-    with pytest.raises(InputError, match="more than"):
+    with pytest.raises(InputError, match="decorations, more than"):
         open_candidates({**ALLOYS, "repeat": [4, 4, 4]})
+    with pytest.raises(InputError, match="cells of 1000000000 sites, more than"):
+        open_candidates({**ALLOYS, "repeat": [1000, 1000, 1000], "together": True})
 
 
 def test_every_setting_of_a_screening_is_part_of_its_key():
