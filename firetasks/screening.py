@@ -17,6 +17,7 @@ from nanoos_fw.ml.screening_worker import screen_chunks
 from nanoos_fw.stores.screens import Screen, ScreenStore, screen_job
 
 _PROBE_CHUNKS = 2
+_MAX_MINUTES = 100_000
 
 
 class WindowParameters(Parameters):
@@ -153,8 +154,11 @@ def choose_window(
     already; the throughput is that of the fastest chunk, since the first one compiles.
     What the whole screening is expected to cost by this is noted with it.
     """
-    if not minutes > 0:
-        raise InputError(f"minutes must be positive, not {minutes}")
+    if not 0 < minutes <= _MAX_MINUTES:
+        raise InputError(
+            f"a firework of {minutes:g} minutes: take more than 0, and at most "
+            f"{_MAX_MINUTES} (ten weeks)"
+        )
     store = ScreenStore(database)
     probe = min(_PROBE_CHUNKS * screen.chunk, screen.count)
     run_window(database, screen, work_dir, stop=probe)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoos_fw.errors import NanoOSError
+from nanoos_fw.errors import InputError, NanoOSError
 from nanoos_fw.provenance import utc_now, write_json
 from nanoos_fw.stores.aliases import NOTHING, AliasEntry
 from nanoos_fw.stores.database import artifact_sizes, delete_artifact, store_errors
@@ -109,7 +109,14 @@ def find_garbage(database: Any, *, keep: int | None = None) -> list[Garbage]:
     keep
         Of each alias, how many versions before the current one stay for a rollback;
         None for all.
+
+    Raises
+    ------
+    InputError
+        If ``keep`` is negative.
     """
+    if keep is not None and keep < 0:
+        raise InputError(f"keep must not be negative: {keep}")
     registry = ModelRegistry(database)
     records = registry.list_models()
     reasons = _reasons(database, registry, records, keep)

@@ -533,6 +533,9 @@ def test_screening_is_stored_exactly_once_and_comes_back(database, tmp_path, cop
 
     window = choose_window(database, screen, tmp_path / "w", minutes=1e-4)
     assert window % 16 == 0
+    for minutes in (0.0, 1e308, math.nan):
+        with pytest.raises(InputError, match="minutes: take more than 0"):
+            choose_window(database, screen, tmp_path / "w", minutes=minutes)
     workflow = window_workflow(screen, 32, str(tmp_path))
     tasks = [(t["start"], t["stop"]) for fw in workflow.fws for t in fw.tasks]
     assert tasks == [(0, 32), (32, 64), (64, 81)]

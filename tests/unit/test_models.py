@@ -460,6 +460,8 @@ def test_garbage_is_what_nothing_refers_to(
         "energies@10": ("its weights are a file outside the database",),
         "cgcnn_bandgap_v1@1": ("system-provided",),
     }
+    with pytest.raises(InputError, match="must not be negative"):
+        find_garbage(database, keep=-1)
     only_one = kept_because(database, keep=1)
     assert (only_one["energies@3"], only_one["energies@4"]) == (
         (),
