@@ -290,7 +290,9 @@ def _shells(
     any two elements.
     """
     minima, shells = {}, {}
-    for pair, curve in curves.items():
+    # That of any two first: it is what most people look for.
+    for pair in sorted(curves, key=lambda pair: pair or ()):
+        curve = curves[pair]
         name = "all" if pair is None else "-".join(elements[k - 1] for k in pair)
         minimum = _first_minimum(curve.r_a, curve.g)
         if minimum is not None:

@@ -211,6 +211,7 @@ def test_the_shell_of_a_pair_ends_at_its_own_minimum():
     ]
     minima, shells = _shells(radial_distributions(frames, 5.8, bins=116), elements)
     found = {name: round(number, 1) for name, number in shells.items()}
+    assert next(iter(found)) == "all"
     del found["all"]
     assert found == {
         "Ti-O": 6, "O-Ti": 2, "Sr-O": 12, "O-Sr": 4, "Sr-Ti": 8, "Ti-Sr": 8,
