@@ -14,7 +14,12 @@ from typing import Any, ClassVar
 from fireworks.core.firework import FiretaskBase, FWAction
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nanoos_fw.errors import InputError, OutOfMemoryError, OutOfTimeError
+from nanoos_fw.errors import (
+    InputError,
+    OutOfMemoryError,
+    OutOfTimeError,
+    validation_problems,
+)
 from nanoos_fw.faults import disk_full, is_environment
 from nanoos_fw.firetasks.handover import (
     hand_over,
@@ -154,11 +159,8 @@ class NanoTask(FiretaskBase):
         try:
             self.parameters = self.parameters_model.model_validate(given)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-            )
             raise InputError(
-                f"{type(self).__name__}: {problems}",
+                f"{type(self).__name__}: {validation_problems(error)}",
                 advice=f"parameters: {', '.join(self.parameters_model.model_fields)}",
             ) from error
 

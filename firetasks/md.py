@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from nanoos_fw.errors import InputError, SimulationError
+from nanoos_fw.errors import InputError, SimulationError, validation_problems
 from nanoos_fw.firetasks.base import NanoTask, Parameters, TaskContext
 from nanoos_fw.firetasks.relaxation import PotentialChoice, RelaxationMethod
 from nanoos_fw.md.analysis import AnalysisName, AnalysisRequest, analyze_simulation
@@ -88,10 +88,9 @@ class MDMethod(Parameters):
         try:
             _ = self.request
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-            )
-            raise InputError(f"the analysis cannot be made: {problems}") from error
+            raise InputError(
+                f"the analysis cannot be made: {validation_problems(error)}"
+            ) from error
         if not config.has_frames:
             return
         last_frame = config.total_steps // config.dump_every * config.dump_every

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class NanoOSError(Exception):
@@ -145,6 +148,13 @@ def error_from_dict(data: Mapping[str, Any]) -> NanoOSError:
         str(data.get("message", "unknown error")),
         evidence=data.get("evidence") or {},
         advice=data.get("advice"),
+    )
+
+
+def validation_problems(error: ValidationError) -> str:
+    """Return what pydantic found wrong, each with the name of its field."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
     )
 
 

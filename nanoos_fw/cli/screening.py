@@ -15,7 +15,7 @@ from nanoos_fw.cli.common import (
     print_json,
     save_if_embedded,
 )
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, validation_problems
 
 if TYPE_CHECKING:
     from nanoos_fw.ml.ranking import Ranked, Ranking
@@ -391,10 +391,7 @@ def _ranking(arguments: argparse.Namespace, **changes: Any) -> Ranking:
     try:
         return Ranking.model_validate({**given, **changes})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
-        raise InputError(f"bad ranking: {problems}") from error
+        raise InputError(f"bad ranking: {validation_problems(error)}") from error
 
 
 def _read(path: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoos_fw.cli.common import add_json, print_json
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, validation_problems
 
 if TYPE_CHECKING:
     from nanoos_fw.md.analysis import Analysis, AnalysisRequest
@@ -131,11 +131,8 @@ def _request(arguments: argparse.Namespace) -> AnalysisRequest:
             }
         )
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
         raise InputError(
-            f"the analysis cannot be made: {problems}",
+            f"the analysis cannot be made: {validation_problems(error)}",
             advice=f"analyses: {', '.join(ANALYSES)}",
         ) from error
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoos_fw.errors import InputError, LaunchError
+from nanoos_fw.errors import InputError, LaunchError, validation_problems
 from nanoos_fw.operations.locks import unlocked
 from nanoos_fw.provenance import utc_now
 from nanoos_fw.slurm import queued_jobs, run_slurm
@@ -63,11 +63,8 @@ def read_plan(path: Path) -> CampaignPlan:
     try:
         return CampaignPlan.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
         raise InputError(
-            f"{path} is no plan of a campaign: {problems}",
+            f"{path} is no plan of a campaign: {validation_problems(error)}",
             advice=f"known fields: {', '.join(CampaignPlan.model_fields)}",
         ) from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from nanoos_fw.errors import InputError
+from nanoos_fw.errors import InputError, validation_problems
 from nanoos_fw.operations.campaign import prepare_launchpad
 from nanoos_fw.operations.submission import submit
 from nanoos_fw.stores.database import open_database
@@ -89,10 +89,9 @@ def submit_simulation(
             **({} if analyses is None else {"analyses": tuple(analyses)}),
         )
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
-        raise InputError(f"the analysis cannot be made: {problems}") from error
+        raise InputError(
+            f"the analysis cannot be made: {validation_problems(error)}"
+        ) from error
     md.check()
     store = StructureStore(open_database(launchpad))
     if structure is None:
